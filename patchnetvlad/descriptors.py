@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from patchnetvlad.patch_grid import PatchGrid
@@ -16,6 +17,10 @@ class PatchFeatures:
 
     descriptors: tuple[Tensor, ...]
     grids: tuple[PatchGrid, ...]
+
+    def to(self, device: torch.device) -> "PatchFeatures":
+        """The same on another device."""
+        return PatchFeatures(tuple(some.to(device) for some in self.descriptors), self.grids)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+# Extract, match and compare on the rendered places that the project contains
+demo: $(VENV)/.installed
+	@$(RUN) tools/demo.py
+
+test: $(VENV)/.installed-test lint
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install --disable-pip-version-check -q -e .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install --disable-pip-version-check -q -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

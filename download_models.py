@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Fetch the published checkpoints."""
+
+import sys
+
+from patchnetvlad.commands import download_models
+
+if __name__ == "__main__":
+    sys.exit(download_models())

@@ -1,0 +1,180 @@
+"""Checkpoints: read, check and write the published format."""
+
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchnetvlad.config import GlobalParams
+from patchnetvlad.encoders import ENCODERS
+from patchnetvlad.errors import UserError
+from patchnetvlad.model import PlaceModel
+
+# Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names
+_scalar = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS: list[Any] = [
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")},
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: tensors under plain published keys, everything else, and the file's hash."""
+
+    path: Path
+    state: dict[str, Tensor]
+    extras: dict[str, Any]
+    sha256: str
+
+    @property
+    def num_clusters(self) -> int | None:
+        """K of the NetVLAD layer, None without one."""
+        centroids = self.state.get("pool.centroids")
+        return None if centroids is None else int(centroids.shape[0])
+
+    @property
+    def num_pcs(self) -> int:
+        """D of the WPCA layer, 0 without one."""
+        weight = self.state.get("WPCA.0.weight")
+        return 0 if weight is None else int(weight.shape[0])
+
+    @property
+    def backbone(self) -> str:
+        """The encoder's INI name; published files hold VGG16 and do not say so."""
+        return str(self.extras.get("backbone", "vgg16"))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without running code from it.
+
+    ``module.`` inside keys is dropped and floating tensors become float32. Raises UserError for anything that is
+    not tensors, plain values and NumPy scalars.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds a {found.group(1)}" if found else "is not a torch checkpoint"
+        raise UserError(
+            f"{path}: {what}; only tensors, plain values and NumPy scalars are read (damaged or foreign file?)"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint: {reason} (download incomplete?)") from error
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: has no `state_dict` of tensors (not a checkpoint of this toolkit?)")
+    plain = {key.replace("module.", ""): _float32(value) for key, value in state.items()}
+    extras = {key: value for key, value in content.items() if key != "state_dict"}
+    return Checkpoint(path, plain, extras, file_sha256(path))
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
+    """The model that a configuration describes with a checkpoint's weights, in evaluation mode on the CPU.
+
+    Raises UserError where the two disagree: encoder, pooling, clusters, WPCA size, ``vladv2``.
+    """
+    path, state = checkpoint.path, checkpoint.state
+    if checkpoint.backbone not in ENCODERS:
+        raise UserError(f"{path}: made for the encoder `{checkpoint.backbone}`, which is unknown here")
+    if checkpoint.backbone != params.backbone:
+        raise UserError(
+            f"{path}: made for backbone = {checkpoint.backbone}, the configuration says backbone = {params.backbone}"
+        )
+    if checkpoint.num_pcs != params.num_pcs:
+        raise UserError(
+            f"{path}: WPCA has {checkpoint.num_pcs} dimensions, [global_params] num_pcs says {params.num_pcs} "
+            "(run add_pca, or set num_pcs to the checkpoint's)"
+        )
+    clustered = params.pooling in ("netvlad", "patchnetvlad")
+    if clustered and checkpoint.num_clusters is None:
+        raise UserError(f"{path}: has no NetVLAD layer, which pooling = {params.pooling} needs")
+    if not clustered and checkpoint.num_clusters is not None:
+        raise UserError(f"{path}: has a NetVLAD layer, the configuration says pooling = {params.pooling}")
+    has_bias = "pool.conv.bias" in state
+    if clustered and has_bias != params.vladv2:
+        raise UserError(
+            f"{path}: {'has' if has_bias else 'has no'} pool.conv.bias, so vladv2 must be {has_bias} in [global_params]"
+        )
+    model = PlaceModel(
+        params.backbone,
+        params.pooling,
+        checkpoint.num_clusters or 0,
+        params.num_pcs,
+        params.patch_sizes,
+        params.strides,
+        params.vladv2,
+    )
+    load_state(model, state, path)
+    return model.eval()
+
+
+def load_state(model: PlaceModel, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a state into a model; raises UserError naming keys that are missing, left over or of another shape."""
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
+        raise UserError(f"{path}: {' and '.join(parts)} (a checkpoint of another architecture?)")
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"{path}: {key} is {_shape(value)}, the model needs {_shape(expected[key])} "
+                "(a checkpoint of another architecture?)"
+            )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds NaN or infinite values (training diverged, or a damaged file?)")
+    model.load_state_dict(dict(state), strict=True)
+
+
+def write_checkpoint(path: Path, model: PlaceModel, half_precision_wpca: bool = False, **extras: Any) -> None:
+    """Write a checkpoint atomically, in the published format.
+
+    extras: plain numbers, strings, tensors, and lists or dicts of them. half_precision_wpca stores the WPCA weights
+    as float16, half the bytes.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if half_precision_wpca and "WPCA.0.weight" in state:
+        state["WPCA.0.weight"] = state["WPCA.0.weight"].half()
+    content = {
+        "state_dict": state,
+        "backbone": model.backbone,
+        "num_pcs": model.WPCA.output_dims if model.WPCA else 0,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save({**content, **extras}, partial)
+    partial.replace(path)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

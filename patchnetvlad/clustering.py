@@ -1,0 +1,56 @@
+"""k-means over sampled local descriptors: where NetVLAD's clusters come from."""
+
+from collections.abc import Iterable
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.netvlad import EPSILON
+
+
+@torch.inference_mode()
+def sample_local_descriptors(
+    encoder: nn.Module, pictures: Iterable[Tensor], per_picture: int, seed: int
+) -> NDArray[np.float32]:
+    """Unit local descriptors at random positions of each picture's feature map.
+
+    pictures: batches N×3×H×W on the encoder's device. Returns n×C; at most ``per_picture`` of each picture, fewer
+    where the map has fewer positions or where the local descriptor is zero (nothing to see).
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[Tensor] = []
+    for batch in pictures:
+        feature_maps = encoder(batch).float().flatten(2).transpose(1, 2)  # N×HW×C
+        for local in feature_maps:
+            chosen = rng.permutation(local.shape[0])[:per_picture]
+            picked = local[torch.from_numpy(chosen).to(local.device)]
+            picked = picked[picked.norm(dim=1) > EPSILON]
+            rows.append(F.normalize(picked, dim=1, eps=EPSILON).cpu())
+    if not rows:
+        raise UserError("clustering: no pictures to sample local descriptors from")
+    return torch.cat(rows).numpy()
+
+
+def kmeans_centers(
+    samples: NDArray[np.float32], num_clusters: int, seed: int, iterations: int = 100
+) -> NDArray[np.float32]:
+    """K×C centres of n×C samples (Lloyd's iterations, deterministic for a seed)."""
+    if len(samples) < num_clusters:
+        raise UserError(
+            f"clustering: {num_clusters} clusters need at least as many local descriptors, and there are {len(samples)}"
+        )
+    kmeans = faiss.Kmeans(
+        samples.shape[1],
+        num_clusters,
+        niter=iterations,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=max(256, len(samples) // num_clusters + 1),
+    )
+    kmeans.train(np.ascontiguousarray(samples, dtype=np.float32))
+    return np.asarray(kmeans.centroids, dtype=np.float32)

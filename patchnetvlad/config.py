@@ -1,0 +1,289 @@
+"""INI text becomes frozen dataclasses, one for each section, or one error that says what was expected.
+
+Keys are those of the published files, in any case; a key that is absent takes the default written here. A
+picture size given in one section holds in every section that gives none.
+"""
+
+import configparser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from patchnetvlad.config_values import (
+    Rule,
+    choice,
+    flag,
+    list_of,
+    optional,
+    real,
+    recall_counts,
+    scale_weights,
+    setting,
+    some_text,
+    value_text,
+    weights_source,
+    whole,
+)
+from patchnetvlad.errors import UserError
+
+_PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
+
+
+@dataclass(frozen=True)
+class FeatureExtractConfig:
+    """[feature_extract]: describing pictures."""
+
+    batchsize: int = setting(5, whole(1))  # without effect, accepted because published files have it
+    cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
+    imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
+    imageresizeh: int = setting(480, whole())  # height in pixels; likewise
+    # Type of the patch descriptors on disk.
+    feature_dtype: str = setting("float32", choice("float32", "float16", "int8"))
+    exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
+
+
+@dataclass(frozen=True)
+class FeatureMatchConfig:
+    """[feature_match]: ranking database pictures."""
+
+    matcher: str = setting("RANSAC", some_text())  # scores a pair's matches; one of reranking.MATCHERS
+    n_values_all: tuple[int, ...] = setting((1, 5, 10, 20, 50, 100), recall_counts())  # N of Recall@N
+    dataset_name: str | None = setting(None, optional(some_text()))  # a label, without effect on results
+    # File with the candidates of another method, in place of the search.
+    pred_input_path: str | None = setting(None, optional(some_text()))
+    imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
+    imageresizeh: int = setting(480, whole())
+    # Share of each patch size in the score; not given: 0.45,0.15,0.4 for three sizes, otherwise equal shares.
+    patchweights2use: tuple[float, ...] = setting((), scale_weights())
+    # Candidates that are re-ranked; None: as many as the largest of n_values_all.
+    rerank_top: int | None = setting(None, optional(whole(1)))
+    panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
+    index: str = setting("Flat", some_text())  # kind of search index; Flat is exact
+    # Patch descriptors are read from the store, or made when a candidate needs them.
+    local_features: str = setting("stored", choice("stored", "on_demand"))
+    cache_gb: float = setting(4.0, real(0))  # GB of patch descriptors kept in memory
+
+
+@dataclass(frozen=True)
+class GlobalParams:
+    """[global_params]: the model and the machine."""
+
+    pooling: str = setting("patchnetvlad", choice("netvlad", "patchnetvlad", "max", "avg"))
+    # The checkpoint's path without its end, which is num_pcs and .pth.tar.
+    resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
+    threads: int = setting(4, whole(0))  # threads that load pictures; 0: none beside the computation
+    num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
+    ngpu: int = setting(1, whole(0))  # GPUs to use where there are any
+    # Sides of the square patches, in positions of the feature map.
+    patch_sizes: tuple[int, ...] = setting(
+        (2, 5, 8), list_of(whole(1), "different whole numbers of 1 or more", distinct=True)
+    )
+    # Positions from one patch to the next, for each patch size; not given: 1 each.
+    strides: tuple[int, ...] = setting((), list_of(whole(1), "whole numbers of 1 or more"))
+    vladv2: bool = setting(False, flag())  # NetVLAD's soft assignment has a bias
+    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS
+
+    def __post_init__(self) -> None:
+        if not self.strides:
+            object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """[train]: learning on Mapillary Street-Level Sequences, and fitting WPCA."""
+
+    batchsize: int = setting(4, whole(1))  # triplet sets in one step
+    cachebatchsize: int = setting(20, whole(1))  # pictures described at a time in mining and validation
+    optim: str = setting("SGD", choice("SGD", "ADAM"))  # ADAM goes without weight decay and schedule
+    seed: int = setting(123, whole(0))  # of every random generator
+    lr: float = setting(1e-4, real(0, above=True))  # learning rate
+    lrstep: int = setting(5, whole(1))  # epochs from one reduction of the learning rate to the next
+    lrgamma: float = setting(0.5, real(0, above=True))  # factor of one reduction
+    weightdecay: float = setting(1e-3, real(0))  # of SGD
+    momentum: float = setting(0.9, real(0, 1))  # of SGD
+    patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
+    evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
+    margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
+    num_clusters: int = setting(16, whole(1))  # K of NetVLAD
+    includepanos: bool = setting(False, flag())  # train on panoramas too
+    nneg: int = setting(5, whole(1))  # hardest negatives in a triplet set, at most
+    imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
+    imageresizeh: int = setting(480, whole())
+    whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
+    pretrained: str = setting("imagenet", weights_source())  # encoder's start: imagenet, none or a path
+    mixed_precision: bool = setting(False, flag())  # encoder in half precision on a GPU
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration; ``path``, the file that it came from, takes no part in equality.
+
+    Weights that are not given become 0.45, 0.15, 0.4 for three patch sizes, otherwise equal ones of sum 1.
+    Raises UserError when the numbers of patch sizes and strides differ.
+    """
+
+    feature_extract: FeatureExtractConfig = FeatureExtractConfig()
+    feature_match: FeatureMatchConfig = FeatureMatchConfig()
+    global_params: GlobalParams = GlobalParams()
+    train: TrainConfig = TrainConfig()
+    path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes, strides = self.global_params.patch_sizes, self.global_params.strides
+        if len(strides) != len(sizes):
+            raise UserError(
+                f"{self._place}: [global_params] strides = {value_text(strides)}: expected one stride for "
+                f"each of patch_sizes = {value_text(sizes)}"
+            )
+        if not self.feature_match.patchweights2use:
+            published = len(sizes) == len(_PUBLISHED_WEIGHTS)
+            weights = _PUBLISHED_WEIGHTS if published else (1 / len(sizes),) * len(sizes)
+            matching = replace(self.feature_match, patchweights2use=weights)
+            object.__setattr__(self, "feature_match", matching)
+
+    @property
+    def _place(self) -> str:
+        return str(self.path or "configuration")
+
+    def checkpoint_name(self) -> str:
+        """The checkpoint as the file names it, still to be found: resumepath + num_pcs + .pth.tar."""
+        pcs = self.global_params.num_pcs
+        return f"{self.global_params.resumepath}{pcs or ''}.pth.tar"
+
+    def check_matching(self) -> None:
+        """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""
+        sizes, weights = self.global_params.patch_sizes, self.feature_match.patchweights2use
+        if len(weights) != len(sizes):
+            raise UserError(
+                f"{self._place}: [feature_match] patchweights2use = {value_text(weights)}: expected one weight "
+                f"for each of patch_sizes = {value_text(sizes)}"
+            )
+        self._check_picture_size("feature_match", self.feature_match)
+
+    def check_training(self) -> None:
+        """Raises UserError unless [train] has the picture size of extraction."""
+        self._check_picture_size("train", self.train)
+
+    def _check_picture_size(self, section: str, values: FeatureMatchConfig | TrainConfig) -> None:
+        for key in _PICTURE_SIZE:
+            here, extraction = getattr(values, key), getattr(self.feature_extract, key)
+            if here != extraction:
+                raise UserError(
+                    f"{self._place}: [{section}] {key} = {here}: expected {extraction} as in "
+                    "[feature_extract] (descriptors of differently resized pictures do not match: set both)"
+                )
+
+
+SECTIONS = {  # section of the file, and its type
+    "feature_extract": FeatureExtractConfig,
+    "feature_match": FeatureMatchConfig,
+    "global_params": GlobalParams,
+    "train": TrainConfig,
+}
+_PICTURE_SIZE = ("imageresizew", "imageresizeh")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read an INI file; an override, ``section.key=value``, replaces a key of the file, the last one wins.
+
+    Raises UserError naming file (or override), section, key, value and what was expected.
+    """
+    values: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
+    for place, section, key, text in (*_file_entries(path), *map(_override_entry, overrides)):
+        values[section][key] = _parse(place, section, key, text)
+    for key in _PICTURE_SIZE:
+        sized = [section for section in SECTIONS if section != "global_params"]
+        given = [values[section][key] for section in sized if key in values[section]]
+        for section in sized:
+            if given:
+                values[section].setdefault(key, given[0])
+    # Each value has passed the rule of its key, which has the type of the field.
+    return Config(
+        FeatureExtractConfig(**values["feature_extract"]),  # type: ignore[arg-type]
+        FeatureMatchConfig(**values["feature_match"]),  # type: ignore[arg-type]
+        GlobalParams(**values["global_params"]),  # type: ignore[arg-type]
+        TrainConfig(**values["train"]),  # type: ignore[arg-type]
+        path,
+    )
+
+
+def config_text(config: Config) -> str:
+    """The configuration as INI text with every key, which ``load_config`` reads back to an equal one.
+
+    Raises UserError for a text that an INI file cannot hold, such as a path with " #" in it.
+    """
+    lines = []
+    for section in SECTIONS:
+        lines.append(f"[{section}]")
+        for item in fields(SECTIONS[section]):
+            text = value_text(getattr(getattr(config, section), item.name))
+            if text != " ".join(text.split()) or any(mark in f" {text}" for mark in (" #", " ;")):
+                raise UserError(
+                    f"[{section}] {item.name} = {text!r}: an INI file cannot hold blanks at an end "
+                    "or in a row, line ends, or # or ; after a blank (choose another name)"
+                )
+            lines.append(f"{item.name} = {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _file_entries(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(place for errors, section, key, text) of each key of the file."""
+    # A default section that no file can name: [DEFAULT] is refused like any other unknown section.
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        inline_comment_prefixes=("#", ";"),
+        default_section="\n",
+        empty_lines_in_values=False,
+    )
+    try:
+        parser.read_string(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (is it an INI file?)") from error
+    except configparser.DuplicateSectionError as error:
+        raise UserError(f"{path}: line {error.lineno}: [{error.section}] appears a second time") from error
+    except configparser.DuplicateOptionError as error:
+        place = f"{path}: line {error.lineno}: [{error.section}] {error.option}"
+        raise UserError(f"{place} appears a second time") from error
+    except configparser.MissingSectionHeaderError as error:
+        raise UserError(f"{path}: line {error.lineno}: expected a section such as [global_params]") from error
+    except configparser.ParsingError as error:
+        raise UserError(f"{path}: line {error.errors[0][0]}: expected key = value") from error
+    for section in parser.sections():
+        if section not in SECTIONS:
+            raise UserError(f"{path}: [{section}]: unknown section{_closest(section, list(SECTIONS))}")
+        for key, text in parser[section].items():
+            yield f"{path}: [{section}] {key} = {' '.join(text.split())}", section, key, text
+
+
+def _override_entry(override: str) -> tuple[str, str, str, str]:
+    place = f"--set {override}"
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        raise UserError(f"{place}: expected section.key=value, such as global_params.threads=8")
+    if section not in SECTIONS:
+        raise UserError(f"{place}: unknown section {section}{_closest(section, list(SECTIONS))}")
+    return place, section, key.strip().lower(), text.strip()
+
+
+def _parse(place: str, section: str, key: str, text: str) -> object:
+    keys = {item.name: item for item in fields(SECTIONS[section])}
+    if key not in keys:
+        homes = [other for other in SECTIONS if any(item.name == key for item in fields(SECTIONS[other]))]
+        hint = f" (it belongs in [{homes[0]}])" if homes else _closest(key, list(keys))
+        raise UserError(f"{place}: unknown key of [{section}]{hint}")
+    rule: Rule[object] = keys[key].metadata["rule"]
+    try:
+        return rule.parse(text)
+    except ValueError as error:
+        hint = " (an indented line continues the line above it)" if "\n" in text else ""
+        raise UserError(f"{place}: expected {rule.expected}{hint}") from error
+
+
+def _closest(word: str, known: list[str]) -> str:
+    close = get_close_matches(word.lower(), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"

@@ -1,0 +1,123 @@
+"""Kinds of values in a configuration: how the text of a key is read, checked, and what it is told to expect."""
+
+import configparser
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule(Generic[T]):
+    """How the text of a key is read: ``parse`` raises ValueError, ``expected`` completes "expected …"."""
+
+    expected: str
+    parse: Callable[[str], T]
+
+
+def setting(default: T, rule: Rule[T]) -> T:
+    """A dataclass field with its default and the rule that its text in a file must follow."""
+    return field(default=default, metadata={"rule": rule})
+
+
+def whole(minimum: int | None = None) -> Rule[int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if minimum is not None and value < minimum:
+            raise ValueError
+        return value
+
+    return Rule("a whole number" + ("" if minimum is None else f" of {minimum} or more"), parse)
+
+
+def real(minimum: float, maximum: float = math.inf, above: bool = False) -> Rule[float]:
+    """Finite numbers of [minimum, maximum], of (minimum, maximum] with ``above``."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value) or not minimum <= value <= maximum or (above and value == minimum):
+            raise ValueError
+        return value
+
+    lower = f"above {minimum:g}" if above else f"of {minimum:g} or more"
+    return Rule(f"a number {lower}" + ("" if maximum == math.inf else f", at most {maximum:g}"), parse)
+
+
+def flag() -> Rule[bool]:
+    words = configparser.ConfigParser.BOOLEAN_STATES
+
+    def parse(text: str) -> bool:
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+
+    return Rule("True or False", parse)
+
+
+def choice(*names: str) -> Rule[str]:
+    """One of the names, in any case; the value is the name as written here."""
+
+    def parse(text: str) -> str:
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise ValueError
+
+    return Rule("one of " + ", ".join(names), parse)
+
+
+def some_text() -> Rule[str]:
+    def parse(text: str) -> str:
+        if not text:
+            raise ValueError
+        return text
+
+    return Rule("some text", parse)
+
+
+def optional(rule: Rule[T]) -> Rule[T | None]:
+    """None, written so in any case or as nothing at all, or what the rule takes."""
+    return Rule(f"{rule.expected}, or None", lambda text: None if text.lower() in ("", "none") else rule.parse(text))
+
+
+def weights_source() -> Rule[str]:
+    def parse(text: str) -> str:
+        if not text:
+            raise ValueError
+        return text.lower() if text.lower() in ("imagenet", "none") else text
+
+    return Rule("imagenet, none or the path of a checkpoint", parse)
+
+
+def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[T, ...]]:
+    def parse(text: str) -> tuple[T, ...]:
+        values = tuple(rule.parse(item.strip()) for item in text.split(","))
+        if distinct and len(set(values)) < len(values):
+            raise ValueError
+        return values
+
+    return Rule(f"{expected}, separated by commas", parse)
+
+
+def recall_counts() -> Rule[tuple[int, ...]]:
+    counts = list_of(whole(1), "whole numbers of 1 or more")
+    return Rule(counts.expected, lambda text: tuple(sorted(set(counts.parse(text)))))
+
+
+def scale_weights() -> Rule[tuple[float, ...]]:
+    numbers = list_of(real(0), "numbers of 0 or more, not all 0")
+
+    def parse(text: str) -> tuple[float, ...]:
+        values = numbers.parse(text)
+        if not any(values):
+            raise ValueError
+        return values
+
+    return Rule(numbers.expected, parse)
+
+
+def value_text(value: object) -> str:
+    """A value as the text that its rule reads."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,258 @@
+"""Retrieve, re-rank and score: one run from two feature folders to rankings, recalls and result files."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from patchnetvlad.config import Config
+from patchnetvlad.extraction import expected_header
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
+from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.images import require_readable
+from patchnetvlad.locations import require_file
+from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
+from patchnetvlad.recall import Recall, recall_at
+from patchnetvlad.reranking import RankingScores, collect_scores, find_matcher, reorder, rerank
+from patchnetvlad.result_files import (
+    Ranking,
+    name_rankings,
+    read_predictions,
+    write_hloc_pairs,
+    write_kapture_pairs,
+    write_msls_predictions,
+    write_recalls,
+    write_scores,
+)
+from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
+from patchnetvlad.weights import load_model
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
+SCORING_THREADS = 2  # score while the next candidates are matched
+RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages in result files
+FORMATS: dict[str, tuple[str, Callable[[Path, list[Ranking]], None]]] = {  # format: end of the file name, writer
+    "kapture": ("predictions.txt", write_kapture_pairs),
+    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
+    "msls": ("predictions_msls.txt", write_msls_predictions),
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run compares: two picture lists, their feature folders, and optionally who truly matches."""
+
+    root: Path
+    query_list: Path
+    index_list: Path
+    query_features: Path
+    index_features: Path
+    ground_truth: Path | None = None
+    radius: float | None = None  # takes the place of the ground truth's posDistThr
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Rankings of a run. stages: database indices nQ×k, best first, −1 where there are fewer, under the stage's name;
+    recalls: the same stages, empty without ground truth; files: what was written."""
+
+    queries: ImageList
+    database: ImageList
+    retrieved: Candidates
+    scores: RankingScores | None
+    stages: dict[str, NDArray[np.int64]]
+    ground_truth: GroundTruth | None
+    recalls: dict[str, Recall]
+    files: tuple[Path, ...]
+
+
+def evaluate(
+    config: Config,
+    sources: Sources,
+    results: Path,
+    device: torch.device,
+    formats: Sequence[str] = ("kapture",),
+    progress: bool = False,
+) -> Evaluation:
+    """Rank the database for every query, write the rankings, and score them where the ground truth is given.
+
+    results: folder for the files; formats: names in FORMATS. Raises UserError for whatever does not fit together.
+    """
+    config.check_matching()
+    find_matcher(config.feature_match.matcher)
+    queries = read_image_list(sources.query_list, sources.root)
+    database = read_image_list(sources.index_list, sources.root)
+    truth = _ground_truth(sources, config, queries, database)
+    query_store = _open_store(config, queries, sources.query_features, config.feature_match.cache_gb / 8)
+    index_store = _open_store(config, database, sources.index_features, config.feature_match.cache_gb)
+    with query_store, index_store:
+        retrieved = _retrieve(config, queries, database, query_store, index_store, device)
+        stages = {RETRIEVAL: retrieved.indices}
+        scores = None
+        if config.global_params.pooling == "patchnetvlad":
+            query_patches: PatchSource = query_store
+            index_patches: PatchSource = index_store
+            if config.feature_match.local_features == "on_demand":
+                query_patches, index_patches = _on_demand(config, queries, database, device, progress)
+            stages[RERANKING], scores = _rerank_all(
+                config, retrieved.indices, query_patches, index_patches, device, progress
+            )
+    recalls = {}
+    if truth is not None:
+        positives = truth.positives()
+        n_values = config.feature_match.n_values_all
+        recalls = {stage: recall_at(indices, positives, n_values) for stage, indices in stages.items()}
+    files = _write(results, queries, database, stages, scores, recalls, truth, formats)
+    return Evaluation(queries, database, retrieved, scores, stages, truth, recalls, files)
+
+
+def _ground_truth(sources: Sources, config: Config, queries: ImageList, database: ImageList) -> GroundTruth | None:
+    if sources.ground_truth is None:
+        return None
+    truth = read_ground_truth(sources.ground_truth, len(queries), len(database), sources.radius)
+    if config.feature_match.panorama_cutouts == 1 and looks_like_cutouts(truth.utm_database):
+        logger.warning(
+            "%s: the database looks like 12 cut-outs of each panorama; Tokyo 24/7 is evaluated with "
+            "--set feature_match.panorama_cutouts=12",
+            sources.ground_truth,
+        )
+    return truth
+
+
+def _open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
+    expected = expected_header(config, pictures, folder)
+    if config.feature_match.local_features == "on_demand":
+        expected = replace(expected, patch_sizes=(), strides=())
+    height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew
+    stride = expected.geometry.stride
+    map_size = (height // stride, width // stride) if min(height, width) > 0 else None
+    return FeatureStore.open(
+        folder, pictures.names, pictures.feature_names, expected, map_size=map_size, cache_gb=cache_gb
+    )
+
+
+def _retrieve(
+    config: Config,
+    queries: ImageList,
+    database: ImageList,
+    query_store: FeatureStore,
+    index_store: FeatureStore,
+    device: torch.device,
+) -> Candidates:
+    options = config.feature_match
+    count = max(*options.n_values_all, options.rerank_top or 0, 1)
+    if options.pred_input_path is not None:
+        path = require_file(options.pred_input_path, "dataset_gt_files", config.path)
+        given = read_predictions(path, queries.names, database.names)
+        return Candidates(given.indices[:, :count], given.scores[:, :count])
+    started = time.perf_counter()
+    found = retrieve(query_store.global_, index_store.global_, count, options.index, device, options.panorama_cutouts)
+    logger.info(
+        "retrieval: %d queries against %d pictures in %.2f s",
+        len(queries),
+        len(database),
+        time.perf_counter() - started,
+    )
+    return found
+
+
+def _on_demand(
+    config: Config, queries: ImageList, database: ImageList, device: torch.device, progress: bool
+) -> tuple[PatchSource, PatchSource]:
+    for pictures in (queries, database):
+        require_readable(pictures, progress=progress)
+    model, _ = load_model(config)
+    model.to(device)
+    options, size = config.feature_match, config.feature_extract
+    return (
+        OnDemandPatches(model, queries, size, options.cache_gb / 8),
+        OnDemandPatches(model, database, size, options.cache_gb),
+    )
+
+
+def _rerank_all(
+    config: Config,
+    retrieved: NDArray[np.int64],
+    queries: PatchSource,
+    database: PatchSource,
+    device: torch.device,
+    progress: bool,
+) -> tuple[NDArray[np.int64], RankingScores]:
+    """Re-rank the first rerank_top candidates of every query."""
+    options = config.feature_match
+    matcher = find_matcher(options.matcher)
+    top = options.rerank_top or max(options.n_values_all)
+    heads = [row[row >= 0].tolist() for row in retrieved[:, :top]]
+    database.prefetch(chain.from_iterable(heads))
+    queries.prefetch(range(len(heads)))
+    batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
+    rerankings = []
+    started = time.perf_counter()
+    with ThreadPoolExecutor(SCORING_THREADS) as executor:
+        for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
+            query = queries.patches(row).to(device)
+            candidates = (database.patches(index) for index in head)
+            rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size, executor))
+    pairs = sum(map(len, heads))
+    seconds = time.perf_counter() - started
+    logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
+    ranking = np.stack([reorder(row, result.order) for row, result in zip(retrieved, rerankings, strict=True)])
+    scores = collect_scores(retrieved, rerankings, config.global_params.patch_sizes, options.matcher)
+    return ranking, scores
+
+
+def _write(
+    results: Path,
+    queries: ImageList,
+    database: ImageList,
+    stages: dict[str, NDArray[np.int64]],
+    scores: RankingScores | None,
+    recalls: dict[str, Recall],
+    truth: GroundTruth | None,
+    formats: Sequence[str],
+) -> tuple[Path, ...]:
+    files = []
+    for stage, indices in stages.items():
+        rankings = name_rankings(queries.names, database.names, indices)
+        for name in formats:
+            ending, write = FORMATS[name]
+            files.append(results / f"{stage}_{ending}")
+            write(files[-1], rankings)
+    if scores is not None:
+        files.append(results / "scores.npz")
+        write_scores(files[-1], scores, queries.names, database.names)
+    if truth is not None:
+        files.append(results / "recalls.txt")
+        write_recalls(files[-1], recalls)
+        files.append(results / "recalls.json")
+        files[-1].write_text(json.dumps(_recall_record(truth, recalls), indent=2) + "\n", encoding="utf-8")
+    return tuple(files)
+
+
+def _recall_record(truth: GroundTruth, recalls: dict[str, Recall]) -> dict[str, object]:
+    return {
+        "protocol": {
+            "queries": len(truth.utm_query),
+            "database": len(truth.utm_database),
+            "radius": truth.radius,
+            "queries_without_match": next(iter(recalls.values())).num_without_match,
+        },
+        "recalls": {
+            stage: {
+                "all_queries": dict(zip(map(str, recall.n_values), recall.all_queries, strict=True)),
+                "queries_with_match": dict(zip(map(str, recall.n_values), recall.with_match, strict=True)),
+            }
+            for stage, recall in recalls.items()
+        },
+    }

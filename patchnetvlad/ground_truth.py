@@ -1,0 +1,139 @@
+"""Which database pictures truly show the place of a query: ground-truth files and the radius around a query."""
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+
+from patchnetvlad.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """Coordinates of all pictures and the distance within which two show one place.
+
+    utm_query: float64 nQ×c and utm_database: float64 M×c, row i belongs to line i of the list. c ≥ 2, usually easting
+    and northing in metres, or frame numbers; radius: in the same unit.
+    """
+
+    utm_query: NDArray[np.float64]
+    utm_database: NDArray[np.float64]
+    radius: float
+
+    def positives(self) -> list[NDArray[np.int64]]:
+        """Rows of the database within the radius of each query, ascending; a distance equal to it counts.
+
+        Whole-number coordinates are decided exactly. With others, as much is added to the radius as the rounding of
+        the coordinates themselves can change a distance (some nanometres for UTM).
+        """
+        if len(self.utm_query) == 0 or len(self.utm_database) == 0:
+            return [np.empty(0, dtype=np.int64) for _ in self.utm_query]
+        magnitude = max(np.abs(self.utm_query).max(), np.abs(self.utm_database).max(), self.radius)
+        limit = self.radius + 4 * np.finfo(np.float64).eps * magnitude
+        near = KDTree(self.utm_database).query_ball_point(self.utm_query, limit * (1 + 1e-9), return_sorted=True)
+        return [
+            _within(query, self.utm_database, np.array(rows, dtype=np.int64), limit)
+            for query, rows in zip(self.utm_query, near, strict=True)
+        ]
+
+
+def read_ground_truth(path: Path, num_queries: int, num_database: int, radius: float | None = None) -> GroundTruth:
+    """Read utmQ, utmDb and posDistThr from an .npz file; radius takes the place of posDistThr.
+
+    num_queries, num_database: lengths of the lists that the coordinates belong to.
+    Raises UserError for a file, key, shape, length, type or value that cannot be right.
+    """
+    arrays = _read_arrays(path, ("utmQ", "utmDb") if radius is not None else ("utmQ", "utmDb", "posDistThr"))
+    query = _coordinates(path, "utmQ", arrays["utmQ"])
+    database = _coordinates(path, "utmDb", arrays["utmDb"])
+    if query.shape[1] != database.shape[1]:
+        raise UserError(
+            f"{path}: utmQ has {query.shape[1]} columns and utmDb {database.shape[1]}: expected the same coordinates"
+        )
+    if (len(query), len(database)) == (num_database, num_queries) and num_queries != num_database:
+        raise UserError(
+            f"{path}: utmQ has {len(query)} rows for {num_queries} queries and utmDb {len(database)} rows for "
+            f"{num_database} database pictures (are the query and index lists swapped?)"
+        )
+    for key, rows, expected, whose in (
+        ("utmQ", query, num_queries, "query"),
+        ("utmDb", database, num_database, "index"),
+    ):
+        if len(rows) != expected:
+            raise UserError(
+                f"{path}: {key} has {len(rows)} rows but the {whose} list has {expected} pictures: row i belongs to "
+                "line i (ground truth of another list?)"
+            )
+    if radius is None:
+        threshold = arrays["posDistThr"]
+        if threshold.size != 1 or threshold.dtype.kind not in "iuf":
+            raise UserError(f"{path}: posDistThr: expected one number, not {_describe(threshold)}")
+        radius = float(threshold.reshape(()))
+        place = f"{path}: posDistThr = {radius}"
+    else:
+        place = f"--posDistThr {radius}"
+    if not (np.isfinite(radius) and radius >= 0):
+        raise UserError(f"{place}: expected a distance of 0 or more")
+    return GroundTruth(query, database, float(radius))
+
+
+def _within(
+    query: NDArray[np.float64], database: NDArray[np.float64], rows: NDArray[np.int64], limit: float
+) -> NDArray[np.int64]:
+    """The rows that truly lie within the limit: the tree's own arithmetic is not promised to be exact."""
+    return rows[np.sqrt(np.square(database[rows] - query).sum(axis=1)) <= limit]
+
+
+def _read_arrays(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
+    try:
+        with path.open("rb") as file:
+            return _read_open_file(path, file, keys)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_open_file(path: Path, file: BinaryIO, keys: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an .npz file, or damaged: expected one with {', '.join(keys)}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise UserError(f"{path}: holds a single array: expected an .npz file with {', '.join(keys)}")
+    missing = [key for key in keys if key not in archive.files]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing: found {', '.join(archive.files) or 'nothing'}")
+    arrays = {}
+    for key in keys:
+        try:
+            arrays[key] = archive[key]
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            if "allow_pickle" in str(error):
+                reason = "holds Python objects, which are not read for safety: save it as plain numbers"
+            else:
+                reason = "is damaged (incomplete download?)"
+            raise UserError(f"{path}: {key} {reason}") from error
+    return arrays
+
+
+def _coordinates(path: Path, key: str, values: NDArray[np.generic]) -> NDArray[np.float64]:
+    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: {key}: expected numbers, one row a picture, 2 or more columns, not {_describe(values)}"
+        )
+    coordinates = values.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"{path}: {key}: {len(bad)} rows hold NaN or infinity, the first is row {bad[0]} "
+            "(pictures without a position?)"
+        )
+    return coordinates
+
+
+def _describe(values: NDArray[np.generic]) -> str:
+    return f"{values.dtype} of shape {values.shape}"

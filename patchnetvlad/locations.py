@@ -1,0 +1,107 @@
+"""Where shipped files and the user's files are: in a checkout, installed from a wheel, in the older layout."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from patchnetvlad.errors import UserError
+
+Kind = Literal["configs", "dataset_imagenames", "dataset_gt_files", "pretrained_models", "example_images"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+_PACKAGE = Path(__file__).resolve().parent
+_OLD_LAYOUT = "patchnetvlad"  # folder that held the data folders in the published release
+_ADVICE = {
+    "dataset_imagenames": "image lists of public datasets are not shipped, the makers in tools/ write them",
+    "dataset_gt_files": "ground truth of public datasets is not shipped, the makers in tools/ write it",
+    "pretrained_models": "download_models.py fetches the published weights",
+}
+
+
+def shipped_folder(kind: Kind) -> Path:
+    """Folder of shipped files: beside the package in a checkout, inside it when installed from a wheel."""
+    return _shipped(kind)
+
+
+def download_folder() -> Path:
+    """Where downloaded weights go: ``pretrained_models`` of a checkout, otherwise of the user's cache.
+
+    The folder may not exist yet.
+    """
+    checkout = _checkout()
+    return (_user_cache() / "patchnetvlad" if checkout is None else checkout) / "pretrained_models"
+
+
+def find_file(name: str, kind: Kind, beside: Path | None = None) -> Path | None:
+    """The first existing file that ``name`` can mean, or None.
+
+    Searched in this order: as given from the current folder; beside an INI file (``beside`` is the file or
+    its folder); in the shipped folder of the kind, or of the kind that the name begins with; for checkpoints
+    also in the folder of downloads and in ``pretrained_models`` of the older layout. A leading
+    ``patchnetvlad/`` may be absent. A configuration may be named without ``.ini``.
+    """
+    return next((path for path in _candidates(name, kind, beside) if _is_readable_file(path)), None)
+
+
+def require_file(name: str, kind: Kind, beside: Path | None = None) -> Path:
+    """As ``find_file``; raises UserError naming the places searched when there is no such file."""
+    path = find_file(name, kind, beside)
+    if path is not None:
+        return path
+    if kind == "configs":
+        advice = "shipped: " + ", ".join(sorted(file.stem for file in shipped_folder(kind).glob("*.ini")))
+    else:
+        advice = _ADVICE.get(kind, "")
+    folders = dict.fromkeys(str(candidate.parent) for candidate in _candidates(name, kind, beside))
+    advice = f" ({advice})" if advice else ""
+    raise UserError(f"{name}: no such file, searched in {', '.join(folders)}{advice}")
+
+
+def _checkout() -> Path | None:
+    root = _PACKAGE.parent
+    # Another package may have put a stray "configs" into site-packages, hence the second condition.
+    return root if (root / "configs").is_dir() and (root / "pyproject.toml").is_file() else None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _shipped(kind: str) -> Path:
+    checkout = _checkout()
+    return (_PACKAGE if checkout is None else checkout) / kind
+
+
+def _candidates(name: str, kind: Kind, beside: Path | None) -> Iterator[Path]:
+    """Every path that the name can mean, best first, all absolute."""
+    given = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    bare = Path(*given.parts[1:]) if given.parts[:1] == (_OLD_LAYOUT,) else given
+    folders = [Path.cwd()]
+    if beside is not None:
+        folders.append((beside if beside.is_dir() else beside.parent).absolute())
+    paths = [folder / form for folder in folders for form in (given, bare)]
+    if not given.is_absolute():
+        named_kind = bool(bare.parts) and bare.parts[0] in KINDS
+        home, inner = (bare.parts[0], Path(*bare.parts[1:])) if named_kind else (kind, bare)
+        places = [_shipped(home)]
+        if home == "pretrained_models":
+            old = Path(_OLD_LAYOUT) / home
+            places += [download_folder(), Path.cwd() / home, Path.cwd() / old, _PACKAGE / home]
+        paths += [place / inner for place in places]
+    for path in dict.fromkeys(paths):
+        yield path
+        if kind == "configs" and path.suffix.lower() != ".ini":
+            yield Path(f"{path}.ini")
+
+
+def _is_readable_file(path: Path) -> bool:
+    try:
+        return path.exists() and not path.is_dir()  # pipes of the shell, such as <(…), count too
+    except (OSError, ValueError):  # a name too long, a folder that may not be entered, a NUL
+        return False

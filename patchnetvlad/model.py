@@ -1,0 +1,97 @@
+"""Encoder, pooling and WPCA as one module: pictures in, global and patch descriptors out."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.encoders import Encoder, make_encoder
+from patchnetvlad.global_pooling import AveragePooling, MaxPooling
+from patchnetvlad.netvlad import EPSILON, NetVLAD
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_netvlad import patch_descriptors
+from patchnetvlad.whitening import WPCA, WPCAFit
+
+POOLINGS = ("netvlad", "patchnetvlad", "max", "avg")
+
+
+class PlaceModel(nn.Module):
+    """A place recognition model.
+
+    Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``. ``patch_sizes`` and ``strides``
+    count positions of the feature map; both are empty for a purely global model.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        pooling: str,
+        num_clusters: int = 16,
+        num_pcs: int = 0,
+        patch_sizes: Sequence[int] = (),
+        strides: Sequence[int] = (),
+        vladv2: bool = False,
+    ) -> None:
+        """num_pcs = 0 leaves the WPCA layer out: descriptors are as long as the pooling makes them."""
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        self.encoder = make_encoder(backbone)
+        channels = cast(Encoder, self.encoder).channels
+        self.geometry = cast(Encoder, self.encoder).geometry
+        self.pool: NetVLAD | MaxPooling | AveragePooling
+        if pooling in ("netvlad", "patchnetvlad"):
+            self.pool = NetVLAD(num_clusters, channels, vladv2)
+            pooled_dims = self.pool.output_dims
+        else:
+            self.pool = MaxPooling() if pooling == "max" else AveragePooling()
+            pooled_dims = channels
+        self.WPCA = WPCA(pooled_dims, num_pcs) if num_pcs else None
+        self.output_dims = num_pcs or pooled_dims
+        self.patch_sizes = tuple(patch_sizes) if pooling == "patchnetvlad" else ()
+        self.strides = tuple(strides) if pooling == "patchnetvlad" else ()
+
+    def add_wpca(self, fit: WPCAFit) -> None:
+        """Project to the dimensions of a fit from now on, in place of any projection there was."""
+        self.WPCA = WPCA(fit.weight.shape[1], fit.weight.shape[0])
+        self.WPCA.set_fit(fit)
+        self.WPCA.to(self.device)
+        self.output_dims = fit.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        parameter = next(self.parameters(), None)
+        return parameter.device if parameter is not None else torch.device("cpu")
+
+    def grids(self, map_height: int, map_width: int) -> tuple[PatchGrid, ...]:
+        """Where the patches of each size lie on a feature map of that size."""
+        return tuple(
+            PatchGrid(map_height, map_width, size, stride, self.geometry)
+            for size, stride in zip(self.patch_sizes, self.strides, strict=True)
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Global descriptors alone, N×D, with gradients: what training sees."""
+        return self._whitened(self.pool(self.encoder(pictures)))
+
+    @torch.inference_mode()
+    def describe(self, pictures: Tensor) -> Descriptors:
+        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``."""
+        feature_map = self.encoder(pictures)
+        if not self.patch_sizes:
+            return Descriptors(self._whitened(self.pool(feature_map)), (), ())
+        assert isinstance(self.pool, NetVLAD)
+        local, assignment = self.pool.assign(feature_map)
+        global_ = self._whitened(self.pool.aggregate(local, assignment))
+        patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
+        grids = self.grids(local.shape[1], local.shape[2])
+        return Descriptors(global_, tuple(self._whitened(some) for some in patches), grids)
+
+    def _whitened(self, descriptors: Tensor) -> Tensor:
+        if self.WPCA is None:
+            return F.normalize(descriptors, dim=-1, eps=EPSILON)
+        return cast(Tensor, self.WPCA(descriptors))

@@ -1,0 +1,113 @@
+"""A model from pictures alone, without training: NetVLAD's clusters by k-means, WPCA on sampled descriptors."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from patchnetvlad.clustering import kmeans_centers, sample_local_descriptors
+from patchnetvlad.config import Config
+from patchnetvlad.images import image_batches
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.weights import initialise_encoder
+from patchnetvlad.whitening import WPCAFit, fit_wpca
+
+logger = logging.getLogger(__name__)
+
+LOCALS_PER_PICTURE = 100  # local descriptors of each picture for k-means
+WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
+
+
+def fit_model(
+    config: Config, paths: Sequence[Path], device: torch.device, progress: bool = False
+) -> tuple[PlaceModel, WPCAFit | None]:
+    """Fit clusters and WPCA on pictures, for any encoder; the configuration says everything else.
+
+    [train] num_clusters, whitening, seed and pretrained are used, and [global_params] backbone, pooling, num_pcs,
+    patch_sizes, strides, vladv2. Patch-NetVLAD's WPCA is fitted on patches sampled evenly from all pictures and patch
+    sizes, since they are what it is applied to most; a global model's on global descriptors.
+    Raises UserError when the pictures are too few for num_clusters or num_pcs.
+    """
+    params = config.global_params
+    torch.manual_seed(config.train.seed)
+    model = PlaceModel(
+        params.backbone,
+        params.pooling,
+        config.train.num_clusters,
+        0,
+        params.patch_sizes,
+        params.strides,
+        params.vladv2,
+    )
+    initialise_encoder(model, config)
+    model.eval().to(device)
+    if isinstance(model.pool, NetVLAD):
+        batches = _batches(config, paths, device, progress, "Sampling local descriptors")
+        samples = sample_local_descriptors(model.encoder, batches, LOCALS_PER_PICTURE, config.train.seed)
+        logger.info("k-means: %d clusters of %d local descriptors", config.train.num_clusters, len(samples))
+        centers = kmeans_centers(samples, config.train.num_clusters, config.train.seed)
+        alpha = model.pool.initialise(torch.from_numpy(centers), torch.from_numpy(samples))
+        logger.info("soft assignment: alpha %.2f", alpha)
+    if not params.num_pcs:
+        return model, None
+    descriptors = sample_descriptors(
+        model, _batches(config, paths, device, progress, "Sampling descriptors"), len(paths), config.train.seed
+    )
+    fit = fit_wpca(descriptors, params.num_pcs, config.train.whitening)
+    logger.info(
+        "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors",
+        params.num_pcs,
+        descriptors.shape[1],
+        100 * fit.explained_variance,
+        len(descriptors),
+    )
+    model.add_wpca(fit)
+    return model, fit
+
+
+@torch.inference_mode()
+def sample_descriptors(
+    model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, seed: int
+) -> NDArray[np.float32]:
+    """Descriptors before WPCA for WPCA to be fitted on: n×dims, n at most about WPCA_SAMPLES.
+
+    pictures: batches on the model's device. Random patches of every picture and patch size, or the global
+    descriptors of a model without patches.
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[NDArray[np.float32]] = []
+    scales = max(1, len(model.patch_sizes))
+    each = max(1, WPCA_SAMPLES // (num_pictures * scales))
+    for batch in pictures:
+        described = model.describe(batch)
+        if not described.patches:
+            rows.append(described.global_.cpu().numpy())
+        for patches in described.patches:
+            for picture in patches:
+                chosen = torch.from_numpy(rng.permutation(len(picture))[:each])
+                rows.append(picture[chosen.to(picture.device)].cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _batches(
+    config: Config, paths: Sequence[Path], device: torch.device, progress: bool, label: str
+) -> Iterator[Tensor]:
+    size = config.feature_extract
+    batches = image_batches(
+        paths,
+        size.imageresizeh,
+        size.imageresizew,
+        size.cachebatchsize,
+        max(1, config.global_params.threads),
+        size.exif_rotation,
+    )
+    with tqdm(total=len(paths), desc=label, unit="img", disable=not progress) as bar:
+        for indices, batch in batches:
+            yield batch.to(device)
+            bar.update(len(indices))

@@ -1,0 +1,80 @@
+"""Patch descriptors: means of NetVLAD residuals over every window of a feature map (paper section 3.2)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from patchnetvlad.netvlad import EPSILON
+
+# Residuals of as many clusters are made at once as fit into this many bytes: a processor's cache, or a share of an
+# accelerator's memory. Each cluster's windows are independent of the others'.
+CACHE_BYTES = 4 << 20
+DEVICE_BYTES = 1 << 30
+
+
+def window_sums(values: Tensor, size: int, stride: int, dim: int) -> Tensor:
+    """Sums of ``size`` consecutive entries along ``dim``, every ``stride``-th window, without padding.
+
+    Windows are added up by doubling, from sums alone. Differences of cumulative sums would be cheaper and wrong: in
+    an almost empty cluster they are rounding noise, which intra-normalisation turns into a unit vector (SPEC 4).
+    """
+    length = values.shape[dim] - size + 1  # number of windows at stride 1
+    total: Tensor | None = None
+    offset, width, block = 0, 1, values  # block[i] = sum of values[i : i + width]
+    remaining = size
+    while True:
+        if remaining & 1:
+            part = block.narrow(dim, offset, length)
+            total = part if total is None else total + part
+            offset += width
+        remaining >>= 1
+        if not remaining:
+            break
+        count = block.shape[dim] - width
+        block = block.narrow(dim, 0, count) + block.narrow(dim, width, count)
+        width *= 2
+    assert total is not None
+    if stride == 1:
+        return total
+    keep = torch.arange(0, length, stride, device=values.device)
+    return total.index_select(dim, keep)
+
+
+def patch_descriptors(
+    local: Tensor, assignment: Tensor, centroids: Tensor, patch_sizes: Sequence[int], strides: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Locally-global descriptors of every patch at every size.
+
+    local: N×H×W×C unit local descriptors; assignment: N×H×W×K; centroids: K×C.
+    Returns for each patch size p with stride s a tensor N×P×(K·C) of unit rows, patches row-major,
+    P = ((H−p)//s+1)·((W−p)//s+1), 0 when a patch does not fit. Always float32.
+    """
+    batch, height, width, channels = local.shape
+    clusters = centroids.shape[0]
+    shapes = [
+        (max(0, (height - p) // s + 1), max(0, (width - p) // s + 1)) for p, s in zip(patch_sizes, strides, strict=True)
+    ]
+    outputs = [local.new_empty(batch, rows * columns, clusters, channels) for rows, columns in shapes]
+    squared_norms = [local.new_zeros(batch, rows * columns, 1, 1) for rows, columns in shapes]
+    budget = CACHE_BYTES if local.device.type == "cpu" else DEVICE_BYTES
+    step = max(1, budget // (local.numel() * 4))
+    with torch.autocast(local.device.type, enabled=False):
+        for first in range(0, clusters, step):
+            some = slice(first, min(first + step, clusters))
+            residuals = local.unsqueeze(3) - centroids[some]  # N×H×W×k×C
+            residuals *= assignment[..., some].unsqueeze(4)
+            for p, s, (rows, columns), output, squared in zip(
+                patch_sizes, strides, shapes, outputs, squared_norms, strict=True
+            ):
+                if rows * columns == 0:
+                    continue
+                means = window_sums(window_sums(residuals, p, s, 2), p, s, 1) / (p * p)
+                means = means.flatten(1, 2)  # N×P×k×C
+                norms = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
+                scale = norms.clamp(min=EPSILON).reciprocal()
+                torch.mul(means, scale, out=output[:, :, some])
+                squared += (norms * scale).square().sum(dim=2, keepdim=True)
+        for output, squared in zip(outputs, squared_norms, strict=True):
+            output /= squared.sqrt_().clamp_(min=EPSILON)
+    return tuple(output.flatten(2) for output in outputs)

@@ -1,0 +1,58 @@
+"""How often a true match is among the first N predictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall@N for each N of n_values, as fractions 0..1.
+
+    all_queries: found queries / all queries, the figure of the paper; with_match: found queries / queries that have
+    a true match at all, the protocol of MSLS, NaN if there is none. num_candidates: length of the prediction lists;
+    beyond it Recall@N counts what the lists hold.
+    """
+
+    n_values: tuple[int, ...]
+    all_queries: tuple[float, ...]
+    with_match: tuple[float, ...]
+    num_queries: int
+    num_without_match: int
+    num_candidates: int
+
+    @property
+    def beyond_candidates(self) -> tuple[int, ...]:
+        """The values of N that the prediction lists are too short for."""
+        return tuple(n for n in self.n_values if n > self.num_candidates)
+
+
+def recall_at(
+    predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]], n_values: Sequence[int]
+) -> Recall:
+    """Recall@N of ranked database rows, nQ×k, best first; −1 stands for no prediction and never matches.
+
+    positives: database rows that truly match, for each query. Raises ValueError unless there are as many as queries.
+    """
+    num_queries, num_candidates = predictions.shape
+    rank_of_hit = np.full(num_queries, np.inf)  # rank 1 is the best
+    for row, (ranking, matches) in enumerate(zip(predictions, positives, strict=True)):
+        hits = np.flatnonzero(np.isin(ranking, matches) & (ranking >= 0))
+        if len(hits):
+            rank_of_hit[row] = hits[0] + 1
+    num_without_match = sum(len(matches) == 0 for matches in positives)
+    found = [int((rank_of_hit <= n).sum()) for n in n_values]
+    return Recall(
+        tuple(n_values),
+        tuple(_fraction(count, num_queries) for count in found),
+        tuple(_fraction(count, num_queries - num_without_match) for count in found),
+        num_queries,
+        num_without_match,
+        num_candidates,
+    )
+
+
+def _fraction(count: int, total: int) -> float:
+    return count / total if total else float("nan")

@@ -1,0 +1,137 @@
+"""Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from patchnetvlad.config import Config, load_config
+from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.images import prepare_image, read_image
+from patchnetvlad.locations import require_file
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.reranking import PairScore, find_matcher, rerank, score_pair, weighted_sum
+from patchnetvlad.retrieval import retrieve
+from patchnetvlad.weights import load_model
+
+Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+"""A file, a Pillow picture, an H×W×3 or H×W uint8 array (RGB or grey), or a 3×H×W tensor with values 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """One described picture: global_, D unit entries, and its patch descriptors (empty for a global model)."""
+
+    global_: Tensor
+    patches: PatchFeatures
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two pictures compared: score, the weighted sum over patch sizes (larger is better), and what is behind it."""
+
+    score: float
+    pair: PairScore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One database picture proposed for a query; score is comparable within one query's answers only."""
+
+    index: int
+    score: float
+
+
+class PlaceRecognizer:
+    """A model with its configuration, ready to describe and compare pictures."""
+
+    def __init__(self, model: PlaceModel, config: Config) -> None:
+        config.check_matching()
+        self.model = model
+        self.config = config
+        self.matcher = find_matcher(config.feature_match.matcher)
+
+    @classmethod
+    def load(
+        cls,
+        config: str | Path | Config = "builtin.ini",
+        device: str | torch.device = "cpu",
+        overrides: Sequence[str] = (),
+    ) -> "PlaceRecognizer":
+        """Load the model that a configuration (a shipped INI's name, a path, or a Config) describes.
+
+        overrides: "section.key=value", as --set of the scripts. Raises UserError for whatever does not fit.
+        """
+        if not isinstance(config, Config):
+            config = load_config(require_file(str(config), "configs"), overrides)
+        model, _ = load_model(config)
+        return cls(model.to(device), config)
+
+    def describe(self, pictures: Picture | Iterable[Picture]) -> list[Description]:
+        """Describe one picture or several, one at a time, in the order given."""
+        if isinstance(pictures, (str, Path, Image.Image, np.ndarray, Tensor)):
+            pictures = [pictures]
+        return list(self._described(pictures))
+
+    def _described(self, pictures: Iterable[Picture]) -> Iterator[Description]:
+        for picture in pictures:
+            described = self.model.describe(self._tensor(picture)[None].to(self.model.device))
+            yield Description(described.global_[0], described.picture(0))
+
+    def compare(self, query: Description, reference: Description) -> Comparison:
+        """Match two pictures at every patch size and score how well the matches agree in space."""
+        pair = score_pair(query.patches, reference.patches, self.matcher)
+        return Comparison(weighted_sum(pair.scores, self.config.feature_match.patchweights2use), pair)
+
+    def database(self, pictures: Iterable[Picture]) -> "PlaceDatabase":
+        """Describe pictures and keep them in memory, to be queried."""
+        return PlaceDatabase(self, self.describe(pictures))
+
+    def _tensor(self, picture: Picture) -> Tensor:
+        size = self.config.feature_extract
+        if isinstance(picture, (str, Path)):
+            picture = read_image(Path(picture), size.exif_rotation)
+        elif isinstance(picture, Tensor):
+            picture = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # H×W×3
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        return prepare_image(picture.convert("RGB"), size.imageresizeh, size.imageresizew)
+
+
+class PlaceDatabase:
+    """Described pictures in memory. Positions count from 0 in the order of the pictures."""
+
+    def __init__(self, recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> None:
+        self.recognizer = recognizer
+        self.pictures = list(pictures)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def query(self, picture: Picture | Description, top: int = 5) -> list[Answer]:
+        """The database pictures most like a query, best first: at most ``top``.
+
+        The [feature_match] rerank_top nearest by global descriptor (at least ``top``; without it 100) are re-ranked
+        by their patches. With a global model the order is the retrieval's.
+        """
+        if not isinstance(picture, Description):
+            (picture,) = self.recognizer.describe([picture])
+        count = max(top, self.recognizer.config.feature_match.rerank_top or 100)
+        vectors = torch.stack([described.global_ for described in self.pictures]).cpu().numpy()
+        found = retrieve(picture.global_[None].cpu().numpy(), vectors, count)
+        indices = found.indices[0].tolist()
+        if not picture.patches.descriptors:
+            return [Answer(i, float(score)) for i, score in zip(indices, found.scores[0], strict=True)][:top]
+        ranking = rerank(
+            picture.patches,
+            (self.pictures[index].patches for index in indices),
+            self.recognizer.config.feature_match.patchweights2use,
+            self.recognizer.matcher,
+        )
+        return [Answer(indices[position], float(ranking.fused[position])) for position in ranking.order[:top]]

@@ -1,0 +1,190 @@
+"""Spatial scores of a query's candidates, fused over patch sizes into one ranking (paper sections 3.4 and 3.5)."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.errors import UserError
+from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.ransac import ransac_score
+from patchnetvlad.rapid_spatial import rapid_spatial_score
+from patchnetvlad.scores import Score
+
+_ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
+
+Matcher = Callable[[Matches, PatchGrid, PatchGrid], Score]
+"""Matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement."""
+
+MATCHERS: dict[str, Matcher] = {
+    "RANSAC": ransac_score,
+    "spatialApproximator": rapid_spatial_score,
+}
+
+
+def find_matcher(name: str) -> Matcher:
+    """A matcher by its name in the table; raises UserError for another name."""
+    if name not in MATCHERS:
+        raise UserError(f"[feature_match] matcher = {name}: expected {' or '.join(MATCHERS)}")
+    return MATCHERS[name]
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Two pictures compared: a score and the matches behind it for each patch size."""
+
+    scores: tuple[Score, ...]
+    matches: tuple[Matches, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reranking:
+    """A query's n candidates after spatial scoring at S patch sizes.
+
+    order: int64 (n,), positions in the retrieval order, best first; fused: float64 (n,) and per_scale: float64 n×S
+    stay in the retrieval order. Larger is better.
+    """
+
+    order: NDArray[np.int64]
+    fused: NDArray[np.float64]
+    per_scale: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RankingScores:
+    """Spatial scores of all queries' re-ranked candidates, best first; larger is better.
+
+    patch_sizes: S of them; matcher: its name in MATCHERS; indices: int64 nQ×r, database rows, −1 where a query has
+    fewer than r candidates (its scores there are 0); fused: float64 nQ×r; per_scale: float64 nQ×r×S, as the matcher
+    gave them.
+    """
+
+    patch_sizes: tuple[int, ...]
+    matcher: str
+    indices: NDArray[np.int64]
+    fused: NDArray[np.float64]
+    per_scale: NDArray[np.float64]
+
+
+def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
+    """Match and score two pictures at every patch size; their grids may differ."""
+    matches = tuple(
+        mutual_matches(query_patches, reference_patches)
+        for query_patches, reference_patches in zip(query.descriptors, reference.descriptors, strict=True)
+    )
+    return PairScore(_score(matches, query.grids, reference.grids, matcher), matches)
+
+
+def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:
+    """One number for two pictures: the weighted sum of the scores of all patch sizes."""
+    return sum(weight * score.value for weight, score in zip(weights, scores, strict=True))
+
+
+def fuse(scores: NDArray[np.floating], weights: Sequence[float]) -> NDArray[np.float64]:
+    """Weighted sum of the z-scores of every patch size over n candidates (paper section 3.5): n×S, S weights → (n,).
+
+    The standard deviation is that of the population. A patch size at which all candidates score the same says
+    nothing about them and contributes 0, as it does for a single candidate.
+    """
+    fused = np.zeros(len(scores))
+    if len(scores) == 0:
+        return fused
+    for column, weight in zip(np.asarray(scores, dtype=np.float64).T, weights, strict=True):
+        lowest, highest = column.min(), column.max()
+        if highest - lowest > _ROUNDING * max(abs(lowest), abs(highest)):
+            # z-scores do not depend on offset and scale; in 0..1 the deviation of unequal scores cannot vanish
+            unit = (column - lowest) / (highest - lowest)
+            fused += weight * ((unit - unit.mean()) / unit.std())
+    return fused
+
+
+def rerank(
+    query: PatchFeatures,
+    candidates: Iterable[PatchFeatures],
+    weights: Sequence[float],
+    matcher: Matcher,
+    batch_size: int = 1,
+    executor: Executor | None = None,
+) -> Reranking:
+    """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
+
+    candidates is consumed once and no more than two batches are held, so they may come from disk one by one.
+    batch_size: candidates matched in one go on the query's device; 1 suits the CPU, more suits an accelerator.
+    executor: threads that score while the next candidates are matched (OpenCV releases the interpreter lock).
+    """
+    pending: list[Future[tuple[Score, ...]] | tuple[Score, ...]] = []
+    for candidate_grids, matches in _match_all(query, candidates, batch_size):
+        if executor is None:
+            pending.append(_score(matches, query.grids, candidate_grids, matcher))
+        else:
+            pending.append(executor.submit(_score, matches, query.grids, candidate_grids, matcher))
+    per_candidate = [item.result() if isinstance(item, Future) else item for item in pending]
+    values = [[score.value for score in scores] for scores in per_candidate]
+    per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
+    fused = fuse(per_scale, weights)
+    return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
+
+
+def reorder(ranking: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A retrieval ranking (k,) with its first len(order) entries re-ranked and the others left behind them."""
+    return np.concatenate([ranking[: len(order)][order], ranking[len(order) :]])
+
+
+def collect_scores(
+    candidates: NDArray[np.int64], rerankings: Sequence[Reranking], patch_sizes: Sequence[int], matcher: str
+) -> RankingScores:
+    """Gather the re-rankings of all queries; candidates: nQ×k in retrieval order, each re-ranked its first few."""
+    most = max((len(reranking.order) for reranking in rerankings), default=0)
+    indices = np.full((len(rerankings), most), -1, dtype=np.int64)
+    fused = np.zeros((len(rerankings), most))
+    per_scale = np.zeros((len(rerankings), most, len(patch_sizes)))
+    for row, (found, reranking) in enumerate(zip(candidates, rerankings, strict=True)):
+        count = len(reranking.order)
+        indices[row, :count] = found[:count][reranking.order]
+        fused[row, :count] = reranking.fused[reranking.order]
+        per_scale[row, :count] = reranking.per_scale[reranking.order]
+    return RankingScores(tuple(patch_sizes), matcher, indices, fused, per_scale)
+
+
+def _score(
+    matches: Sequence[Matches],
+    query_grids: Sequence[PatchGrid],
+    reference_grids: Sequence[PatchGrid],
+    matcher: Matcher,
+) -> tuple[Score, ...]:
+    return tuple(map(matcher, matches, query_grids, reference_grids))
+
+
+def _match_all(
+    query: PatchFeatures, candidates: Iterable[PatchFeatures], batch_size: int
+) -> Iterator[tuple[tuple[PatchGrid, ...], tuple[Matches, ...]]]:
+    """Grids and matches of each candidate, one for each patch size."""
+    stream = iter(candidates)
+    while batch := list(islice(stream, batch_size)):
+        if len(batch) == 1:
+            matches = [
+                [mutual_matches(patches, other.to(patches.device))]
+                for patches, other in zip(query.descriptors, batch[0].descriptors, strict=True)
+            ]
+        else:
+            matches = [
+                _match_batch(patches, [candidate.descriptors[scale] for candidate in batch])
+                for scale, patches in enumerate(query.descriptors)
+            ]
+        for candidate, candidate_matches in zip(batch, zip(*matches, strict=True), strict=True):
+            yield candidate.grids, candidate_matches
+
+
+def _match_batch(query: Tensor, references: Sequence[Tensor]) -> list[Matches]:
+    """One patch size of a batch; candidates of different sizes are padded."""
+    lengths = torch.tensor([len(reference) for reference in references])
+    padded = pad_sequence([reference.to(query.device) for reference in references], batch_first=True)
+    return mutual_matches_batch(query, padded, None if bool((lengths == lengths[0]).all()) else lengths)

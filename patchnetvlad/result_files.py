@@ -1,0 +1,289 @@
+"""Rankings, scores and recalls as files for people and other tools; the only module that knows these formats.
+
+- Kapture pairs: `#` header lines, then `query, map, score`. Kapture sorts by score and drops negative ones, so the
+  score is 1/rank, not the similarity.
+- hloc pairs: `query database` on each line, best first.
+- MSLS predictions: `query_key database_key database_key …`, keys being base names without extension.
+- Scores: an .npz file, see write_scores. Recalls: text, see write_recalls.
+
+Every file appears complete or not at all.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import getpid
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.recall import Recall
+from patchnetvlad.reranking import RankingScores
+from patchnetvlad.retrieval import Candidates
+
+_KAPTURE_HEADER = ("# kapture format: 1.1", "# query_image, map_image, score")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Names of one query and of its predictions, best first."""
+
+    query: str
+    database: tuple[str, ...]
+
+
+def name_rankings(
+    query_names: Sequence[str], database_names: Sequence[str], indices: NDArray[np.int64]
+) -> list[Ranking]:
+    """Names for predictions nQ×k; entries of −1 are left out."""
+    return [
+        Ranking(query, tuple(database_names[index] for index in row if index >= 0))
+        for query, row in zip(query_names, indices.tolist(), strict=True)
+    ]
+
+
+def write_kapture_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+    """Raises UserError for a name that this format cannot hold."""
+
+    def lines() -> Iterator[str]:
+        yield from _KAPTURE_HEADER
+        for ranking in rankings:
+            for rank, name in enumerate(ranking.database, start=1):
+                yield f"{ranking.query}, {name}, {1 / rank:.10g}"
+
+    rankings = list(rankings)
+    for name in _all_names(rankings):
+        if "," in name or name.startswith("#") or name != name.strip():
+            raise UserError(
+                f"{path}: picture {name!r}: a name in a Kapture pairs file holds no comma, starts with no # and has no "
+                "white space around it (rename the picture)"
+            )
+    _write_lines(path, lines())
+
+
+def write_hloc_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+    """Raises UserError for a name that this format cannot hold."""
+    rankings = list(rankings)
+    for name in _all_names(rankings):
+        if name.split() != [name] or name.startswith("#") or name.endswith(","):
+            raise UserError(
+                f"{path}: picture {name!r}: a name in an hloc pairs file holds no white space, starts with no # and "
+                "ends with no comma (rename the picture)"
+            )
+    _write_lines(path, (f"{ranking.query} {name}" for ranking in rankings for name in ranking.database))
+
+
+def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool = False) -> None:
+    """Write MSLS predictions, or add those of a further city to a file that exists.
+
+    Every row must have the same number of columns: shorter ones repeat their last key, which changes no recall
+    and no average precision. Raises UserError for a query without predictions, a query that the file already has,
+    white space in a key, and two pictures with one key.
+    """
+    rows: list[list[str]] = []
+    if append and path.exists():
+        rows = [line.split() for _, line in _read_lines(path)]
+    rankings = list(rankings)
+    query_key = _key_table(path, dict.fromkeys(ranking.query for ranking in rankings))
+    database_key = _key_table(path, dict.fromkeys(name for ranking in rankings for name in ranking.database))
+    present = {row[0] for row in rows}
+    for ranking in rankings:
+        key = query_key[ranking.query]
+        if not ranking.database:
+            raise UserError(f"{path}: {ranking.query} has no prediction: MSLS expects some for every query")
+        if key in present:
+            raise UserError(f"{path}: query {key} appears a second time (was this city added before?)")
+        present.add(key)
+        rows.append([key, *(database_key[name] for name in ranking.database)])
+    width = max(map(len, rows), default=0)
+    _write_lines(path, (" ".join(row + row[-1:] * (width - len(row))) for row in rows))
+
+
+def read_pairs(path: Path) -> list[Ranking]:
+    """Read a Kapture (two or three columns) or hloc pairs file; queries in the order of their first line.
+
+    Kapture pairs are ordered by score, equal ones and hloc pairs by line; a pair counts once. A leading ./ of names
+    is dropped. Raises UserError naming the line that fits neither format.
+    """
+    found: dict[str, list[tuple[float, str]]] = {}
+    kapture: bool | None = None
+    columns = 0
+    for number, line in _read_lines(path):
+        if kapture is None:
+            # hloc: two names and a space. A Kapture line has a comma after its first name.
+            words = line.split()
+            kapture = len(words) != 2 or words[0].endswith(",")
+        fields = [field.strip() for field in line.split(",")] if kapture else line.split()
+        columns = columns or len(fields)
+        try:
+            query, name, *rest = fields
+            score = float(rest[0]) if rest else 0.0
+            understood = all((query, name)) and len(fields) == columns <= (3 if kapture else 2) and score == score
+        except ValueError:
+            understood = False
+        if not understood:
+            expected = "query, map, score" if kapture else "query database"
+            raise UserError(
+                f"{path}: line {number}: {line[:80]!r}: expected {expected} (not a Kapture or hloc pairs file?)"
+            )
+        found.setdefault(_plain(query), []).append((-score, _plain(name)))
+    return [
+        Ranking(query, tuple(dict.fromkeys(name for _, name in sorted(pairs, key=lambda pair: pair[0]))))
+        for query, pairs in found.items()
+    ]
+
+
+def read_predictions(path: Path, query_names: Sequence[str], database_names: Sequence[str]) -> Candidates:
+    """Predictions of any other method: an .npy file of database rows, nQ×k, or a Kapture or hloc pairs file.
+
+    Best first; a repeated or negative (absent) entry of an .npy row is dropped and shorter rows end in −1. Scores are
+    1/rank. Raises UserError for a wrong shape or type, a row outside the database, an unknown name and a query
+    without predictions.
+    """
+    if path.suffix == ".npy":
+        rows = _read_npy_rows(path, len(query_names), len(database_names))
+    else:
+        rows = _read_named_rows(path, query_names, database_names)
+    empty = [name for name, row in zip(query_names, rows, strict=True) if not row]
+    if empty:
+        raise UserError(f"{path}: no prediction for {_examples(empty)} (predictions for another query list?)")
+    indices = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
+    for row, found in zip(indices, rows, strict=True):
+        row[: len(found)] = found
+    ranks = np.arange(1, indices.shape[1] + 1, dtype=np.float32)
+    return Candidates(indices, np.where(indices >= 0, 1 / ranks, np.float32(-np.inf)))
+
+
+def write_recalls(path: Path, recalls: Mapping[str, Recall]) -> None:
+    """One line for each method and N, over all queries: `Recall NetVLAD@1: 0.1234`."""
+    _write_lines(
+        path,
+        (
+            f"Recall {method}@{n}: {value:.4f}"
+            for method, recall in recalls.items()
+            for n, value in zip(recall.n_values, recall.all_queries, strict=True)
+        ),
+    )
+
+
+def write_scores(path: Path, scores: RankingScores, query_names: Sequence[str], database_names: Sequence[str]) -> None:
+    """Write an .npz file of the fields of RankingScores and of query_names and database_names, text arrays."""
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            patch_sizes=np.array(scores.patch_sizes, dtype=np.int64),
+            matcher=np.array(scores.matcher),
+            indices=scores.indices,
+            fused=scores.fused,
+            per_scale=scores.per_scale,
+            query_names=np.array(query_names, dtype=np.str_),
+            database_names=np.array(database_names, dtype=np.str_),
+        )
+
+
+def read_scores(path: Path) -> tuple[RankingScores, tuple[str, ...], tuple[str, ...]]:
+    """Scores, query names and database names from a file of write_scores."""
+    with np.load(path, allow_pickle=False) as arrays:
+        scores = RankingScores(
+            tuple(arrays["patch_sizes"].tolist()),
+            str(arrays["matcher"]),
+            arrays["indices"],
+            arrays["fused"],
+            arrays["per_scale"],
+        )
+        return scores, tuple(arrays["query_names"].tolist()), tuple(arrays["database_names"].tolist())
+
+
+def _read_npy_rows(path: Path, num_queries: int, num_database: int) -> list[list[int]]:
+    try:
+        indices = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not an .npy file of integers, or damaged") from error
+    if not isinstance(indices, np.ndarray) or indices.ndim != 2 or indices.dtype.kind not in "iu":
+        raise UserError(f"{path}: expected a table of integers, a row of database indices for each query")
+    if len(indices) != num_queries:
+        raise UserError(
+            f"{path}: {len(indices)} rows for {num_queries} queries: row i belongs to line i (another query list?)"
+        )
+    if indices.size and indices.max() >= num_database:
+        raise UserError(
+            f"{path}: index {indices.max()}: the database has {num_database} pictures, counted from 0 "
+            "(another database list?)"
+        )
+    return [list(dict.fromkeys(index for index in row if index >= 0)) for row in indices.tolist()]
+
+
+def _read_named_rows(path: Path, query_names: Sequence[str], database_names: Sequence[str]) -> list[list[int]]:
+    rankings = {ranking.query: ranking.database for ranking in read_pairs(path)}
+    queries = [_plain(name) for name in query_names]
+    row_of = {_plain(name): row for row, name in reversed(list(enumerate(database_names)))}
+    unknown_queries = sorted(rankings.keys() - set(queries))
+    if unknown_queries:
+        raise UserError(f"{path}: {_examples(unknown_queries)}: not in the query list (names of another root?)")
+    unknown = [name for name in dict.fromkeys(n for row in rankings.values() for n in row) if name not in row_of]
+    if unknown:
+        raise UserError(f"{path}: {_examples(unknown)}: not in the index list (names of another root?)")
+    return [[row_of[name] for name in rankings.get(query, ())] for query in queries]
+
+
+def _examples(names: Sequence[str]) -> str:
+    return f"{len(names)} pictures such as {', '.join(names[:3])}"
+
+
+def _plain(name: str) -> str:
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def _all_names(rankings: Iterable[Ranking]) -> Iterable[str]:
+    return dict.fromkeys(name for ranking in rankings for name in (ranking.query, *ranking.database))
+
+
+def _key_table(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """MSLS key of each name."""
+    name_of: dict[str, str] = {}
+    for name in names:
+        key = PurePosixPath(name).stem
+        if key.split() != [key] or "#" in key:
+            raise UserError(f"{path}: picture {name!r}: an MSLS key holds no white space and no #")
+        if key in name_of:
+            raise UserError(f"{path}: {name_of[key]} and {name} have the same MSLS key {key} (not an MSLS list?)")
+        name_of[key] = name
+    return {name: key for key, name in name_of.items()}
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """Numbered lines that are neither blank nor comments."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside path that takes its place when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,86 @@
+"""The commands of tools/: each parses, makes one call and says where the result is."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from patchnetvlad import command_line
+from patchnetvlad.checkpoints import write_checkpoint
+from patchnetvlad.command_line import Parser
+from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
+from patchnetvlad.images import require_readable
+from patchnetvlad.locations import require_file
+from patchnetvlad.model_fitting import fit_model as fit
+from patchnetvlad.result_files import read_pairs, write_msls_predictions
+
+logger = logging.getLogger(__name__)
+
+
+def fit_model(arguments: Sequence[str] | None = None) -> int:
+    """Fit a model on any pictures, without training."""
+    parser = Parser(
+        "Fit NetVLAD's clusters and WPCA on your own pictures, without training; the configuration says the encoder, "
+        "[train] num_clusters, whitening and seed, and num_pcs.",
+        "fit_model.py",
+    )
+    parser.add_config_options("builtin.ini")
+    parser.add_argument("--dataset_root_dir", required=True, metavar="DIR", help="folder with the pictures")
+    parser.add_argument(
+        "--dataset_file_path", metavar="LIST", help="list of pictures; without it, all below the folder"
+    )
+    parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> None:
+        config = command_line.configuration(args)
+        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        if args.dataset_file_path:
+            pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
+            require_readable(pictures, progress=command_line.progress(args))
+            paths = list(pictures.paths)
+        else:
+            paths = [root / name for name in list_folder(root, recursive=True)]
+        device = command_line.device(args)
+        model, wpca = fit(config, paths, device, command_line.progress(args))
+        path = Path(args.output_path)
+        write_checkpoint(
+            path,
+            model,
+            half_precision_wpca=True,
+            fitted_on=f"{len(paths)} pictures",
+            explained_variance=wpca.explained_variance if wpca else 1.0,
+        )
+        print(f"model in {path}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def gen_image_file_list(arguments: Sequence[str] | None = None) -> int:
+    """List a folder's pictures."""
+    parser = Parser("Write the list of a folder's pictures, in natural order.", "gen_image_file_list.py")
+    parser.add_argument("--dataset_root_dir", required=True, metavar="DIR", help="folder with the pictures")
+    parser.add_argument("--out_file", required=True, metavar="LIST", help="text file to write")
+    parser.add_argument("--recursive", action="store_true", help="enter folders within")
+
+    def command(args: argparse.Namespace) -> None:
+        names = list_folder(command_line.folder(args.dataset_root_dir, "--dataset_root_dir"), args.recursive)
+        write_image_list(Path(args.out_file), names)
+        print(f"{len(names)} pictures listed in {args.out_file}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def convert_kapture_to_msls(arguments: Sequence[str] | None = None) -> int:
+    """Turn a Kapture pairs file into MSLS predictions."""
+    parser = Parser("Turn a Kapture pairs file into predictions for the MSLS evaluator.", "convert_kapture_to_msls.py")
+    parser.add_argument("kapture", metavar="IN", help="pairs file with two or three columns")
+    parser.add_argument("msls", metavar="OUT", help="text file to write")
+    parser.add_argument("--append", action="store_true", help="add another city to the file")
+
+    def command(args: argparse.Namespace) -> None:
+        rankings = read_pairs(Path(args.kapture))
+        write_msls_predictions(Path(args.msls), rankings, args.append)
+        print(f"predictions of {len(rankings)} queries in {args.msls}")
+
+    return command_line.run(parser, command, arguments)

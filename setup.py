@@ -1,0 +1,56 @@
+"""Package description; the folders users know at the top of a checkout travel inside the wheel."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "patchnetvlad/__init__.py").read_text())
+DATA_FOLDERS = {
+    "configs": ["*.ini"],
+    "dataset_imagenames": ["*.txt"],
+    "dataset_gt_files": ["*.npz"],
+    "pretrained_models": ["builtin_*"],
+    "example_images": ["*.json", "*.npz", "*/*.jpg"],
+}
+# Scripts that users know by their file names; the other commands have a thin script in tools/.
+SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
+TOOLS = ["fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"]
+
+setup(
+    name="patchnetvlad",
+    version=VERSION.group(1) if VERSION else "0",
+    description="Visual place recognition with Patch-NetVLAD: retrieval, then re-ranking by patch descriptors",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "faiss-cpu>=1.8",
+        "opencv-python-headless>=4.8",
+        "scikit-learn>=1.3",
+        "natsort>=8",
+        "tqdm>=4.60",
+        "pillow>=10",
+        "matplotlib>=3.8",
+        "huggingface_hub>=0.23",
+    ],
+    extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"]},
+    packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],
+    package_dir={f"patchnetvlad.{folder}": folder for folder in DATA_FOLDERS},
+    package_data={
+        "patchnetvlad": ["py.typed"],
+        **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
+    },
+    scripts=[f"{name}.py" for name in SCRIPTS],
+    entry_points={
+        "console_scripts": [
+            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands:{name}" for name in SCRIPTS + TOOLS
+        ]
+    },
+)

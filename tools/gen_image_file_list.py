@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""List the pictures of a folder in natural order."""
+
+import sys
+
+from patchnetvlad.tool_commands import gen_image_file_list
+
+if __name__ == "__main__":
+    sys.exit(gen_image_file_list())
