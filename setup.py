@@ -16,7 +16,7 @@ DATA_FOLDERS = {
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TOOLS = ["fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"]
+TOOLS = ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"]
 
 setup(
     name="patchnetvlad",

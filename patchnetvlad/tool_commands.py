@@ -2,15 +2,16 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from patchnetvlad import command_line
 from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.command_line import Parser
+from patchnetvlad.commands import feature_extract, feature_match, match_two
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.images import require_readable
-from patchnetvlad.locations import require_file
+from patchnetvlad.locations import require_file, shipped_folder
 from patchnetvlad.model_fitting import fit_model as fit
 from patchnetvlad.result_files import read_pairs, write_msls_predictions
 
@@ -52,6 +53,43 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
             explained_variance=wpca.explained_variance if wpca else 1.0,
         )
         print(f"model in {path}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def demo(arguments: Sequence[str] | None = None) -> int:
+    """Run the main job on the example places with the bundled model."""
+    parser = Parser("Extract, match and compare on the example places with the bundled model.", "demo.py")
+    parser.add_argument("--output_dir", default="demo", metavar="DIR", help="folder for features, results and figure")
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> int:
+        output, examples = Path(args.output_dir), shipped_folder("example_images")
+        shared = ["--config_path", "builtin.ini", "--device", "cpu" if args.nocuda else args.device]
+        lists = {part: f"example_imageNames_{part}.txt" for part in ("query", "index")}
+        steps: list[tuple[Callable[[Sequence[str]], int], list[str]]] = [
+            (
+                feature_extract,
+                ["--dataset_file_path", listed, "--dataset_root_dir", str(examples)]
+                + ["--output_features_dir", str(output / "features" / part)],
+            )
+            for part, listed in lists.items()
+        ]
+        steps.append(
+            (
+                feature_match,
+                ["--dataset_root_dir", str(examples), "--ground_truth_path", "example.npz"]
+                + [word for part in lists for word in (f"--{part}_file_path", lists[part])]
+                + [f"--{part}_input_features_dir={output / 'features' / part}" for part in lists]
+                + ["--result_save_folder", str(output / "results")],
+            )
+        )
+        steps.append((match_two, ["--plot_save_path", str(output)]))
+        for step, options in steps:
+            print(f"\n$ {step.__name__}.py {' '.join(shared + options)}", flush=True)
+            if status := step([*shared, *options]):
+                return status
+        return 0
 
     return command_line.run(parser, command, arguments)
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from patchnetvlad import tool_commands
+
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
 
 # Frozen weights that need no download: NumPy's legacy generator gives every machine the same bytes.
 VGG16_CONVOLUTIONS = [
@@ -69,3 +72,23 @@ def published_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pretrained_models") / "mapillary_WPCA128.pth.tar"
     torch.save({"epoch": 0, "state_dict": published_state()}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that make a script use a model fitted on a few example pictures at 160×120, in the builtin layout."""
+    folder = tmp_path_factory.mktemp("small_model")
+    options = [
+        *("--config_path", str(ROOT / "configs/builtin.ini"), "--nocuda", "-q"),
+        *("--set", "feature_extract.imageresizew=160", "--set", "feature_extract.imageresizeh=120"),
+        *("--set", "feature_match.imageresizew=160", "--set", "feature_match.imageresizeh=120"),
+        *("--set", "global_params.num_pcs=32", "--set", "global_params.patch_sizes=2,3"),
+        *("--set", "global_params.strides=1,1", "--set", "feature_match.patchweights2use=0.5,0.5"),
+        *("--set", f"global_params.resumepath={folder / 'small_WPCA'}", "--set", "train.num_clusters=8"),
+        *("--set", "feature_match.n_values_all=1,5,10"),
+    ]
+    listed = folder / "pictures.txt"
+    listed.write_text("".join(f"database/place{place:02}_0.jpg\n" for place in range(12)))
+    fitting = ["--dataset_root_dir", str(ROOT / "example_images"), "--dataset_file_path", str(listed)]
+    assert tool_commands.fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
+    return options

@@ -1,0 +1,290 @@
+"""The scripts end to end on the example places with a small model, and what they say of bad input."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from patchnetvlad import commands, tool_commands
+from patchnetvlad.result_files import read_pairs
+
+EXAMPLES = ROOT / "example_images"
+QUERY_LIST, INDEX_LIST = "example_imageNames_query.txt", "example_imageNames_index.txt"
+
+
+@pytest.fixture(scope="module")
+def features(small_model, tmp_path_factory):
+    """Folder with `query` and `index` features of the example places."""
+    folder = tmp_path_factory.mktemp("example")
+    for name, listed in (("query", QUERY_LIST), ("index", INDEX_LIST)):
+        assert extract(small_model, listed, folder / name) == 0
+    return folder
+
+
+def extract(options, listed, folder, root=EXAMPLES, *more):
+    return commands.feature_extract(
+        [*options, "--dataset_file_path", str(listed), "--dataset_root_dir", str(root)]
+        + ["--output_features_dir", str(folder), *more]
+    )
+
+
+def match(options, features, results, *more, truth="example.npz", query_list=QUERY_LIST, index_list=INDEX_LIST):
+    ground_truth = ["--ground_truth_path", str(truth)] if truth else []
+    return commands.feature_match(
+        [*options, "--dataset_root_dir", str(EXAMPLES), *ground_truth, "--result_save_folder", str(results)]
+        + ["--query_file_path", str(query_list), "--index_file_path", str(index_list)]
+        + ["--query_input_features_dir", str(features / "query")]
+        + ["--index_input_features_dir", str(features / "index"), *more]
+    )
+
+
+def recalls(results):
+    return json.loads((results / "recalls.json").read_text())["recalls"]
+
+
+def failure(capsys) -> str:
+    """The one line that a failed command wrote."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_extract_then_match(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path, "--formats", "kapture", "hloc", "msls") == 0
+    lines = (tmp_path / "recalls.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"Recall {stage}@{n}" for stage in ("NetVLAD", "PatchNetVLAD") for n in (1, 5, 10)
+    ]
+    found, before = (recalls(tmp_path)[stage]["all_queries"] for stage in ("PatchNetVLAD", "NetVLAD"))
+    assert found["1"] >= 0.5 and found["1"] > before["1"] and found["10"] >= found["5"] >= found["1"]
+    pairs = read_pairs(tmp_path / "PatchNetVLAD_predictions.txt")
+    assert len(pairs) == 18 and pairs[0].query == "queries/query00_0.jpg" and len(pairs[0].database) == 10
+    assert len((tmp_path / "PatchNetVLAD_predictions_msls.txt").read_text().splitlines()) == 18
+    assert (tmp_path / "NetVLAD_pairs_hloc.txt").exists() and (tmp_path / "match.log").exists()
+    assert "Recall@N" in capsys.readouterr().out
+
+
+def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
+    assert match(small_model, features, tmp_path, truth=None) == 0
+    assert not list(tmp_path.glob("recalls*"))
+
+
+def test_a_second_extraction_describes_nothing(small_model, features, capsys):
+    before = (features / "index/globalfeats.npy").stat().st_mtime_ns
+    options = [option for option in small_model if option != "-q"]
+    assert extract(options, INDEX_LIST, features / "index") == 0
+    assert "0 to describe" in capsys.readouterr().err
+    assert (features / "index/globalfeats.npy").stat().st_mtime_ns == before
+
+
+def test_candidates_beyond_rerank_top_keep_their_place(small_model, features, tmp_path):
+    assert match(small_model, features, tmp_path, "--set", "feature_match.rerank_top=3") == 0
+    first, second = (read_pairs(tmp_path / f"{stage}_predictions.txt") for stage in ("NetVLAD", "PatchNetVLAD"))
+    for before, after in zip(first, second, strict=True):
+        assert sorted(before.database[:3]) == sorted(after.database[:3]) and before.database[3:] == after.database[3:]
+    assert np.load(tmp_path / "scores.npz")["indices"].shape == (18, 3)
+
+
+def test_on_demand_equals_stored(small_model, features, tmp_path):
+    assert match(small_model, features, tmp_path / "stored") == 0
+    assert match(small_model, features, tmp_path / "made", "--set", "feature_match.local_features=on_demand") == 0
+    stored, made = (np.load(tmp_path / name / "scores.npz") for name in ("stored", "made"))
+    np.testing.assert_array_equal(stored["indices"], made["indices"])
+    np.testing.assert_allclose(stored["per_scale"], made["per_scale"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, dtype):
+    options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]
+    for name, listed in (("query", QUERY_LIST), ("index", INDEX_LIST)):
+        assert extract(options, listed, tmp_path / name) == 0
+    assert match(small_model, tmp_path, tmp_path / "small") == 0
+    assert match(small_model, features, tmp_path / "full") == 0
+    small, full = (recalls(tmp_path / name)["PatchNetVLAD"]["all_queries"] for name in ("small", "full"))
+    assert abs(small["1"] - full["1"]) <= 1 / 18 + 1e-9 and small["10"] == full["10"]
+    size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
+    whole = (features / "index/patchfeats_psize2_place00_0.npy").stat().st_size
+    assert size < whole * (0.51 if dtype == "float16" else 0.27)
+
+
+def test_predictions_of_another_method(small_model, features, tmp_path):
+    given = tmp_path / "pairs.npy"
+    np.save(given, np.tile(np.array([7, 3, 5]), (18, 1)))
+    options = [*small_model, "--set", f"feature_match.pred_input_path={given}"]
+    assert match(options, features, tmp_path / "out") == 0
+    (first, *_) = read_pairs(tmp_path / "out/NetVLAD_predictions.txt")
+    names = (ROOT / "dataset_imagenames" / INDEX_LIST).read_text().split()
+    assert first.database == (names[7], names[3], names[5])
+
+
+def test_global_models_write_the_first_stage_only(small_model, tmp_path):
+    options = [*small_model, "--set", "global_params.pooling=netvlad"]
+    for name, listed in (("query", QUERY_LIST), ("index", INDEX_LIST)):
+        assert extract(options, listed, tmp_path / name) == 0
+    assert not list(tmp_path.glob("*/patchfeats*"))
+    assert match(options, tmp_path, tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_predictions.txt")) == ["NetVLAD_predictions.txt"]
+
+
+def test_pictures_of_their_own_size(small_model, tmp_path):
+    sizes = {"a.png": (200, 150), "b.png": (150, 200), "c.png": (200, 150)}
+    for name, size in sizes.items():
+        Image.open(EXAMPLES / "database/place00_0.jpg").resize(size).save(tmp_path / name)
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(sizes))
+    own = [f"--set=feature_{part}.imageresize{side}=0" for part in ("extract", "match") for side in "wh"]
+    options = [*small_model, *own]
+    for name in ("query", "index"):
+        assert extract(options, listed, tmp_path / name, tmp_path) == 0
+    assert match(options, tmp_path, tmp_path / "out", truth=None, query_list=listed, index_list=listed) == 0
+    assert [row.database[0] for row in read_pairs(tmp_path / "out/PatchNetVLAD_predictions.txt")][1] == "b.png"
+
+
+def test_match_two_prints_and_draws(small_model, tmp_path, capsys):
+    scores = []
+    for second in ("place00_0.jpg", "place05_0.jpg"):
+        arguments = ["--first_im_path", str(EXAMPLES / "queries/query00_0.jpg")]
+        arguments += ["--second_im_path", str(EXAMPLES / "database" / second), "--plot_save_path", str(tmp_path)]
+        assert commands.match_two([*small_model, *arguments]) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        before, after = "Similarity score between the two images is: ", ". Larger scores indicate better matches."
+        assert line.startswith(before) and line.endswith(after)
+        scores.append(float(line.removeprefix(before).removesuffix(after)))
+    assert scores[0] > scores[1]
+    with Image.open(tmp_path / "patchMatchings.png") as figure:
+        assert figure.width > 1000
+
+
+def test_names_that_need_care(small_model, tmp_path):
+    """Equal stems, spaces, other alphabets, grey, palette and transparent pictures."""
+    source = Image.open(EXAMPLES / "database/place00_0.jpg")
+    for name, mode in (("a/1.png", "L"), ("b/1.png", "RGBA"), ("b/Straße 1.png", "P"), ("b/街.jpg", "RGB")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        source.convert(mode).save(tmp_path / name)
+    listed = tmp_path / "list.txt"
+    assert tool_commands.gen_image_file_list(
+        ["--dataset_root_dir", str(tmp_path), "--out_file", str(listed), "--recursive"]
+    ) == 0  # fmt: skip
+    for name in ("query", "index"):
+        assert extract(small_model, listed, tmp_path / name, tmp_path) == 0
+    assert match(small_model, tmp_path, tmp_path / "out", truth=None, query_list=listed, index_list=listed) == 0
+    rows = read_pairs(tmp_path / "out/PatchNetVLAD_predictions.txt")
+    assert {row.query for row in rows} == {"a/1.png", "b/1.png", "b/Straße 1.png", "b/街.jpg"}
+
+
+def test_all_bad_pictures_are_named_before_anything_is_described(small_model, tmp_path, capsys):
+    (tmp_path / "empty.jpg").touch()
+    whole = (EXAMPLES / "database/place00_0.jpg").read_bytes()
+    (tmp_path / "torn.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "good.jpg").write_bytes(whole)
+    (tmp_path / "list.txt").write_text("good.jpg\nempty.jpg\ntorn.jpg\nabsent.jpg\n")
+    assert extract(small_model, tmp_path / "list.txt", tmp_path / "out", tmp_path) == 2
+    line = failure(capsys)
+    assert "3 of 4 pictures" in line and all(name in line for name in ("empty.jpg", "torn.jpg", "absent.jpg"))
+    assert not list((tmp_path / "out").glob("*.npy"))
+
+
+def test_one_picture_database(small_model, features, tmp_path):
+    (tmp_path / "one.txt").write_text("database/place00_0.jpg\n")
+    assert extract(small_model, tmp_path / "one.txt", tmp_path / "index") == 0
+    (tmp_path / "query").symlink_to(features / "query")
+    assert match(small_model, tmp_path, tmp_path / "out", truth=None, index_list=tmp_path / "one.txt") == 0
+    assert all(len(row.database) == 1 for row in read_pairs(tmp_path / "out/PatchNetVLAD_predictions.txt"))
+    assert np.isfinite(np.load(tmp_path / "out/scores.npz")["fused"]).all()
+
+
+def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
+    cases = [
+        (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
+        (["--set", "feature_match.mather=RANSAC"], {}, "mather"),
+        (["--set", "global_params.num_pcs=16"], {}, "16"),
+        (["--set", "global_params.patch_sizes=2,4"], {}, "patch_sizes"),
+        (["--set", "feature_match.imageresizew=320"], {}, "imageresizew = 320"),
+        (["--set", "feature_match.index=Fla"], {}, "index = Fla"),
+        (["--set", "feature_match.pred_input_path=absent.npy"], {}, "absent.npy"),
+        ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
+        ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
+        ([], {"truth": "absent.npz"}, "absent.npz"),
+        (["--device", "gpu"], {}, "--device gpu"),
+        (["--posDistThr", "-1"], {}, "-1"),
+    ]
+    for more, changes, expected in cases:
+        options = [option for option in small_model if not (more[:1] == ["--device"] and option == "--nocuda")]
+        assert match([*options, *more], features, tmp_path / "out", **changes) == 2, expected
+        line = failure(capsys)
+        assert expected in line and "Traceback" not in line
+
+
+def test_features_of_another_model_are_refused(small_model, features, tmp_path, capsys):
+    changed = [*small_model, "--set", "train.seed=5"]
+    fitting = [
+        "--dataset_root_dir",
+        str(EXAMPLES / "database"),
+        "--output_path",
+        str(tmp_path / "other_WPCA32.pth.tar"),
+    ]
+    assert tool_commands.fit_model([*changed, *fitting]) == 0
+    other = [*changed, "--set", f"global_params.resumepath={tmp_path / 'other_WPCA'}"]
+    assert match(other, features, tmp_path / "out") == 2
+    assert "checkpoint" in failure(capsys)
+    assert extract(other, INDEX_LIST, features / "index") == 2
+    assert "--overwrite" in failure(capsys)
+
+
+def test_a_missing_checkpoint_names_the_ways_out(small_model, tmp_path, capsys):
+    options = [*small_model, "--set", f"global_params.resumepath={tmp_path / 'none_WPCA'}"]
+    assert extract(options, INDEX_LIST, tmp_path / "out") == 2
+    assert "none_WPCA32.pth.tar" in (line := failure(capsys)) and "builtin.ini" in line
+
+
+def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("patchnetvlad.commands.download_folder", lambda: tmp_path)
+    assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
+    line = failure(capsys)
+    assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
+
+
+def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
+    content = b"weights"
+
+    class Metadata:
+        etag = "0" * 64
+
+    def fetch(repository, name, local_dir):
+        path = Path(local_dir) / name
+        path.write_bytes(content)
+        return str(path)
+
+    monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
+    monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
+    monkeypatch.setattr("patchnetvlad.commands.download_folder", lambda: tmp_path)
+    name = "pittsburgh_WPCA128.pth.tar"
+    assert commands.download_models(["-q", "--models", name]) == 2  # another hash
+    assert not list(tmp_path.iterdir())
+    Metadata.etag = hashlib.sha256(content).hexdigest()
+    assert commands.download_models(["-q", "--models", name]) == 0
+    assert (tmp_path / name).read_bytes() == content
+    assert (tmp_path / f"{name}.sha256").read_text().split() == [Metadata.etag, name]
+
+
+def test_kapture_to_msls(tmp_path, capsys):
+    (tmp_path / "pairs.txt").write_text("# kapture format: 1.1\nq/1.jpg, db/7.jpg, 1\nq/1.jpg, db/8.jpg, 0.5\n")
+    assert tool_commands.convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
+    assert (tmp_path / "msls.txt").read_text() == "1 7 8\n"
+
+
+@pytest.mark.parametrize(
+    "script", ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models", "tools/fit_model"]
+)
+def test_help_says_the_defaults(script):
+    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "default:" in shown.stdout
