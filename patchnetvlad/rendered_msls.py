@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from patchnetvlad.mapillary import SUBTASKS, TEST_CITIES
 from patchnetvlad.rendered_city import City, View, make_city
 from patchnetvlad.rendered_places import Size
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
 SIDEWAYS_YAW = 15.0  # degrees of yaw from which a picture counts as sideways
+OLD, NEW = "2015-07-01", "2019-01-15"  # days of even drives (summer, older) and of odd ones (winter, newer)
+NIGHT_DRIVE = 2  # drive of the database that is by night
 NIGHT = 0.5  # dusk from which a picture counts as taken by night
 
 
@@ -48,8 +48,8 @@ def write_msls(
 ) -> int:
     """Write cities below root/train_val, those with the name of a test city below root/test; returns the pictures.
 
-    Test cities have no coordinates. Database pictures are by day, from several stretches of the street; most queries
-    are by night, from aside. A panorama is twice as wide and from a place between others.
+    Test cities have no coordinates. Database pictures are from several stretches of the street, by day but for one
+    drive; most queries are by night, from aside. Panoramas repeat some database pictures, twice as wide.
     """
     count = 0
     for rendered in cities:
@@ -58,12 +58,20 @@ def write_msls(
         )
         part = "test" if rendered.name in TEST_CITIES else "train_val"
         folder = root / part / rendered.name
-        for side, views in (("query", city.queries), ("database", city.database)):
-            extra = [_panorama(view) for view in city.database[::PANORAMA_EVERY]]
-            extra = extra if panoramas and side == "database" else []
+        database = [_by_night(view) if _drive(view) == NIGHT_DRIVE else view for view in city.database]
+        for side, views in (("query", city.queries), ("database", database)):
+            extra = [_panorama(view) for view in database[::PANORAMA_EVERY]] if side == "database" and panoramas else []
             _write_side(folder / side, rendered.name, city, (*views, *extra), len(extra), size, part == "test")
             count += len(views) + len(extra)
     return count
+
+
+def _drive(view: View) -> int:
+    return int(Path(view.name).stem.split("_")[1])
+
+
+def _by_night(view: View) -> View:
+    return replace(view, condition=replace(view.condition, dusk=1.0))
 
 
 def _panorama(view: View) -> View:
@@ -80,10 +88,17 @@ def _write_side(
     for number, (key, view) in enumerate(zip(keys, views, strict=True)):
         wide = number >= len(views) - panoramas
         city.render(view, (2 * size[0], size[1]) if wide else size).save(images / f"{key}.jpg", quality=85)
-    drives = [int(Path(view.name).stem.split("_")[1]) for view in views]
+    drives = [_drive(view) for view in views]
     night = [view.condition.dusk > NIGHT for view in views]
     pano = [number >= len(views) - panoramas for number in range(len(views))]
-    _write_csv(folder / "raw.csv", ["key", "captured_at", "pano"], zip(keys, _dates(views), pano, strict=True))
+    _write_csv(
+        folder / "raw.csv",
+        ["key", "ca", "captured_at", "pano"],
+        (
+            (key, f"{view.camera.yaw % 360:.1f}", OLD if drive % 2 == 0 else NEW, wide)
+            for key, view, drive, wide in zip(keys, views, drives, pano, strict=True)
+        ),
+    )
     _write_csv(
         folder / "seq_info.csv",
         ["key", "sequence_key", "frame_number"],
@@ -92,15 +107,16 @@ def _write_side(
             for key, drive, view, wide in zip(keys, drives, views, pano, strict=True)
         ),
     )
-    detail = [
-        [key, n, "Sideways" if abs(v.camera.yaw) > SIDEWAYS_YAW else "Forward"]
-        for key, n, v in zip(keys, night, views, strict=True)
+    columns = ["key", "unique_cluster", "night", "control_panel", "view_direction"]
+    rows: list[list[object]] = [
+        [key, view.place, dark, False, "Sideways" if abs(view.camera.yaw) > SIDEWAYS_YAW else "Forward"]
+        for key, dark, view in zip(keys, night, views, strict=True)
     ]
-    columns = ["key", "night", "view_direction"]
     if not secret:
         columns += ["easting", "northing"]
-        detail = [[*row, f"{view.east:.3f}", f"{view.north:.3f}"] for row, view in zip(detail, views, strict=True)]
-    _write_csv(folder / "postprocessed.csv", columns, detail)
+        for row, view in zip(rows, views, strict=True):
+            row += [f"{view.east:.3f}", f"{view.north:.3f}"]
+    _write_csv(folder / "postprocessed.csv", columns, rows)
     _write_csv(
         folder / "subtask_index.csv",
         ["key", *SUBTASKS],
@@ -109,18 +125,13 @@ def _write_side(
 
 
 def _subtasks(is_query: bool, night: bool, drive: int) -> list[bool]:
-    """Flags in the order of SUBTASKS: even drives are the older ones, in summer."""
+    """Flags in the order of SUBTASKS: queries of "s2w" are of summer and its database of winter, and so on."""
     early = drive % 2 == 0
     first = [early, early, not night]  # whether the picture is of the first of summer/winter, old/new, day/night
     flags = [True]
     for is_first in first:
         flags += [is_first == is_query, is_first != is_query]
     return flags
-
-
-def _dates(views: Sequence[View]) -> list[str]:
-    days = np.datetime64("2017-06-01") + np.array([31 * view.place for view in views])
-    return [str(day) for day in days]
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
