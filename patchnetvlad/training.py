@@ -16,7 +16,7 @@ from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
 from patchnetvlad.mining import Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
 from patchnetvlad.training_data import CityPictures, TripletPlaces
 from patchnetvlad.training_log import TrainingLog
-from patchnetvlad.training_state import BEST, LAST, Learning, run_settings, save_learning
+from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
 from patchnetvlad.triplet_loss import triplet_loss
 from patchnetvlad.validation import validate
 
@@ -76,6 +76,9 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> None:
         train, progress = self._config.train, self._learning.progress
+        rate = learning_rate(train, epoch)
+        for group in self._learning.optimizer.param_groups:
+            group["lr"] = rate
         queries = epoch_queries(self._places, train.seed, epoch)
         parts = [
             queries[start : start + train.subset_queries] for start in range(0, len(queries), train.subset_queries)
@@ -93,13 +96,10 @@ class Trainer:
                 "too few pictures?)",
                 epoch,
             )
-        rate = self._learning.optimizer.param_groups[0]["lr"]
         logger.info(
             "epoch %d: mean loss %.4f over %d steps, learning rate %g", epoch, average, progress.loss_steps, rate
         )
         self._log.epoch(epoch, average, rate)
-        if self._learning.scheduler is not None:
-            self._learning.scheduler.step()
         progress.epoch, progress.subset = epoch, 0
         progress.loss_sum, progress.loss_steps = 0.0, 0
         if epoch % train.evalevery == 0:

@@ -94,7 +94,7 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     check_validation(data.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
     _tell_memory(config, learning.model, places)
-    folder = processes.from_first(_run_folder(config, options, checkpoint, learning) if processes.is_first else None)
+    folder = processes.from_first(_run_folder(config, options, checkpoint) if processes.is_first else None)
     assert folder is not None
     logger.info("run in %s", folder)
     if learning.progress.epoch >= options.num_epochs:
@@ -173,6 +173,11 @@ def _weights(checkpoint: Checkpoint, config: Config) -> PlaceModel:
     return build_model(checkpoint, config.global_params)
 
 
+def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:
+    """Whether a run is resumed, rather than a new one started from weights."""
+    return options.start_epoch is None and can_resume(checkpoint)
+
+
 def _learning(
     config: Config,
     options: RunOptions,
@@ -186,13 +191,15 @@ def _learning(
     start = options.start_epoch or 0
     if checkpoint is None:
         model = _new_model(config, options, places, processes, progress)
-        return start_learning(model, freeze(model), config, start)
+        learning = start_learning(model, freeze(model), config.train)
+        learning.progress.epoch = start
+        return learning
     model = _weights(checkpoint, config).to(processes.device)
     if checkpoint.num_clusters not in (None, config.train.num_clusters):
         logger.info("%s: has %d clusters, which holds", checkpoint.path, checkpoint.num_clusters)
-    learning = start_learning(model, freeze(model), config, start)
-    if options.start_epoch is None and can_resume(checkpoint):
-        restore_learning(checkpoint, learning, processes.device)
+    learning = start_learning(model, freeze(model), config.train)
+    if _goes_on(checkpoint, options):
+        restore_learning(checkpoint, learning, config.train.optim, processes.device)
         done = learning.progress
         logger.info(
             "%s: goes on after epoch %d, subset %d, step %d", checkpoint.path, done.epoch, done.subset, done.step
@@ -200,6 +207,7 @@ def _learning(
         for change in changed_settings(checkpoint, run_settings(config, places)):
             logger.warning("%s: this run differs from the one that is resumed: %s", checkpoint.path, change)
     else:
+        learning.progress.epoch = start
         logger.info("%s: its weights are the start, from epoch %d", checkpoint.path, start + 1)
     return learning
 
@@ -276,9 +284,9 @@ def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> No
     )
 
 
-def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | None, learning: Learning) -> Path:
+def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | None) -> Path:
     """The folder of the run that is resumed, if the checkpoint lies in one; otherwise a new one."""
-    if checkpoint is not None and learning.progress.step and checkpoint.path.parent.name == "checkpoints":
+    if checkpoint is not None and _goes_on(checkpoint, options) and checkpoint.path.parent.name == "checkpoints":
         folder = checkpoint.path.parent.parent
         if (folder / "config.ini").exists() and (checkpoint.path.parent / LAST).exists():
             return folder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from patchnetvlad.checkpoints import Checkpoint, write_checkpoint
-from patchnetvlad.config import Config
+from patchnetvlad.config import Config, TrainConfig
 from patchnetvlad.errors import UserError
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.training_data import TripletPlaces
@@ -37,31 +37,30 @@ class Progress:
 
 @dataclass
 class Learning:
-    """What training changes: the model (whose ``parameters`` learn), the optimiser, the schedule, the position."""
+    """What training changes: the model (whose ``parameters`` learn), the optimiser, the position."""
 
     model: PlaceModel
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
     progress: Progress
 
 
-def start_learning(model: PlaceModel, parameters: list[torch.nn.Parameter], config: Config, epoch: int = 0) -> Learning:
-    """A new run with a model, the schedule as after ``epoch`` epochs."""
-    train = config.train
+def start_learning(model: PlaceModel, parameters: list[torch.nn.Parameter], train: TrainConfig) -> Learning:
+    """A new run with a model."""
     optimizer: torch.optim.Optimizer
-    scheduler = None
     if train.optim == "SGD":
-        rate = train.lr * train.lrgamma ** (epoch // train.lrstep)
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=train.momentum, weight_decay=train.weightdecay)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = train.lr
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, train.lrstep, train.lrgamma, last_epoch=epoch - 1)
-        for group in optimizer.param_groups:  # making a scheduler takes a step
-            group["lr"] = rate
+        optimizer = torch.optim.SGD(parameters, train.lr, momentum=train.momentum, weight_decay=train.weightdecay)
     else:
-        optimizer = torch.optim.Adam(parameters, lr=train.lr)
-    return Learning(model, parameters, optimizer, scheduler, Progress(epoch=epoch))
+        optimizer = torch.optim.Adam(parameters, train.lr)
+    return Learning(model, parameters, optimizer, Progress())
+
+
+def learning_rate(train: TrainConfig, epoch: int) -> float:
+    """The rate in an epoch, counted from 1: multiplied by lrgamma every lrstep epochs with SGD, constant with ADAM.
+
+    The schedule is a function of the epoch, so a resumed run has it without further state.
+    """
+    return train.lr * train.lrgamma ** ((epoch - 1) // train.lrstep) if train.optim == "SGD" else train.lr
 
 
 def save_learning(path: Path, learning: Learning, settings: Mapping[str, str], device: torch.device) -> None:
@@ -73,7 +72,6 @@ def save_learning(path: Path, learning: Learning, settings: Mapping[str, str], d
         path,
         learning.model,
         optimizer=learning.optimizer.state_dict(),
-        scheduler=learning.scheduler.state_dict() if learning.scheduler else None,
         random_state=random_state,
         settings=dict(settings),
         parallel=False,
@@ -83,24 +81,24 @@ def save_learning(path: Path, learning: Learning, settings: Mapping[str, str], d
 
 def can_resume(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds a training position of ours, not the weights alone."""
-    needed = {"optimizer", "scheduler", "random_state", "settings"} | {item.name for item in fields(Progress)}
+    needed = {"optimizer", "random_state", "settings"} | {item.name for item in fields(Progress)}
     return needed <= checkpoint.extras.keys()
 
 
-def restore_learning(checkpoint: Checkpoint, learning: Learning, device: torch.device) -> None:
-    """Set optimiser, schedule, random state and position to those of a checkpoint; the model has its weights already.
+def restore_learning(checkpoint: Checkpoint, learning: Learning, optim: str, device: torch.device) -> None:
+    """Set optimiser, random state and position to those of a checkpoint; the model has its weights already.
 
     Raises UserError when the optimiser is another one.
     """
     extras = checkpoint.extras
-    if (extras["scheduler"] is None) != (learning.scheduler is None):
-        raise UserError(f"{checkpoint.path}: made with another optimiser than [train] optim says")
+    if extras["settings"].get("optim") != optim:
+        raise UserError(
+            f"{checkpoint.path}: made with optim = {extras['settings'].get('optim')}, [train] optim says {optim}"
+        )
     try:
         learning.optimizer.load_state_dict(extras["optimizer"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.path}: its optimiser's state does not fit the model ({error})") from error
-    if learning.scheduler is not None:
-        learning.scheduler.load_state_dict(extras["scheduler"])
     learning.progress = Progress(**{item.name: extras[item.name] for item in fields(Progress)})
     torch.set_rng_state(extras["random_state"]["cpu"])
     if device.type == "cuda" and "cuda" in extras["random_state"]:
