@@ -30,7 +30,6 @@ from patchnetvlad.training_run import RunOptions, add_wpca, train_model
 from patchnetvlad.validation import Validation, validate
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
 
 TRAIN, HELD_OUT = ("trondheim", "london"), ("cph", "sf")
 WIDTH, HEIGHT = 160, 120  # pixels
@@ -46,7 +45,14 @@ def configuration(seed: int, num_pcs: int = 0) -> Config:
         FeatureMatchConfig(**size, n_values_all=N_VALUES),
         GlobalParams(pooling="netvlad", backbone="rootsift", num_pcs=num_pcs, threads=2),
         TrainConfig(
-            **size, seed=seed, lr=0.01, cities=TRAIN, val_cities=HELD_OUT, patience=0, subset_queries=80, subset_negatives=200
+            **size,
+            seed=seed,
+            lr=0.01,
+            cities=TRAIN,
+            val_cities=HELD_OUT,
+            patience=0,
+            subset_queries=80,
+            subset_negatives=200,
         ),
     )
 
@@ -69,7 +75,9 @@ def one_seed(seed: int, epochs: int, root: Path, runs: Path, dimensions: Sequenc
     """Recalls after every epoch from 0, and with WPCA of each dimension before and after training."""
     config = configuration(seed)
     # A run of one epoch per call: the same as one call, since a run resumes exactly, with every checkpoint at hand
-    options = RunOptions(root, save_path=runs / str(seed), num_epochs=epochs, save_every_epoch=True, check_pictures=False)
+    options = RunOptions(
+        root, save_path=runs / str(seed), num_epochs=epochs, save_every_epoch=True, check_pictures=False
+    )
     run = train_model(config, options, Processes(0, 1, CPU))
     checkpoints = run.folder / "checkpoints"
     start = checkpoints / "model_start.pth.tar"

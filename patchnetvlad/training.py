@@ -89,17 +89,18 @@ class Trainer:
             self._learn_from(subset, label)
             progress.subset = number + 1
             self._save(LAST)
-        average = progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
         if not progress.loss_steps:
             logger.warning(
                 "epoch %d: no query has a negative within the margin, nothing was learned (a good model already, or "
                 "too few pictures?)",
                 epoch,
             )
-        logger.info(
-            "epoch %d: mean loss %.4f over %d steps, learning rate %g", epoch, average, progress.loss_steps, rate
-        )
-        self._log.epoch(epoch, average, rate)
+        else:
+            average = progress.loss_sum / progress.loss_steps
+            logger.info(
+                "epoch %d: mean loss %.4f over %d steps, learning rate %g", epoch, average, progress.loss_steps, rate
+            )
+            self._log.epoch(epoch, average, rate)
         progress.epoch, progress.subset = epoch, 0
         progress.loss_sum, progress.loss_steps = 0.0, 0
         if epoch % train.evalevery == 0:

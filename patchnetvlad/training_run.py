@@ -87,6 +87,15 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     train = config.train
     if min(train.imageresizew, train.imageresizeh) < 1:
         raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
+    if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
+    if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
+        logger.warning(
+            "[global_params] ngpu = %d, but %d process runs: start it as torchrun --nproc_per_node %d train.py …",
+            config.global_params.ngpu,
+            processes.count,
+            config.global_params.ngpu,
+        )
     config = _training_config(config)
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
     data = _read_data(config, options, processes, progress)
