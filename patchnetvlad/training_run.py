@@ -106,7 +106,7 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     folder = processes.from_first(_run_folder(config, options, checkpoint) if processes.is_first else None)
     assert folder is not None
     logger.info("run in %s", folder)
-    if learning.progress.epoch >= options.num_epochs:
+    if learning.progress.epoch >= options.num_epochs > 0:
         logger.warning("%d epochs are finished already, --nEpochs is %d", learning.progress.epoch, options.num_epochs)
     trainer = Trainer(config, learning, places, data.validation, folder, processes, options.save_every_epoch, progress)
     trainer.run(options.num_epochs)
