@@ -16,7 +16,11 @@ DATA_FOLDERS = {
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TOOLS = ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"]
+TRAINING_SCRIPTS = ["train", "add_pca"]
+TOOLS = {  # module of the package: its commands
+    "tool_commands": ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"],
+    "training_commands": [*TRAINING_SCRIPTS, "render_msls"],
+}
 
 setup(
     name="patchnetvlad",
@@ -38,6 +42,8 @@ setup(
         "tqdm>=4.60",
         "pillow>=10",
         "matplotlib>=3.8",
+        "h5py>=3.8",
+        "tensorboard>=2.14",
         "huggingface_hub>=0.23",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"]},
@@ -47,10 +53,12 @@ setup(
         "patchnetvlad": ["py.typed"],
         **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
     },
-    scripts=[f"{name}.py" for name in SCRIPTS],
+    scripts=[f"{name}.py" for name in SCRIPTS + TRAINING_SCRIPTS],
     entry_points={
         "console_scripts": [
-            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands:{name}" for name in SCRIPTS + TOOLS
+            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.{module}:{name}"
+            for module, names in {"commands": SCRIPTS, **TOOLS}.items()
+            for name in names
         ]
     },
 )

@@ -1,6 +1,7 @@
 """k-means over sampled local descriptors: where NetVLAD's clusters come from."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -11,6 +12,22 @@ from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.netvlad import EPSILON
+
+LOCALS_PER_PICTURE = 100  # local descriptors of each picture
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """k-means centres (K×C) and the unit local descriptors (n×C) that they are of, float32."""
+
+    centroids: NDArray[np.float32]
+    descriptors: NDArray[np.float32]
+
+
+def find_clusters(encoder: nn.Module, pictures: Iterable[Tensor], num_clusters: int, seed: int) -> Clusters:
+    """Cluster the local descriptors of pictures (batches N×3×H×W on the encoder's device)."""
+    samples = sample_local_descriptors(encoder, pictures, LOCALS_PER_PICTURE, seed)
+    return Clusters(kmeans_centers(samples, num_clusters, seed), samples)
 
 
 @torch.inference_mode()

@@ -60,7 +60,7 @@ def run(
     """Parse, run, and turn a user's mistake into one line and exit status 2."""
     parser.add_output_options()
     args = parser.parse_args(arguments)
-    _log_to_console(args)
+    console = _log_to_console(args)
     try:
         return command(args) or 0
     except UserError as error:
@@ -70,6 +70,8 @@ def run(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        logger.removeHandler(console)
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -110,7 +112,7 @@ def progress(args: argparse.Namespace) -> bool:
     return not args.quiet
 
 
-def _log_to_console(args: argparse.Namespace) -> None:
+def _log_to_console(args: argparse.Namespace) -> logging.Handler:
     logger.setLevel(logging.DEBUG)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -118,6 +120,7 @@ def _log_to_console(args: argparse.Namespace) -> None:
     console.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
+    return console
 
 
 @contextmanager

@@ -27,6 +27,30 @@ from patchnetvlad.config_values import (
 )
 from patchnetvlad.errors import UserError
 
+_TRAIN_CITIES = (
+    "trondheim",
+    "london",
+    "boston",
+    "melbourne",
+    "amsterdam",
+    "helsinki",
+    "tokyo",
+    "toronto",
+    "saopaulo",
+    "moscow",
+    "zurich",
+    "paris",
+    "bangkok",
+    "budapest",
+    "austin",
+    "berlin",
+    "ottawa",
+    "phoenix",
+    "goa",
+    "amman",
+    "nairobi",
+    "manila",
+)  # of MSLS
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
 
@@ -112,7 +136,18 @@ class TrainConfig:
     imageresizeh: int = setting(480, whole())
     whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
     pretrained: str = setting("imagenet", weights_source())  # encoder's start: imagenet, none or a path
-    mixed_precision: bool = setting(False, flag())  # encoder in half precision on a GPU
+    mixed_precision: bool = setting(False, flag())  # encoder in bfloat16; pooling stays float32
+    # Cities of MSLS to learn from, and to be judged by.
+    cities: tuple[str, ...] = setting(_TRAIN_CITIES, list_of(some_text(), "different names of cities", distinct=True))
+    val_cities: tuple[str, ...] = setting(
+        ("cph", "sf"), list_of(some_text(), "different names of cities", distinct=True)
+    )
+    positive_radius: float = setting(10.0, real(0, above=True))  # metres within which two pictures show one place
+    negative_radius: float = setting(25.0, real(0, above=True))  # metres within which a picture is no negative
+    match_radius: float = setting(25.0, real(0, above=True))  # metres within which a validation's answer is right
+    subset_queries: int = setting(1000, whole(1))  # queries that are mined for at a time
+    subset_negatives: int = setting(1000, whole(1))  # random database pictures that negatives are mined from
+    frozen_cache_gb: float = setting(8.0, real(0))  # GB for the frozen layers' output of the pictures mined
 
 
 @dataclass(frozen=True)
@@ -162,8 +197,14 @@ class Config:
         self._check_picture_size("feature_match", self.feature_match)
 
     def check_training(self) -> None:
-        """Raises UserError unless [train] has the picture size of extraction."""
+        """Raises UserError unless [train] has the picture size of extraction, and radii that fit together."""
         self._check_picture_size("train", self.train)
+        near, far = self.train.positive_radius, self.train.negative_radius
+        if near > far:
+            raise UserError(
+                f"{self._place}: [train] positive_radius = {near:g}: expected at most negative_radius = {far:g} "
+                "(a picture would be positive and negative)"
+            )
 
     def _check_picture_size(self, section: str, values: FeatureMatchConfig | TrainConfig) -> None:
         for key in _PICTURE_SIZE:

@@ -10,17 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from patchnetvlad.clustering import kmeans_centers, sample_local_descriptors
+from patchnetvlad.clustering import Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.images import image_batches
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.weights import initialise_encoder
-from patchnetvlad.whitening import WPCAFit, fit_wpca
+from patchnetvlad.whitening import WPCAFit, fit_wpca, whiteness_error
 
 logger = logging.getLogger(__name__)
 
-LOCALS_PER_PICTURE = 100  # local descriptors of each picture for k-means
 WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
 
 
@@ -48,27 +47,42 @@ def fit_model(
     initialise_encoder(model, config)
     model.eval().to(device)
     if isinstance(model.pool, NetVLAD):
-        batches = _batches(config, paths, device, progress, "Sampling local descriptors")
-        samples = sample_local_descriptors(model.encoder, batches, LOCALS_PER_PICTURE, config.train.seed)
-        logger.info("k-means: %d clusters of %d local descriptors", config.train.num_clusters, len(samples))
-        centers = kmeans_centers(samples, config.train.num_clusters, config.train.seed)
-        alpha = model.pool.initialise(torch.from_numpy(centers), torch.from_numpy(samples))
-        logger.info("soft assignment: alpha %.2f", alpha)
+        batches = picture_batches(config, paths, device, progress, "Sampling local descriptors")
+        initialise_pool(model.pool, find_clusters(model.encoder, batches, config.train.num_clusters, config.train.seed))
     if not params.num_pcs:
         return model, None
-    descriptors = sample_descriptors(
-        model, _batches(config, paths, device, progress, "Sampling descriptors"), len(paths), config.train.seed
-    )
-    fit = fit_wpca(descriptors, params.num_pcs, config.train.whitening)
+    batches = picture_batches(config, paths, device, progress, "Sampling descriptors")
+    return model, add_projection(model, batches, len(paths), config)
+
+
+def initialise_pool(pool: NetVLAD, clusters: Clusters) -> None:
+    """Start NetVLAD from clusters."""
+    logger.info("k-means: %d clusters of %d local descriptors", len(clusters.centroids), len(clusters.descriptors))
+    alpha = pool.initialise(torch.from_numpy(clusters.centroids), torch.from_numpy(clusters.descriptors))
+    logger.info("soft assignment: alpha %.2f", alpha)
+
+
+def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, config: Config) -> WPCAFit:
+    """Fit WPCA on pictures (batches on the model's device), add it to the model, and say how good it is.
+
+    [global_params] num_pcs and [train] whitening and seed are used. Raises UserError when the pictures are too few.
+    """
+    descriptors = sample_descriptors(model, pictures, num_pictures, config.train.seed)
+    fit = fit_wpca(descriptors, config.global_params.num_pcs, config.train.whitening)
     logger.info(
-        "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors",
-        params.num_pcs,
+        "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors, eigenvalues %.3g to %.3g; projected, "
+        "their covariance is within %.2g of %s",
+        len(fit.weight),
         descriptors.shape[1],
         100 * fit.explained_variance,
         len(descriptors),
+        fit.eigenvalues[0],
+        fit.eigenvalues[-1],
+        whiteness_error(descriptors, fit),
+        "the identity (0 is white)",
     )
     model.add_wpca(fit)
-    return model, fit
+    return fit
 
 
 @torch.inference_mode()
@@ -95,9 +109,10 @@ def sample_descriptors(
     return np.concatenate(rows)
 
 
-def _batches(
+def picture_batches(
     config: Config, paths: Sequence[Path], device: torch.device, progress: bool, label: str
 ) -> Iterator[Tensor]:
+    """Batches of pictures of the size of [feature_extract] on a device, with a progress bar."""
     size = config.feature_extract
     batches = image_batches(
         paths,

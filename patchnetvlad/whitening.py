@@ -89,13 +89,7 @@ def fit_wpca(samples: NDArray[np.floating], num_pcs: int, whitening: float = 1.0
     num_samples, dims = samples.shape
     if not 0.0 <= whitening <= 1.0:
         raise UserError(f"WPCA: whitening = {whitening:g} is outside 0 (rotate only) to 1 (whiten fully)")
-    if num_pcs >= num_samples:
-        raise UserError(
-            f"WPCA: num_pcs = {num_pcs} needs more than {num_pcs} samples, and there are {num_samples} "
-            "(describe more pictures, or lower num_pcs)"
-        )
-    if not 0 < num_pcs <= dims:
-        raise UserError(f"WPCA: num_pcs = {num_pcs} is outside 1 to {dims}, the length of a descriptor")
+    check_num_pcs(num_pcs, num_samples, dims)
     mean = samples.mean(axis=0, dtype=np.float64)
     if num_samples < dims:
         eigenvalues, directions, total = _dual_components(samples, mean, num_pcs)
@@ -103,6 +97,32 @@ def fit_wpca(samples: NDArray[np.floating], num_pcs: int, whitening: float = 1.0
         eigenvalues, directions, total = _primal_components(samples, mean, num_pcs)
     weight = (eigenvalues + EIGENVALUE_FLOOR)[:, None] ** (-whitening / 2) * directions.T
     return WPCAFit(weight, -weight @ mean, mean, eigenvalues, directions, total, num_samples)
+
+
+def check_num_pcs(num_pcs: int, num_samples: int, dims: int) -> None:
+    """UserError unless 0 < num_pcs < num_samples and num_pcs ≤ dims; worth a call before samples are described."""
+    if num_pcs >= num_samples:
+        raise UserError(
+            f"WPCA: num_pcs = {num_pcs} needs more than {num_pcs} samples, and there are {num_samples} "
+            "(describe more pictures, or lower num_pcs)"
+        )
+    if not 0 < num_pcs <= dims:
+        raise UserError(f"WPCA: num_pcs = {num_pcs} is outside 1 to {dims}, the length of a descriptor")
+
+
+def whiteness_error(samples: NDArray[np.floating], fit: WPCAFit) -> float:
+    """How far the projected samples (n×dims) are from white: the largest entry of |covariance − identity|.
+
+    About 0 for the samples that full whitening was fitted on, unless some kept dimension has no variance.
+    """
+    dims = len(fit.weight)
+    covariance = np.zeros((dims, dims))
+    for first in range(0, len(samples), ROWS_AT_ONCE):
+        projected = samples[first : first + ROWS_AT_ONCE].astype(np.float64) @ fit.weight.T + fit.bias
+        covariance += projected.T @ projected
+    covariance /= len(samples) - 1
+    covariance[np.diag_indices(dims)] -= 1
+    return float(np.abs(covariance).max())
 
 
 def _primal_components(

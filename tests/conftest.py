@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from patchnetvlad import tool_commands
+from patchnetvlad.rendered_msls import RenderedCity, write_msls
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -92,3 +93,13 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     fitting = ["--dataset_root_dir", str(ROOT / "example_images"), "--dataset_file_path", str(listed)]
     assert tool_commands.fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
     return options
+
+
+@pytest.fixture(scope="session")
+def msls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small tree in the layout of MSLS; copy it before changing a file."""
+    root = tmp_path_factory.mktemp("msls")
+    names = {"trondheim": 6, "london": 5, "cph": 4, "sf": 3, "miami": 3}
+    cities = [RenderedCity(name, places, 20 + seed) for seed, (name, places) in enumerate(names.items())]
+    write_msls(root, cities, size=(96, 72))
+    return root

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Add WPCA to a trained checkpoint."""
+
+import sys
+
+from patchnetvlad.training_commands import add_pca
+
+if __name__ == "__main__":
+    sys.exit(add_pca())

@@ -1,0 +1,226 @@
+"""The training loop: draw, mine, learn, validate, keep the best; every subset ends in a checkpoint (SPEC 13)."""
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from patchnetvlad.config import Config
+from patchnetvlad.describing import Describer
+from patchnetvlad.distributed import Processes
+from patchnetvlad.errors import UserError
+from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
+from patchnetvlad.mining import Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
+from patchnetvlad.training_data import CityPictures, TripletPlaces
+from patchnetvlad.training_log import TrainingLog
+from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
+from patchnetvlad.triplet_loss import triplet_loss
+from patchnetvlad.validation import validate
+
+logger = logging.getLogger(__name__)
+
+_DECIDING_N = 5  # the best model is that of the best Recall@5
+
+
+class Trainer:
+    """One training run over its data, from wherever ``learning`` stands."""
+
+    def __init__(
+        self,
+        config: Config,
+        learning: Learning,
+        places: TripletPlaces,
+        validation: tuple[CityPictures, ...],
+        folder: Path,
+        processes: Processes,
+        save_every_epoch: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """folder: where events and checkpoints go, written by the first process."""
+        train = config.train
+        self._config = config
+        self._learning = learning
+        self._places = places
+        self._validation = validation
+        self._checkpoints = folder / "checkpoints"
+        self._processes = processes
+        self._save_every_epoch = save_every_epoch
+        self._progress = progress
+        self._settings = run_settings(config, places)
+        self._frozen = FrozenPart(learning.model, train.mixed_precision, train.frozen_cache_gb * 1e9)
+        learned = LearnedPart(learning.model, train.mixed_precision)
+        self._learned = processes.wrapped(learned)
+        self._describe = Describer(self._frozen, learned, config, processes, progress)
+        self._log = TrainingLog(folder if processes.is_first else None, learning.progress.step)
+
+    def run(self, num_epochs: int) -> None:
+        """Learn until ``num_epochs`` epochs are finished, or Recall@5 has not risen for [train] patience validations.
+
+        A new run is validated before its first step. Raises UserError when the loss or a gradient is not finite.
+        """
+        train, progress = self._config.train, self._learning.progress
+        try:
+            if progress.best_score < 0:
+                self._validate()
+                self._save(LAST)
+            while progress.epoch < num_epochs:
+                self._epoch(progress.epoch + 1)
+                if train.patience and progress.not_improved >= train.patience:
+                    logger.info("Recall@%d has not risen for %d validations: done", _DECIDING_N, progress.not_improved)
+                    break
+        finally:
+            self._log.close()
+
+    def _epoch(self, epoch: int) -> None:
+        train, progress = self._config.train, self._learning.progress
+        rate = learning_rate(train, epoch)
+        for group in self._learning.optimizer.param_groups:
+            group["lr"] = rate
+        queries = epoch_queries(self._places, train.seed, epoch)
+        parts = [
+            queries[start : start + train.subset_queries] for start in range(0, len(queries), train.subset_queries)
+        ]
+        for number in range(progress.subset, len(parts)):
+            label = f"epoch {epoch}, subset {number + 1} of {len(parts)}"
+            subset = make_subset(self._places, parts[number], train.subset_negatives, train.seed, epoch, number)
+            self._learn_from(subset, label)
+            progress.subset = number + 1
+            self._save(LAST)
+        if not progress.loss_steps:
+            logger.warning(
+                "epoch %d: no query has a negative within the margin, nothing was learned (a good model already, or "
+                "too few pictures?)",
+                epoch,
+            )
+        else:
+            average = progress.loss_sum / progress.loss_steps
+            logger.info(
+                "epoch %d: mean loss %.4f over %d steps, learning rate %g", epoch, average, progress.loss_steps, rate
+            )
+            self._log.epoch(epoch, average, rate)
+        progress.epoch, progress.subset = epoch, 0
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        if epoch % train.evalevery == 0:
+            self._validate()
+        self._save(LAST)
+        if self._save_every_epoch:
+            self._save(f"checkpoint_epoch{epoch}.pth.tar")
+
+    def _learn_from(self, subset: Subset, label: str) -> None:
+        """Mine one subset and take its steps."""
+        train, progress, started = self._config.train, self._learning.progress, time.perf_counter()
+        self._frozen.clear()
+        descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", keep=True)
+        triplets = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
+        if not triplets:
+            logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
+            return
+        steps = training_batches(triplets, train.batchsize)
+        shares = [self._processes.share(step) for step in steps]
+        # A process without a share of the last step takes part with weight 0, since all must
+        taken = [share or step[:1] for share, step in zip(shares, steps, strict=True)]
+        pictures = [list(dict.fromkeys(number for triplet in share for number in _numbers(triplet))) for share in taken]
+        outputs = self._frozen.steps(
+            pictures,
+            self._places.paths,
+            (train.imageresizeh, train.imageresizew),
+            train.cachebatchsize,
+            max(1, self._config.global_params.threads),
+        )
+        total = 0.0
+        bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)
+        for step, share, own, numbers, maps in zip(bar, shares, taken, pictures, outputs, strict=True):
+            num_negatives = sum(len(triplet.negatives) for triplet in step)
+            loss = self._step(maps, numbers, own, len(share) > 0, num_negatives, label)
+            total += loss
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._log.step(progress.step, loss, num_negatives)
+        seconds = time.perf_counter() - started
+        seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
+        logger.info(
+            "%s: %d of %d queries have negatives, mean loss %.4f, %.1f pictures a second",
+            label,
+            len(triplets),
+            len(subset.queries),
+            total / len(steps),
+            seen,
+        )
+        self._log.subset(progress.step, seen, len(triplets), len(subset.queries))
+
+    def _step(
+        self,
+        maps: torch.Tensor,
+        numbers: list[int],
+        triplets: list[TripletSet],
+        counts: bool,
+        num_negatives: int,
+        label: str,
+    ) -> float:
+        """One step of the optimiser; returns the loss of the whole step, over all processes."""
+        learning, progress = self._learning, self._learning.progress
+        row_of = {number: row for row, number in enumerate(numbers)}
+        rows = [
+            (row_of[triplet.query], row_of[triplet.positive], [row_of[number] for number in triplet.negatives])
+            for triplet in triplets
+        ]
+        learning.optimizer.zero_grad(set_to_none=True)
+        descriptors = self._learned(maps)
+        part = triplet_loss(descriptors, rows, self._config.train.margin) / num_negatives * float(counts)
+        (part * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
+        loss = float(self._processes.sum(part.detach()))
+        gradients = [parameter.grad for parameter in learning.parameters if parameter.grad is not None]
+        steepness = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        if not (math.isfinite(loss) and math.isfinite(steepness)):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss's gradient is {steepness}"
+            places = ", ".join(self._places.paths[triplet.query].name for triplet in triplets[:4])
+            raise UserError(
+                f"{label}, step {progress.step + 1}: {what}, training stops; queries {places} "
+                f"({self._last_good()}; lower [train] lr, or mixed_precision = False?)"
+            )
+        learning.optimizer.step()
+        progress.step += 1
+        progress.loss_sum += loss
+        progress.loss_steps += 1
+        return loss
+
+    def _validate(self) -> None:
+        train, progress = self._config.train, self._learning.progress
+        n_values = sorted({*self._config.feature_match.n_values_all, _DECIDING_N})
+        result = validate(self._describe, self._validation, train.match_radius, n_values, self._processes.device)
+        for city, recall in result.cities.items():
+            found = ", ".join(f"@{n} {100 * value:.1f}" for n, value in zip(n_values, recall.with_match, strict=True))
+            logger.info("epoch %d: %s: Recall (%%) %s", progress.epoch, city, found)
+        self._log.validation(progress.epoch, result)
+        progress.recalls = result.total
+        score = result.total[_DECIDING_N]
+        if score > progress.best_score:
+            progress.best_score, progress.not_improved = score, 0
+            self._save(BEST)
+        else:
+            progress.not_improved += 1
+        logger.info(
+            "epoch %d: Recall@%d %.1f %%, best %.1f %%",
+            progress.epoch,
+            _DECIDING_N,
+            100 * score,
+            100 * progress.best_score,
+        )
+
+    def _save(self, name: str) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._learning.parameters):
+            raise UserError(
+                f"weights are no longer finite after step {self._learning.progress.step}, training stops "
+                f"({self._last_good()}; lower [train] lr?)"
+            )
+        if self._processes.is_first:
+            save_learning(self._checkpoints / name, self._learning, self._settings, self._processes.device)
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self._checkpoints / LAST}"
+
+
+def _numbers(triplet: TripletSet) -> tuple[int, ...]:
+    return (triplet.query, triplet.positive, *triplet.negatives)

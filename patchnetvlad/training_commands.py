@@ -1,0 +1,163 @@
+"""The commands of training: each parses, makes one call and says where the result is."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from patchnetvlad import command_line
+from patchnetvlad.command_line import Parser
+from patchnetvlad.config import Config
+from patchnetvlad.distributed import processes
+from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.images import require_readable
+from patchnetvlad.locations import require_file
+from patchnetvlad.rendered_msls import SMALL_TREE, write_msls
+from patchnetvlad.training_data import TrainingData
+from patchnetvlad.training_run import RunOptions, add_wpca, read_training_data, train_model
+
+logger = logging.getLogger(__name__)
+
+PITTSBURGH_LIST = "pitts30k_imageNames_index.txt"
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """train.py: train on MSLS or on one's own pictures."""
+    parser = Parser(
+        "Train on Mapillary Street-Level Sequences, or on your own pictures; several GPUs: start it with torchrun.",
+        "train.py",
+    )
+    parser.add_config_options("train.ini")
+    _add_dataset_options(parser)
+    parser.add_argument("--save_path", default="runs", metavar="DIR", help="folder that gets the run's own folder")
+    parser.add_argument(
+        "--cache_path", metavar="DIR", help="folder for the cluster file; without it, a temporary one is used"
+    )
+    parser.add_argument(
+        "--cluster_path", metavar="HDF5", help="cluster file to start from; it is made if it is not there"
+    )
+    parser.add_argument(
+        "--resume_path", metavar="FILE", help="checkpoint to go on from; a published one gives its weights alone"
+    )
+    parser.add_argument("--identifier", default="mapillary_nopanos", metavar="NAME", help="end of the folder's name")
+    parser.add_argument("--nEpochs", type=int, default=30, metavar="N", help="epochs to train in all")
+    parser.add_argument(
+        "--start_epoch",
+        type=int,
+        metavar="N",
+        help="take the weights of --resume_path alone and count N epochs as finished",
+    )
+    parser.add_argument("--save_every_epoch", action="store_true", help="keep a checkpoint of every epoch")
+    parser.add_argument("--threads", type=int, default=6, metavar="N", help="threads that load pictures")
+    parser.add_argument(
+        "--skip_unreadable", action="store_true", help="leave pictures out that are missing or unreadable"
+    )
+    parser.add_argument(
+        "--trust_pictures", action="store_true", help="do not decode every picture before training starts"
+    )
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> None:
+        if args.nEpochs < 1 or (args.start_epoch or 0) < 0:
+            raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
+        config = _with_threads(command_line.configuration(args), args.threads)
+        options = RunOptions(
+            command_line.folder(args.dataset_root_dir, "--dataset_root_dir"),
+            Path(args.dataset_csv) if args.dataset_csv else None,
+            Path(args.save_path),
+            args.identifier,
+            Path(args.cache_path) if args.cache_path else None,
+            Path(args.cluster_path) if args.cluster_path else None,
+            require_file(args.resume_path, "pretrained_models") if args.resume_path else None,
+            args.nEpochs,
+            args.start_epoch,
+            args.save_every_epoch,
+            not args.trust_pictures,
+            args.skip_unreadable,
+        )
+        with processes(command_line.device(args)) as all_processes:
+            if not all_processes.is_first:
+                command_line.logger.setLevel(logging.ERROR)
+            run = train_model(config, options, all_processes, command_line.progress(args) and all_processes.is_first)
+        if all_processes.is_first:
+            recalls = ", ".join(f"@{n} {100 * value:.1f}" for n, value in run.recalls.items())
+            print(f"epoch {run.epoch}: Recall (%) {recalls}; best Recall@5 {100 * run.best_score:.1f}")
+            print(f"checkpoints in {run.folder / 'checkpoints'}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def add_pca(arguments: Sequence[str] | None = None) -> int:
+    """add_pca.py: add WPCA to a trained checkpoint."""
+    parser = Parser(
+        "Fit WPCA ([global_params] num_pcs) on database pictures and write the checkpoint with it.", "add_pca.py"
+    )
+    parser.add_config_options("train.ini")
+    parser.add_argument("--resume_path", required=True, metavar="FILE", help="checkpoint to add WPCA to")
+    _add_dataset_options(parser)
+    parser.add_argument(
+        "--dataset_choice",
+        default="mapillary",
+        choices=["mapillary", "pitts"],
+        help=f"database pictures of the training cities, or the list {PITTSBURGH_LIST}",
+    )
+    parser.add_argument("--dataset_file_path", metavar="LIST", help="any list of pictures in place of --dataset_choice")
+    parser.add_argument("--threads", type=int, default=6, metavar="N", help="threads that load pictures")
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> None:
+        config = _with_threads(command_line.configuration(args), args.threads)
+        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
+        if name and args.dataset_csv:
+            raise UserError("--dataset_csv: cannot be used together with a list")
+        if name:
+            pictures = read_image_list(require_file(name, "dataset_imagenames"), root)
+            require_readable(pictures, args.threads, command_line.progress(args))
+            paths = list(dict.fromkeys(pictures.paths))
+        else:
+            data = read_training_data(config, root, Path(args.dataset_csv) if args.dataset_csv else None)
+            data = TrainingData(data.train, ()).checked(False, False, args.threads, False)
+            paths = [path for city in data.train for path in city.database.paths]
+        resume = require_file(args.resume_path, "pretrained_models")
+        written = add_wpca(config, resume, paths, command_line.device(args), command_line.progress(args))
+        print(f"checkpoint in {written}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def render_msls(arguments: Sequence[str] | None = None) -> int:
+    """tools/render_msls.py: a small MSLS tree of rendered places."""
+    parser = Parser("Render a small tree in the layout of Mapillary Street-Level Sequences.", "render_msls.py")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="root of the new tree")
+    parser.add_argument("--width", type=int, default=640, help="width of the pictures in pixels")
+    parser.add_argument("--height", type=int, default=480, help="height of the pictures in pixels")
+    parser.add_argument("--places", type=float, default=1.0, metavar="FACTOR", help="places, times the default")
+
+    def command(args: argparse.Namespace) -> None:
+        if min(args.width, args.height) < 32 or args.places <= 0:
+            raise UserError("--width and --height must be 32 or more, --places above 0")
+        cities = [replace(city, places=max(2, round(city.places * args.places))) for city in SMALL_TREE]
+        count = write_msls(Path(args.output_dir), cities, (args.width, args.height))
+        print(f"{count} pictures of {', '.join(city.name for city in cities)} in {args.output_dir}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def _add_dataset_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--dataset_root_dir", required=True, metavar="DIR", help="root of the MSLS tree, or of the pictures listed"
+    )
+    parser.add_argument(
+        "--dataset_csv",
+        metavar="CSV",
+        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role",
+    )
+
+
+def _with_threads(config: Config, threads: int) -> Config:
+    if threads < 0:
+        raise UserError(f"--threads {threads}: must be 0 or more")
+    return replace(config, global_params=replace(config.global_params, threads=threads))

@@ -1,0 +1,236 @@
+"""What training learns from and is judged by: the pictures of cities, where each was taken, and who matches whom."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.ground_truth import GroundTruth
+from patchnetvlad.images import check_images
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # files named in a message
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class PictureSet:
+    """Pictures of one side of a city, queries or database.
+
+    keys and paths: one for each picture; positions: float64 n×c in metres (c = 2, or 3 for earth-centred ones), None
+    where they are secret; night, sideways: bool n; units: int64 u×L, the pictures of each unit that is matched: one
+    picture (L = 1) or the L pictures of a sequence; source: where the set came from, for messages.
+    """
+
+    source: Path
+    keys: tuple[str, ...]
+    paths: tuple[Path, ...]
+    positions: NDArray[np.float64] | None
+    night: NDArray[np.bool_]
+    sideways: NDArray[np.bool_]
+    units: Rows
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def kept(self, keep: NDArray[np.bool_]) -> "PictureSet":
+        """The set of the pictures where ``keep`` (bool n) is true; a unit that loses one of its pictures goes."""
+        units = self.units[keep[self.units].all(axis=1)]
+        used = np.unique(units)
+        new_row = np.full(len(self), -1, dtype=np.int64)
+        new_row[used] = np.arange(len(used))
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in used),
+            paths=tuple(self.paths[row] for row in used),
+            positions=None if self.positions is None else self.positions[used],
+            night=self.night[used],
+            sideways=self.sideways[used],
+            units=new_row[units],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CityPictures:
+    """One city: its queries and the database that they are searched in."""
+
+    name: str
+    queries: PictureSet
+    database: PictureSet
+
+    def positives(self, radius: float) -> list[Rows]:
+        """Database units within the radius (inclusive) of each query unit, ascending.
+
+        Two sequences match when any picture of one is that near to any picture of the other.
+        Raises UserError for a city whose positions are secret.
+        """
+        if self.queries.positions is None or self.database.positions is None:
+            side = self.queries if self.queries.positions is None else self.database
+            raise UserError(f"{side.source}: has no easting and northing (a test city? its positions are secret)")
+        pairs = GroundTruth(self.queries.positions, self.database.positions, radius).positives()
+        units_of: list[list[int]] = [[] for _ in range(len(self.database))]
+        for unit, rows in enumerate(self.database.units.tolist()):
+            for row in rows:
+                units_of[row].append(unit)
+        return [
+            np.array(sorted({unit for row in rows for near in pairs[row] for unit in units_of[near]}), dtype=np.int64)
+            for rows in self.queries.units.tolist()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Cities to learn from and cities to be judged by."""
+
+    train: tuple[CityPictures, ...]
+    validation: tuple[CityPictures, ...]
+
+    def checked(self, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
+        """The data without doubt about its files: all are there, and with ``decode`` every picture can be read.
+
+        Raises UserError naming the first bad files, or with ``skip`` leaves those pictures out and says so.
+        """
+        sides = [side for city in (*self.train, *self.validation) for side in (city.queries, city.database)]
+        problems = _missing_files(sides)
+        if decode:
+            there = [path for side in sides for path in side.paths if path not in problems]
+            problems |= _unreadable(there, workers, progress)
+        if problems:
+            shown = "; ".join(list(problems.values())[:_SHOWN])
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            total = sum(map(len, sides))
+            if not skip:
+                raise UserError(
+                    f"{len(problems)} of {total} pictures cannot be used: {shown}{more} (restore them, or leave them "
+                    "out with --skip_unreadable)"
+                )
+            logger.warning("%d of %d pictures are left out: %s%s", len(problems), total, shown, more)
+
+        def cleaned(side: PictureSet) -> PictureSet:
+            keep = np.array([path not in problems for path in side.paths], dtype=bool)
+            return side if keep.all() else side.kept(keep)
+
+        def clean(cities: Sequence[CityPictures]) -> tuple[CityPictures, ...]:
+            return tuple(CityPictures(city.name, cleaned(city.queries), cleaned(city.database)) for city in cities)
+
+        return TrainingData(clean(self.train), clean(self.validation))
+
+
+@dataclass(frozen=True, eq=False)
+class TripletPlaces:
+    """All training cities as one: what mining draws from.
+
+    paths: all queries, then all database pictures; a picture's number is its place there. num_queries: how many are
+    queries, each of which has a positive. positives: numbers of the database pictures that show a query's place;
+    near: those that are too near to be its negatives, positives included; weights: chance of each query to be drawn.
+    """
+
+    paths: tuple[Path, ...]
+    num_queries: int
+    positives: tuple[Rows, ...]
+    near: tuple[Rows, ...]
+    weights: NDArray[np.float64]
+
+    @property
+    def num_database(self) -> int:
+        return len(self.paths) - self.num_queries
+
+
+def triplet_places(
+    cities: Sequence[CityPictures], positive_radius: float, negative_radius: float, name: str = "training"
+) -> TripletPlaces:
+    """Join cities of single pictures; queries without a positive are left out.
+
+    Raises UserError when a city has none at all, or when its units are sequences.
+    """
+    queries: list[Path] = []
+    database: list[Path] = []
+    positives: list[Rows] = []
+    near: list[Rows] = []
+    night: list[bool] = []
+    sideways: list[bool] = []
+    for city in cities:
+        if city.queries.units.shape[1] != 1 or city.database.units.shape[1] != 1:
+            raise UserError(f"{city.queries.source}: training learns from single pictures (task im2im)")
+        rows = city.positives(positive_radius)
+        too_near = city.positives(negative_radius)
+        used = [row for row, found in enumerate(rows) if len(found)]
+        if not used:
+            raise UserError(
+                f"{city.queries.source}: none of the {len(rows)} queries of {city.name} has a database picture within "
+                f"{positive_radius:g} m, nor can anything be learned there (leave the city out?)"
+            )
+        for row in used:
+            queries.append(city.queries.paths[row])
+            positives.append(rows[row] + len(database))
+            near.append(too_near[row] + len(database))
+            night.append(bool(city.queries.night[row]))
+            sideways.append(bool(city.queries.sideways[row]))
+        database.extend(city.database.paths)
+        logger.info(
+            "%s: %s: %d queries of %d have a positive, %d database pictures",
+            name,
+            city.name,
+            len(used),
+            len(rows),
+            len(city.database),
+        )
+    offset = len(queries)
+    return TripletPlaces(
+        (*queries, *database),
+        offset,
+        tuple(rows + offset for rows in positives),
+        tuple(rows + offset for rows in near),
+        sampling_weights(np.array(night, dtype=bool), np.array(sideways, dtype=bool)),
+    )
+
+
+def sampling_weights(night: NDArray[np.bool_], sideways: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Weight 1, and N/#night more for a night query, N/#sideways more for a sideways one (bool N each)."""
+    weights = np.ones(len(night))
+    for rare in (night, sideways):
+        if rare.any():
+            weights[rare] += len(rare) / rare.sum()
+    return weights
+
+
+def _missing_files(sides: Sequence[PictureSet]) -> dict[Path, str]:
+    """What is wrong with each picture that is not there; one listing a folder instead of a look at each file."""
+    folders: dict[Path, frozenset[str]] = {}
+    problems: dict[Path, str] = {}
+    for side in sides:
+        for path in side.paths:
+            if path.parent not in folders:
+                exists = path.parent.is_dir()
+                folders[path.parent] = (
+                    frozenset(entry.name for entry in path.parent.iterdir()) if exists else frozenset()
+                )
+            if path.name not in folders[path.parent]:
+                problems[path] = f"{path}: no such file"
+    return problems
+
+
+def _unreadable(paths: Sequence[Path], workers: int, progress: bool) -> dict[Path, str]:
+    problems = check_images(paths, workers, progress)
+    by_text = {str(path): path for path in paths}
+    found: dict[Path, str] = {}
+    for problem in problems:  # "FILE: reason", and a file's name may itself hold ": "
+        place = problem
+        while place not in by_text:
+            place = place.rpartition(": ")[0]
+        found[by_text[place]] = problem
+    return found
+
+
+def require_unique_keys(source: Path, keys: Sequence[str]) -> None:
+    """UserError when a key appears twice: which picture it means would be unknown."""
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise UserError(f"{source}: key {twice[0]} appears {Counter(keys)[twice[0]]} times (joined from two files?)")

@@ -1,0 +1,310 @@
+"""One training run from configuration to checkpoints, and WPCA for what it made."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, write_checkpoint
+from patchnetvlad.cluster_files import cluster_file, read_clusters, write_clusters
+from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
+from patchnetvlad.config import Config, config_text
+from patchnetvlad.distributed import Processes
+from patchnetvlad.errors import UserError
+from patchnetvlad.frozen_layers import freeze
+from patchnetvlad.mapillary import read_cities
+from patchnetvlad.memory_estimate import estimate_memory
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.model_fitting import WPCA_SAMPLES, add_projection, initialise_pool, picture_batches
+from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.own_dataset import read_own_dataset
+from patchnetvlad.training import Trainer
+from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
+from patchnetvlad.training_state import (
+    LAST,
+    Learning,
+    can_resume,
+    changed_settings,
+    restore_learning,
+    run_settings,
+    start_learning,
+)
+from patchnetvlad.validation import check_validation
+from patchnetvlad.weights import initialise_encoder
+from patchnetvlad.whitening import check_num_pcs
+
+logger = logging.getLogger(__name__)
+
+CLUSTER_PICTURES = 500  # database pictures whose local descriptors are clustered
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says of a run.
+
+    root: of the dataset; own_dataset: CSV file in place of MSLS; save_path: folder for the run's own folder;
+    cache_path: where clusters are kept, None for a temporary folder; cluster_path: a cluster file to use, or to make;
+    resume_path: checkpoint to start from; start_epoch: take its weights alone and count from there; check_pictures:
+    decode all before the start; skip_unreadable: leave bad ones out.
+    """
+
+    root: Path
+    own_dataset: Path | None = None
+    save_path: Path = Path("runs")
+    identifier: str = "mapillary_nopanos"
+    cache_path: Path | None = None
+    cluster_path: Path | None = None
+    resume_path: Path | None = None
+    num_epochs: int = 30
+    start_epoch: int | None = None
+    save_every_epoch: bool = False
+    check_pictures: bool = True
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """Where a run is, and the last validation's recalls with the best Recall@5."""
+
+    folder: Path
+    epoch: int
+    recalls: dict[int, float]
+    best_score: float
+
+
+def train_model(config: Config, options: RunOptions, processes: Processes, progress: bool = False) -> TrainedRun:
+    """Train on MSLS or on the user's pictures, from clusters, or from where a checkpoint stopped.
+
+    Raises UserError for whatever does not fit, before training starts, and when the loss is no longer a number.
+    """
+    config.check_training()
+    train = config.train
+    if min(train.imageresizew, train.imageresizeh) < 1:
+        raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
+    if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
+    if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
+        logger.warning(
+            "[global_params] ngpu = %d, but %d process runs: start it as torchrun --nproc_per_node %d train.py …",
+            config.global_params.ngpu,
+            processes.count,
+            config.global_params.ngpu,
+        )
+    config = _training_config(config)
+    checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
+    data = _read_data(config, options, processes, progress)
+    places = triplet_places(data.train, train.positive_radius, train.negative_radius)
+    check_validation(data.validation, train.match_radius)
+    learning = _learning(config, options, checkpoint, places, processes, progress)
+    _tell_memory(config, learning.model, places)
+    folder = processes.from_first(_run_folder(config, options, checkpoint) if processes.is_first else None)
+    assert folder is not None
+    logger.info("run in %s", folder)
+    if learning.progress.epoch >= options.num_epochs > 0:
+        logger.warning("%d epochs are finished already, --nEpochs is %d", learning.progress.epoch, options.num_epochs)
+    trainer = Trainer(config, learning, places, data.validation, folder, processes, options.save_every_epoch, progress)
+    trainer.run(options.num_epochs)
+    state = learning.progress
+    return TrainedRun(folder, state.epoch, state.recalls, state.best_score)
+
+
+def read_training_data(config: Config, root: Path, own_dataset: Path | None) -> TrainingData:
+    """MSLS cities of the configuration below ``root``, or the pictures of a CSV file relative to it."""
+    train = config.train
+    if own_dataset is not None:
+        return read_own_dataset(own_dataset, root, train.includepanos)
+    return TrainingData(
+        read_cities(root, train.cities, include_panoramas=train.includepanos), read_cities(root, train.val_cities)
+    )
+
+
+def add_wpca(
+    config: Config, resume_path: Path, paths: list[Path], device: torch.device, progress: bool = False
+) -> Path:
+    """Fit WPCA on global descriptors of up to 10,000 of the pictures and write the checkpoint with it.
+
+    A projection that the checkpoint has already is dropped. Needs about 1.5 GB for 10,000 descriptors of 8,192
+    numbers beside the model. Returns the new file, its name that of the checkpoint with _WPCA{num_pcs}.
+    Raises UserError when num_pcs is not below the number of pictures, or above the descriptors' length.
+    """
+    num_pcs = config.global_params.num_pcs
+    if not num_pcs:
+        raise UserError("[global_params] num_pcs = 0: expected the number of dimensions to project to")
+    checkpoint = read_checkpoint(resume_path)
+    config = _training_config(config)
+    model = _weights(checkpoint, config).to(device)
+    rng = np.random.default_rng(config.train.seed)
+    if len(paths) > WPCA_SAMPLES:
+        paths = [paths[row] for row in sorted(rng.choice(len(paths), WPCA_SAMPLES, replace=False).tolist())]
+    check_num_pcs(num_pcs, len(paths), model.output_dims)
+    config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
+    batches = picture_batches(config, paths, device, progress, "Describing")
+    fit = add_projection(model, batches, len(paths), config)
+    path = resume_path.with_name(resume_path.name.removesuffix(".pth.tar") + f"_WPCA{num_pcs}.pth.tar")
+    epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
+    write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
+    return path
+
+
+def _training_config(config: Config) -> Config:
+    """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
+    params, train = config.global_params, config.train
+    pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
+    sizes = replace(
+        config.feature_extract,
+        imageresizew=train.imageresizew,
+        imageresizeh=train.imageresizeh,
+        cachebatchsize=train.cachebatchsize,
+    )
+    return replace(config, global_params=replace(params, pooling=pooling, num_pcs=0), feature_extract=sizes)
+
+
+def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
+    data = read_training_data(config, options.root, options.own_dataset)
+    workers = max(1, config.global_params.threads)
+    decode = options.check_pictures and processes.is_first
+    checked = data.checked(decode, options.skip_unreadable, workers, progress) if processes.is_first else None
+    return processes.from_first(checked) or data
+
+
+def _weights(checkpoint: Checkpoint, config: Config) -> PlaceModel:
+    """A checkpoint's model without its projection."""
+    if checkpoint.num_pcs:
+        logger.info("%s: its WPCA of %d dimensions is dropped", checkpoint.path, checkpoint.num_pcs)
+        state = {key: value for key, value in checkpoint.state.items() if not key.startswith("WPCA.")}
+        checkpoint = replace(checkpoint, state=state)
+    return build_model(checkpoint, config.global_params)
+
+
+def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:
+    """Whether a run is resumed, rather than a new one started from weights."""
+    return options.start_epoch is None and can_resume(checkpoint)
+
+
+def _learning(
+    config: Config,
+    options: RunOptions,
+    checkpoint: Checkpoint | None,
+    places: TripletPlaces,
+    processes: Processes,
+    progress: bool,
+) -> Learning:
+    """The model at its start, or as a checkpoint left it."""
+    torch.manual_seed(config.train.seed)
+    start = options.start_epoch or 0
+    if checkpoint is None:
+        model = _new_model(config, options, places, processes, progress)
+        learning = start_learning(model, freeze(model), config.train)
+        learning.progress.epoch = start
+        return learning
+    model = _weights(checkpoint, config).to(processes.device)
+    if checkpoint.num_clusters not in (None, config.train.num_clusters):
+        logger.info("%s: has %d clusters, which holds", checkpoint.path, checkpoint.num_clusters)
+    learning = start_learning(model, freeze(model), config.train)
+    if _goes_on(checkpoint, options):
+        restore_learning(checkpoint, learning, config.train.optim, processes.device)
+        done = learning.progress
+        logger.info(
+            "%s: goes on after epoch %d, subset %d, step %d", checkpoint.path, done.epoch, done.subset, done.step
+        )
+        for change in changed_settings(checkpoint, run_settings(config, places)):
+            logger.warning("%s: this run differs from the one that is resumed: %s", checkpoint.path, change)
+    else:
+        learning.progress.epoch = start
+        logger.info("%s: its weights are the start, from epoch %d", checkpoint.path, start + 1)
+    return learning
+
+
+def _new_model(
+    config: Config, options: RunOptions, places: TripletPlaces, processes: Processes, progress: bool
+) -> PlaceModel:
+    params, train = config.global_params, config.train
+    model = PlaceModel(params.backbone, params.pooling, train.num_clusters, vladv2=params.vladv2)
+    freeze(model)
+    if processes.is_first:
+        initialise_encoder(model, config)
+    model.eval().to(processes.device)
+    if isinstance(model.pool, NetVLAD) and processes.is_first:
+        initialise_pool(model.pool, _clusters(config, options, model, places, progress))
+    state = processes.from_first(
+        {key: value.cpu() for key, value in model.state_dict().items()} if processes.is_first else {}
+    )
+    model.load_state_dict(state)
+    return model
+
+
+def _clusters(
+    config: Config, options: RunOptions, model: PlaceModel, places: TripletPlaces, progress: bool
+) -> Clusters:
+    """Clusters from --cluster_path where that file is, otherwise new ones, which are written there or to the cache."""
+    train = config.train
+    assert isinstance(model.pool, NetVLAD)
+    if options.cluster_path is not None and options.cluster_path.exists():
+        logger.info("clusters: %s", options.cluster_path)
+        return read_clusters(options.cluster_path, train.num_clusters, model.pool.channels)
+    rng = np.random.default_rng(train.seed)
+    count = min(CLUSTER_PICTURES, places.num_database)
+    rows = np.sort(rng.choice(places.num_database, count, replace=False)) + places.num_queries
+    paths = [places.paths[row] for row in rows.tolist()]
+    logger.info("clustering %d local descriptors of each of %d database pictures", LOCALS_PER_PICTURE, count)
+    batches = picture_batches(config, paths, model.device, progress, "Sampling local descriptors")
+    clusters = find_clusters(model.encoder, batches, train.num_clusters, train.seed)
+    dataset = "own" if options.own_dataset else "mapillary"
+    with _cache(options.cache_path) as cache:
+        path = options.cluster_path or cluster_file(cache, model.backbone, dataset, train.num_clusters)
+        write_clusters(path, clusters)
+        if options.cluster_path or options.cache_path:
+            logger.info("clusters kept in %s", path)
+    return clusters
+
+
+@contextmanager
+def _cache(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="patchnetvlad-") as name:
+        yield Path(name)
+
+
+def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> None:
+    train = config.train
+    trained = train.batchsize * (2 + train.nneg)
+    size = (train.imageresizeh, train.imageresizew)
+    estimate = estimate_memory(model, size, train.cachebatchsize, trained, train.mixed_precision, train.optim == "ADAM")
+    pictures = min(len(places.paths), 2 * train.subset_queries + train.subset_negatives)
+    kept = min(pictures * estimate.output, int(train.frozen_cache_gb * 1e9))
+    gigabytes = [value / 1e9 for value in (estimate.peak, estimate.frozen, estimate.learned, kept)]
+    logger.info(
+        "memory, estimated: %.2f GB on the computing device (frozen layers %.2f GB for %d pictures, learning %.2f GB "
+        "for %d pictures), and %.2f GB of main memory for the frozen layers' output of %d pictures",
+        *gigabytes[:2],
+        train.cachebatchsize,
+        gigabytes[2],
+        trained,
+        gigabytes[3],
+        pictures,
+    )
+
+
+def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | None) -> Path:
+    """The folder of the run that is resumed, if the checkpoint lies in one; otherwise a new one."""
+    if checkpoint is not None and _goes_on(checkpoint, options) and checkpoint.path.parent.name == "checkpoints":
+        folder = checkpoint.path.parent.parent
+        if (folder / "config.ini").exists() and (checkpoint.path.parent / LAST).exists():
+            return folder
+    folder = options.save_path / f"{time.strftime('%b%d_%H-%M-%S')}_{options.identifier}"
+    try:
+        folder.mkdir(parents=True)
+        (folder / "config.ini").write_text(config_text(config), encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    return folder

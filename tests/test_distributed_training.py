@@ -1,0 +1,60 @@
+"""Two processes do what one does: the same mining, the same steps, the same validation, within rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import command_line, scalars
+
+from patchnetvlad.checkpoints import read_checkpoint
+from patchnetvlad.distributed import Processes
+from patchnetvlad.training_commands import train
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def test_two_processes_equal_one(msls: Path, tmp_path: Path) -> None:
+    # Steps of 3 sets: one process has two of them and the other one, and in a last step of one set none
+    more = ["--nEpochs", "2", "--set", "train.batchsize=3", "--set", "train.lrstep=5", "--save_every_epoch"]
+    done = finished([*LAUNCH, str(ROOT / "train.py"), *command_line(msls, tmp_path / "two", *more)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoints in") == 1
+    assert train(command_line(msls, tmp_path / "one", *more)) == 0
+    folders = one, two = [next((tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert scalars(two, "Train/nNeg") == scalars(one, "Train/nNeg")
+    losses = [np.array(list(scalars(folder, "Train/Loss").values())) for folder in folders]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    for epoch in (1, 2):
+        states = [read_checkpoint(f / f"checkpoints/checkpoint_epoch{epoch}.pth.tar").state for f in folders]
+        moved = 0.0
+        for key, value in states[0].items():
+            torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+            start = read_checkpoint(one / "checkpoints/checkpoint_epoch1.pth.tar").state[key]
+            moved = max(moved, float((value - start).abs().max()))
+        assert epoch == 1 or moved > 1e-5  # the steps are larger than the tolerance
+    for n in (1, 5, 10):
+        assert scalars(two, f"Val/Recall@{n}") == pytest.approx(scalars(one, f"Val/Recall@{n}"))
+
+
+def test_a_mistake_ends_all_processes(msls: Path, tmp_path: Path) -> None:
+    arguments = command_line(msls, tmp_path, "--set", "train.cities=boston")
+    done = finished([*LAUNCH, str(ROOT / "train.py"), *arguments])
+    assert done.returncode != 0
+    assert "no such folder, for city boston" in done.stderr
+
+
+def test_shares_cover_everything_once() -> None:
+    ranks = [Processes(rank, 3, torch.device("cpu")) for rank in range(3)]
+    items = list(range(10))
+    assert sorted(item for rank in ranks for item in rank.share(items)) == items
+    assert [rank.is_first for rank in ranks] == [True, False, False]

@@ -1,0 +1,217 @@
+"""Reading MSLS: cities, tasks, subtasks, panoramas, and errors that say which city, file, line and column."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.mapillary import SUBTASKS, TASKS, read_cities
+from patchnetvlad.training_data import TrainingData, sampling_weights, triplet_places
+
+
+def column(path: Path, name: str) -> list[str]:
+    with path.open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def changed(msls: Path, tmp_path: Path) -> Path:
+    """A copy of one training city, free to be damaged."""
+    shutil.copytree(msls / "train_val/london", tmp_path / "train_val/london")
+    return tmp_path
+
+
+def rewrite(path: Path, old: str, new: str, count: int = 1) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+def test_tree_is_complete(msls: Path) -> None:
+    for folder in (*msls.glob("train_val/*/*"), *msls.glob("test/*/*")):
+        files = {"raw.csv", "postprocessed.csv", "seq_info.csv", "subtask_index.csv"}
+        assert {path.name for path in folder.iterdir()} == files | {"images"}
+        keys = column(folder / "seq_info.csv", "key")
+        assert {path.stem for path in (folder / "images").iterdir()} == set(keys)
+        assert len(set(keys)) == len(keys)
+    night = column(msls / "train_val/trondheim/query/postprocessed.csv", "night")
+    assert {"True", "False"} == set(night)
+    assert "Sideways" in column(msls / "train_val/trondheim/query/postprocessed.csv", "view_direction")
+
+
+def test_single_pictures_of_a_city(msls: Path) -> None:
+    (city,) = read_cities(msls, ["cph"])
+    panoramas = column(msls / "train_val/cph/database/raw.csv", "pano").count("True")
+    assert panoramas == 3
+    assert (len(city.queries), len(city.database)) == (8, 12)
+    (with_panoramas,) = read_cities(msls, ["cph"], include_panoramas=True)
+    assert len(with_panoramas.database) == 12 + panoramas
+    # By the generator, the pictures within 25 m are those of the same place
+    for query, found in zip(city.queries.keys, city.positives(25), strict=True):
+        place = column(msls / "train_val/cph/query/postprocessed.csv", "unique_cluster")[city.queries.keys.index(query)]
+        clusters = column(msls / "train_val/cph/database/postprocessed.csv", "unique_cluster")
+        expected = [row for row in range(12) if clusters[row] == place]
+        assert found.tolist() == expected
+
+
+def test_test_cities_have_no_positions(msls: Path) -> None:
+    (city,) = read_cities(msls, ["miami"])
+    assert city.queries.positions is None and len(city.queries) == 6
+    with pytest.raises(UserError, match="miami/query: has no easting and northing"):
+        city.positives(25)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_make_units_of_consecutive_frames(msls: Path, task: str) -> None:
+    (city,) = read_cities(msls, ["trondheim"], task, sequence_length=3)
+    for side, pictures in zip(task.split("2"), (city.queries, city.database), strict=True):
+        assert pictures.units.shape[1] == (3 if side == "seq" else 1)
+        folder = pictures.source
+        frame = dict(
+            zip(column(folder / "seq_info.csv", "key"), column(folder / "seq_info.csv", "frame_number"), strict=True)
+        )
+        sequence = dict(zip(frame, column(folder / "seq_info.csv", "sequence_key"), strict=True))
+        for unit in pictures.units:
+            keys = [pictures.keys[row] for row in unit]
+            numbers = [int(frame[key]) for key in keys]
+            assert numbers == list(range(numbers[0], numbers[0] + len(keys)))
+            assert len({sequence[key] for key in keys}) == 1
+    if task == "im2im":
+        assert len(city.queries.units) == 12
+    if task == "seq2seq":
+        assert len(city.queries.units) == 2 * 4  # two drives past six places
+        for query, rows in zip(city.queries.units, city.positives(25), strict=True):
+            at = city.queries.positions[query]
+            for row, unit in enumerate(city.database.units):
+                nearest = np.linalg.norm(at[:, None] - city.database.positions[unit][None], axis=2).min()
+                assert (row in rows) == (nearest <= 25)
+
+
+def test_sequences_that_lose_a_picture_go(msls: Path) -> None:
+    (city,) = read_cities(msls, ["trondheim"], "seq2im")
+    keep = np.ones(len(city.queries), dtype=bool)
+    keep[int(city.queries.units[0][0])] = False
+    fewer = city.queries.kept(keep)
+    assert len(fewer.units) == len(city.queries.units) - 1
+    kept_keys = {tuple(fewer.keys[row] for row in unit) for unit in fewer.units}
+    assert kept_keys == {tuple(city.queries.keys[row] for row in unit) for unit in city.queries.units[1:]}
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_subtasks_choose_pictures(msls: Path, subtask: str) -> None:
+    (city,) = read_cities(msls, ["london"], subtask=subtask)
+    for side in (city.queries, city.database):
+        flags = column(side.source / "subtask_index.csv", subtask)
+        panos = column(side.source / "raw.csv", "pano")
+        keys = column(side.source / "seq_info.csv", "key")
+        expected = [k for k, flag, p in zip(keys, flags, panos, strict=True) if flag == "True" and p == "False"]
+        assert list(side.keys) == expected
+
+
+def test_a_subtask_without_pictures_says_so(changed: Path) -> None:
+    path = changed / "train_val/london/database/subtask_index.csv"
+    lines = path.read_text().replace("True", "False").splitlines(keepends=True)
+    path.write_text("".join(lines))
+    message = r"london/database: no picture is left of 18 pictures \(panoramas: 3.*subtask d2n"
+    with pytest.raises(UserError, match=message):
+        read_cities(changed, ["london"], subtask="d2n")
+
+
+def test_training_places_join_cities(msls: Path) -> None:
+    cities = read_cities(msls, ["trondheim", "london"])
+    places = triplet_places(cities, 10, 25)
+    assert places.num_database == 18 + 15
+    names = [path.parent.parent.name for path in places.paths]
+    assert set(names[: places.num_queries]) == {"query"} and set(names[places.num_queries :]) == {"database"}
+    for query in range(places.num_queries):
+        assert len(places.positives[query]) and set(places.positives[query]) <= set(places.near[query])
+        city = places.paths[query].parts[-4]
+        assert {places.paths[row].parts[-4] for row in places.near[query]} == {city}
+
+
+def test_sampling_weights_by_hand() -> None:
+    night, sideways = np.array([1, 0, 0, 0], bool), np.array([1, 1, 0, 0], bool)
+    np.testing.assert_allclose(sampling_weights(night, sideways), [1 + 4 + 2, 1 + 2, 1, 1])
+    np.testing.assert_allclose(sampling_weights(np.zeros(3, bool), np.zeros(3, bool)), [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("query/raw.csv", "pano", "panorama", r"london/query/raw\.csv: has no column pano \(its columns: key"),
+        ("query/postprocessed.csv", "easting", "east", r"postprocessed\.csv: has no column easting"),
+        ("database/postprocessed.csv", ",500", ",x500", r"line \d+: easting = 'x500.*expected a number"),
+        ("database/postprocessed.csv", "Forward", "Up", r"line \d+: view_direction = 'Up': expected one of Forward"),
+        ("database/raw.csv", "False", "maybe", r"database/raw\.csv: line 2: pano = 'maybe': expected True or False"),
+        ("query/subtask_index.csv", ",True", ",", r"subtask_index\.csv: line 2: all = '': expected True or False"),
+    ],
+)
+def test_wrong_files_are_named(changed: Path, file: str, old: str, new: str, message: str) -> None:
+    rewrite(changed / "train_val/london" / file, old, new)
+    with pytest.raises(UserError, match=message):
+        read_cities(changed, ["london"])
+
+
+def test_rows_that_do_not_belong_together(changed: Path) -> None:
+    raw = changed / "train_val/london/query/raw.csv"
+    lines = raw.read_text().splitlines(keepends=True)
+    raw.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"raw\.csv: 9 rows, but seq_info\.csv has 10"):
+        read_cities(changed, ["london"])
+    raw.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    with pytest.raises(UserError, match=r"raw\.csv: line 2: key .*, but seq_info\.csv has"):
+        read_cities(changed, ["london"])
+    raw.write_text("".join(lines)[:-3])
+    with pytest.raises(UserError, match=r"raw\.csv: line 11: "):
+        read_cities(changed, ["london"])
+
+
+def test_missing_city_and_file(changed: Path) -> None:
+    with pytest.raises(UserError, match=r"train_val/boston: no such folder, for city boston \(cities there: london"):
+        read_cities(changed, ["boston"])
+    (changed / "train_val/london/query/seq_info.csv").unlink()
+    with pytest.raises(UserError, match=r"london/query/seq_info\.csv: no such file"):
+        read_cities(changed, ["london"])
+    with pytest.raises(UserError, match="not the root of an MSLS tree"):
+        read_cities(changed / "nowhere", ["london"])
+
+
+@pytest.mark.parametrize(("task", "length"), [("seq2seq", 4), ("seq2im", 1), ("im2video", 3)])
+def test_wrong_tasks(msls: Path, task: str, length: int) -> None:
+    with pytest.raises(UserError, match="expected"):
+        read_cities(msls, ["london"], task, length)
+
+
+def test_a_city_without_positives(changed: Path) -> None:
+    path = changed / "train_val/london/query/postprocessed.csv"
+    path.write_text(re.sub(r",5[78]\d{5}\.\d{3}", ",100.0", path.read_text()))
+    with pytest.raises(UserError, match="none of the 10 queries of london has a database picture within 10 m"):
+        triplet_places(read_cities(changed, ["london"]), 10, 25)
+
+
+def test_sequences_do_not_train(msls: Path) -> None:
+    with pytest.raises(UserError, match="task im2im"):
+        triplet_places(read_cities(msls, ["trondheim"], "seq2im"), 10, 25)
+
+
+def test_bad_pictures_stop_or_are_skipped(changed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = sorted((changed / "train_val/london/query/images").iterdir())
+    images[0].unlink()
+    whole = images[1].read_bytes()
+    images[1].write_bytes(whole[: len(whole) // 2])
+    data = TrainingData(read_cities(changed, ["london"]), ())
+    with pytest.raises(UserError, match=r"2 of 25 pictures cannot be used: .*no such file; .*cannot be decoded"):
+        data.checked(decode=True, skip=False, workers=1, progress=False)
+    with pytest.raises(UserError, match=f"1 of 25 pictures cannot be used: {images[0]}: no such file"):
+        data.checked(decode=False, skip=False, workers=1, progress=False)
+    checked = data.checked(decode=True, skip=True, workers=1, progress=False)
+    queries = checked.train[0].queries
+    assert len(queries) == 8 and not {images[0], images[1]} & set(queries.paths)
+    assert f"2 of 25 pictures are left out: {images[0]}: no such file" in caplog.text
+    for path in queries.paths:
+        Image.open(path).load()

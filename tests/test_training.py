@@ -1,0 +1,413 @@
+"""Training: what a run writes, that it resumes exactly, and how it stops when something is wrong."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import published_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from patchnetvlad import training
+from patchnetvlad.checkpoints import read_checkpoint
+from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig, load_config
+from patchnetvlad.distributed import Processes
+from patchnetvlad.errors import UserError
+from patchnetvlad.training_commands import train
+from patchnetvlad.training_run import RunOptions, TrainedRun, train_model
+
+ROOT = Path(__file__).parent.parent
+WIDTH, HEIGHT = 96, 72
+ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
+
+
+def small(backbone: str = "rootsift", **train: Any) -> Config:
+    """A configuration that trains on the small tree in seconds."""
+    size = {"imageresizew": WIDTH, "imageresizeh": HEIGHT}
+    settings: dict[str, Any] = {
+        "cities": ("trondheim", "london"),
+        "num_clusters": 4,
+        "lr": 0.01,
+        "lrstep": 1,
+        "batchsize": 2,
+        "subset_queries": 7,
+        "subset_negatives": 12,
+        "pretrained": "none",
+        **size,
+        **train,
+    }
+    return Config(
+        FeatureExtractConfig(**size),
+        FeatureMatchConfig(**size, n_values_all=(1, 5, 10)),
+        GlobalParams(pooling="netvlad", backbone=backbone, threads=2),
+        TrainConfig(**settings),
+    )
+
+
+def run(msls: Path, folder: Path, config: Config | None = None, epochs: int = 3, **options: Any) -> TrainedRun:
+    chosen = RunOptions(msls, save_path=folder, num_epochs=epochs, **options)
+    return train_model(config or small(), chosen, ONE_PROCESS)
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    """Step to value of a tag, by TensorBoard's own reader."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def trained(msls: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """An uninterrupted run of three epochs with everything kept."""
+    folder = tmp_path_factory.mktemp("runs")
+    return run(msls, folder, save_every_epoch=True, cache_path=folder / "cache")
+
+
+def test_a_run_writes_everything(trained: TrainedRun) -> None:
+    assert trained.folder.name.endswith("_mapillary_nopanos")
+    time.strptime(trained.folder.name.removesuffix("_mapillary_nopanos"), "%b%d_%H-%M-%S")
+    names = {path.name for path in (trained.folder / "checkpoints").iterdir()}
+    epochs = {f"checkpoint_epoch{epoch}.pth.tar" for epoch in (1, 2, 3)}
+    assert names == {"checkpoint.pth.tar", "model_best.pth.tar"} | epochs
+    copied = load_config(trained.folder / "config.ini")
+    assert copied.train == small().train and copied.global_params.backbone == "rootsift"
+    clusters = trained.folder.parent / "cache/centroids/rootsift_mapillary_4_desc_cen.hdf5"
+    with h5py.File(clusters) as file:
+        assert file["centroids"].shape == (4, 128)
+        np.testing.assert_allclose(np.linalg.norm(file["descriptors"][:], axis=1), 1, atol=1e-5)
+
+
+def test_tensorboard_holds_the_course(trained: TrainedRun) -> None:
+    losses = scalars(trained.folder, "Train/Loss")
+    assert list(losses) == list(range(1, len(losses) + 1))
+    negatives = scalars(trained.folder, "Train/nNeg")
+    assert set(negatives) == set(losses) and all(1 <= value <= 2 * 5 for value in negatives.values())
+    averages = scalars(trained.folder, "Train/AvgLoss")
+    assert list(averages) == [1, 2, 3]
+    per_epoch = len(losses) // 3
+    if len(losses) % 3 == 0:
+        assert averages[1] == pytest.approx(np.mean([losses[step] for step in range(1, per_epoch + 1)]), rel=0.2)
+    rates = scalars(trained.folder, "Train/LearningRate")
+    assert list(rates.values()) == pytest.approx([0.01, 0.005, 0.0025])
+    assert all(value > 0 for value in scalars(trained.folder, "Train/PicturesPerSecond").values())
+    for n in (1, 5, 10):
+        recalls = scalars(trained.folder, f"Val/Recall@{n}")
+        assert list(recalls) == [0, 1, 2, 3]
+        assert recalls[3] == pytest.approx(trained.recalls[n])
+        cities = [scalars(trained.folder, f"Val_{city}/Recall@{n}")[3] for city in ("cph", "sf")]
+        assert min(cities) - 1e-6 <= recalls[3] <= max(cities) + 1e-6
+
+
+def test_the_best_checkpoint_is_the_best(trained: TrainedRun) -> None:
+    recalls = scalars(trained.folder, "Val/Recall@5")
+    best = read_checkpoint(trained.folder / "checkpoints/model_best.pth.tar")
+    assert best.extras["best_score"] == pytest.approx(max(recalls.values()))
+    assert best.extras["epoch"] == max(recalls, key=lambda epoch: (recalls[epoch], -epoch))
+    assert trained.best_score == best.extras["best_score"]
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end in the middle of that step, the weights just changed, nothing written."""
+    whole_step = training.Trainer._step
+
+    def interrupted(self: training.Trainer, *args: Any) -> float:
+        loss = whole_step(self, *args)
+        if self._learning.progress.step == step:
+            raise Killed
+        return loss
+
+    monkeypatch.setattr(training.Trainer, "_step", interrupted)
+
+
+@pytest.mark.parametrize("step", [1, 9, 17, 23])
+def test_a_killed_run_resumes_exactly(
+    step: int, trained: TrainedRun, msls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(step, patch)
+        with pytest.raises(Killed):
+            run(msls, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    torch.manual_seed(step)  # the random state must come from the checkpoint
+    resumed = run(msls, tmp_path, resume_path=folder / "checkpoints/checkpoint.pth.tar")
+    assert resumed.folder == folder
+    for tag in ("Train/Loss", "Train/nNeg", "Train/AvgLoss", "Train/LearningRate", "Val/Recall@1", "Val/Recall@5"):
+        assert scalars(folder, tag) == scalars(trained.folder, tag), tag
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        ours, theirs = (read_checkpoint(place / "checkpoints" / name) for place in (folder, trained.folder))
+        assert all(torch.equal(ours.state[key], theirs.state[key]) for key in theirs.state)
+        assert torch.equal(ours.extras["random_state"]["cpu"], theirs.extras["random_state"]["cpu"])
+        for key in ("epoch", "subset", "step", "best_score", "not_improved", "recalls"):
+            assert ours.extras[key] == theirs.extras[key], key
+        momenta = [extras["optimizer"]["state"] for extras in (ours.extras, theirs.extras)]
+        for number, state in momenta[1].items():
+            assert torch.equal(momenta[0][number]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_adam_resumes_exactly(msls: Path, tmp_path: Path) -> None:
+    config = small(optim="ADAM", lr=0.001)
+    whole = run(msls, tmp_path / "whole", config, epochs=2)
+    half = run(msls, tmp_path / "half", config, epochs=1)
+    resumed = run(msls, tmp_path / "half", config, 2, resume_path=half.folder / "checkpoints/checkpoint.pth.tar")
+    assert scalars(resumed.folder, "Train/Loss") == scalars(whole.folder, "Train/Loss")
+    assert list(scalars(whole.folder, "Train/LearningRate").values()) == pytest.approx([0.001, 0.001])
+
+
+def command_line(msls: Path, folder: Path, *more: str) -> list[str]:
+    settings = {
+        "global_params.backbone": "rootsift",
+        "train.cities": "trondheim,london",
+        "train.num_clusters": "4",
+        "train.lr": "0.01",
+        "train.lrstep": "1",
+        "train.batchsize": "2",
+        "train.subset_queries": "7",
+        "train.subset_negatives": "12",
+        "train.imageresizew": str(WIDTH),
+        "train.imageresizeh": str(HEIGHT),
+    }
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    paths = ["--dataset_root_dir", str(msls), "--save_path", str(folder)]
+    return [*paths, "--threads", "2", "--nocuda", "-q", *overrides, *more]
+
+
+def test_a_process_that_is_killed_resumes_exactly(trained: TrainedRun, msls: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = command_line(msls, tmp_path, "--nEpochs", "1000000")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("*/checkpoints/checkpoint.pth.tar")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)  # into some step
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (last,) = tmp_path.glob("*/checkpoints/checkpoint.pth.tar")
+    epochs = max(3, read_checkpoint(last).extras["epoch"] + 1)
+    assert train(command_line(msls, tmp_path, "--nEpochs", str(epochs), "--resume_path", str(last))) == 0
+    losses, expected = scalars(last.parent.parent, "Train/Loss"), scalars(trained.folder, "Train/Loss")
+    assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) >= len(expected)
+    assert {step: losses[step] for step in expected} == expected
+
+
+def test_a_resumed_run_says_what_is_different(
+    trained: TrainedRun, msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "moved.pth.tar"
+    shutil.copy(trained.folder / "checkpoints/checkpoint_epoch2.pth.tar", copy)
+    resumed = run(msls, tmp_path, small(margin=0.2), resume_path=copy)
+    assert "differs from the one that is resumed: margin was 0.1, is 0.2" in caplog.text
+    assert resumed.folder != trained.folder and resumed.epoch == 3
+    with pytest.raises(UserError, match=r"made with optim = SGD, \[train\] optim says ADAM"):
+        run(msls, tmp_path, small(optim="ADAM"), resume_path=copy)
+
+
+@pytest.mark.parametrize("num_pcs", [0, 8])
+def test_vgg16_trains_from_published_checkpoints(
+    num_pcs: int, msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights of a published file, the projection dropped; what is written loads there again, key by key."""
+    caplog.set_level("INFO")
+    path = tmp_path / "published.pth.tar"
+    state = {key.replace("pool.", "pool.module."): value for key, value in published_state(num_pcs).items()}
+    extras = {"epoch": 28, "recalls": {5: np.float64(0.8)}, "best_score": np.float64(0.8), "parallel": True}
+    torch.save({"state_dict": state, "optimizer": {"state": {}, "param_groups": []}, **extras}, path)
+    cities = {"cities": ("london",), "val_cities": ("sf",), "subset_queries": 3}
+    size = {"imageresizew": 64, "imageresizeh": 48}
+    config = small("vgg16", **cities, num_clusters=16, lr=1e-4, **size)
+    config = replace(config, feature_extract=FeatureExtractConfig(**size))
+    trained = run(msls, tmp_path, config, epochs=1, resume_path=path)
+    dropped = f"{path}: its WPCA of 8 dimensions is dropped"
+    assert (dropped in caplog.text) == (num_pcs == 8)
+    assert "its weights are the start, from epoch 1" in caplog.text
+    written = torch.load(trained.folder / "checkpoints/checkpoint.pth.tar", weights_only=True)
+    before = published_state(0)
+    assert written["state_dict"].keys() == before.keys()
+    changed = {key for key, value in written["state_dict"].items() if not torch.equal(value, before[key])}
+    learning = {f"encoder.{layer}.weight" for layer in (24, 26, 28)}
+    assert learning <= changed
+    assert changed <= learning | {key.replace("weight", "bias") for key in learning} | {
+        "pool.conv.weight",
+        "pool.centroids",
+    }
+    assert written["epoch"] == 1 and written["step"] == len(scalars(trained.folder, "Train/Loss"))
+
+
+def test_start_epoch_takes_the_weights_alone(trained: TrainedRun, msls: Path, tmp_path: Path) -> None:
+    last = trained.folder / "checkpoints/checkpoint.pth.tar"
+    again = run(msls, tmp_path, epochs=4, resume_path=last, start_epoch=2)
+    assert again.folder != trained.folder
+    assert list(scalars(again.folder, "Train/AvgLoss")) == [3, 4]
+    assert list(scalars(again.folder, "Train/LearningRate").values()) == pytest.approx([0.0025, 0.00125])
+    assert min(scalars(again.folder, "Train/Loss")) == 1
+
+
+def test_clusters_are_made_where_asked_and_used_again(
+    msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = tmp_path / "new/folder/clusters.hdf5"
+    first = run(msls, tmp_path / "a", epochs=1, cluster_path=path)
+    assert path.exists() and "clustering" in caplog.text
+    caplog.clear()
+    second = run(msls, tmp_path / "b", epochs=1, cluster_path=path)
+    assert "clustering" not in caplog.text
+    assert scalars(first.folder, "Train/Loss") == scalars(second.folder, "Train/Loss")
+    with pytest.raises(UserError, match=r"clusters\.hdf5: centroids are 4×128, the model needs 8×128"):
+        run(msls, tmp_path / "c", small(num_clusters=8), cluster_path=path)
+    path.write_bytes(b"no clusters")
+    with pytest.raises(UserError, match=r"clusters\.hdf5: cannot be read as a cluster file"):
+        run(msls, tmp_path / "c", cluster_path=path)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("vladv2", [False, True])
+def test_vladv2_trains(vladv2: bool, msls: Path, tmp_path: Path) -> None:
+    config = small()
+    config = replace(config, global_params=replace(config.global_params, vladv2=vladv2))
+    trained = run(msls, tmp_path, config, epochs=1)
+    state = read_checkpoint(trained.folder / "checkpoints/checkpoint.pth.tar").state
+    assert ("pool.conv.bias" in state) == vladv2
+
+
+def test_patience_ends_a_run(msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    stopped = run(msls, tmp_path, small(patience=2, lr=1e-12), epochs=50)
+    assert "Recall@5 has not risen for 2 validations: done" in caplog.text
+    assert stopped.epoch == 2
+    assert list(scalars(stopped.folder, "Val/Recall@5")) == [0, 1, 2]
+
+
+def test_validation_every_other_epoch(msls: Path, tmp_path: Path) -> None:
+    trained = run(msls, tmp_path, small(evalevery=2), epochs=3)
+    assert list(scalars(trained.folder, "Val/Recall@5")) == [0, 2]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(msls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_loss = training.triplet_loss
+    calls = []
+
+    def loss(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return whole_loss(*args) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(training, "triplet_loss", loss)
+    message = r"epoch 1, subset 2 of 4, step 7: the loss is nan, training stops; queries .*\.jpg.*checkpoint\.pth\.tar"
+    with pytest.raises(UserError, match=message):
+        run(msls, tmp_path)
+    (last,) = tmp_path.glob("*/checkpoints/checkpoint.pth.tar")
+    kept = read_checkpoint(last)
+    assert kept.extras["subset"] == 1
+    assert all(torch.isfinite(value).all() for value in kept.state.values())
+
+
+def test_weights_that_leave_the_numbers_stop_the_run(msls: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training stops.*the last good checkpoint is .*lower \[train\] lr"):
+        run(msls, tmp_path, small(lr=1e38, weightdecay=1e10))
+    (last,) = tmp_path.glob("*/checkpoints/checkpoint.pth.tar")
+    assert read_checkpoint(last).extras["step"] == 0
+
+
+def test_subsets_without_negatives_are_skipped(msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    skipped = run(msls, tmp_path, small(cities=("london",), negative_radius=1e7), epochs=2)
+    assert "epoch 1, subset 1 of 2: no query has a negative within the margin, the subset is skipped" in caplog.text
+    assert "epoch 2: no query has a negative within the margin, nothing was learned" in caplog.text
+    assert skipped.epoch == 2
+    assert list(scalars(skipped.folder, "Val/Recall@5")) == [0, 1, 2]
+
+
+def test_own_pictures_train(msls: Path, tmp_path: Path) -> None:
+    """The tree's pictures, described by one CSV file, give the same run as the tree itself."""
+    roles = {"trondheim": "train", "london": "train", "cph": "val", "sf": "val"}
+    with (tmp_path / "own.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "easting", "northing", "role", "city", "night", "sideways", "panorama"])
+        for city, role in roles.items():
+            for side in ("query", "database"):
+                folder = Path("train_val") / city / side
+                tables = [
+                    csv.DictReader((msls / folder / f"{name}.csv").read_text().splitlines())
+                    for name in ("postprocessed", "raw")
+                ]
+                for details, raw in zip(*tables, strict=True):
+                    image = folder / "images" / f"{details['key']}.jpg"
+                    sideways = details["view_direction"] == "Sideways"
+                    place = (details["easting"], details["northing"], f"{role}_{side}", city)
+                    writer.writerow([image, *place, details["night"], sideways, raw["pano"]])
+    own = run(msls, tmp_path / "own", epochs=1, own_dataset=tmp_path / "own.csv")
+    tree = run(msls, tmp_path / "tree", epochs=1)
+    assert scalars(own.folder, "Train/Loss") == scalars(tree.folder, "Train/Loss")
+    assert own.recalls == tree.recalls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.cities=trondheim,boston"], "train_val/boston: no such folder, for city boston"),
+        (["--set", "train.val_cities=miami"], "miami/query: has no easting and northing"),
+        (["--set", "feature_extract.imageresizew=640"], "[train] imageresizew = 96: expected 640"),
+        (["--set", "train.negative_radius=5"], "positive_radius = 10: expected at most negative_radius = 5"),
+        (["--set", "train.match_radius=1e-3"], "of cph has a database picture within 0.001 m"),
+        (["--set", "global_params.pooling=max"], "no parameters that learn"),
+        (["--resume_path", "nowhere.pth.tar"], "nowhere.pth.tar: no such file"),
+        (["--nEpochs", "0"], "--nEpochs must be 1 or more"),
+        (["--dataset_csv", "nowhere.csv"], "nowhere.csv: no such file"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], message: str, msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train([*command_line(msls, tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_architecture(
+    published_checkpoint: Path, msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train([*command_line(msls, tmp_path), "--resume_path", str(published_checkpoint)]) == 2
+    assert "made for backbone = vgg16, the configuration says backbone = rootsift" in capsys.readouterr().err
+
+
+def test_unreadable_pictures_stop_before_the_start(
+    msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(msls / "train_val", tmp_path / "msls/train_val")
+    picture = next((tmp_path / "msls/train_val/sf/query/images").iterdir())
+    picture.write_bytes(picture.read_bytes()[:900])
+    arguments = command_line(tmp_path / "msls", tmp_path / "runs", "--nEpochs", "1")
+    assert train(arguments) == 2
+    assert f"1 of 90 pictures cannot be used: {picture}: cannot be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert train([*arguments, "--skip_unreadable"]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 90 pictures are left out" in captured.err and "checkpoints in" in captured.out
+
+
+def test_mixed_precision_trains(msls: Path, tmp_path: Path) -> None:
+    size = {"imageresizew": 64, "imageresizeh": 48}
+    cities = {"cities": ("london",), "val_cities": ("sf",)}
+    config = small("vgg16", **cities, **size, subset_queries=3, mixed_precision=True, lr=1e-3)
+    config = replace(config, feature_extract=FeatureExtractConfig(**size))
+    trained = run(msls, tmp_path, config, epochs=1)
+    losses = list(scalars(trained.folder, "Train/Loss").values())
+    assert losses and np.isfinite(losses).all()
+    written = torch.load(trained.folder / "checkpoints/checkpoint.pth.tar", weights_only=True)
+    assert all(value.dtype == torch.float32 for value in written["state_dict"].values())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Render a small tree in the layout of Mapillary Street-Level Sequences."""
+
+import sys
+
+from patchnetvlad.training_commands import render_msls
+
+if __name__ == "__main__":
+    sys.exit(render_msls())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Train on Mapillary Street-Level Sequences or on one's own pictures."""
+
+import sys
+
+from patchnetvlad.training_commands import train
+
+if __name__ == "__main__":
+    sys.exit(train())
