@@ -16,7 +16,11 @@ DATA_FOLDERS = {
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TOOLS = ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"]
+TOOLS = {  # module of the package: its commands
+    "tool_commands": ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"],
+    "dataset_commands": ["make_dataset", "measure", "reproduce"],
+    "place_commands": ["evaluate_poses", "locate"],
+}
 
 setup(
     name="patchnetvlad",
@@ -39,6 +43,7 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",
         "huggingface_hub>=0.23",
+        "pyproj>=3.6",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"]},
     packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],
@@ -50,7 +55,9 @@ setup(
     scripts=[f"{name}.py" for name in SCRIPTS],
     entry_points={
         "console_scripts": [
-            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands:{name}" for name in SCRIPTS + TOOLS
+            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.{module}:{name}"
+            for module, names in {"commands": SCRIPTS, **TOOLS}.items()
+            for name in names
         ]
     },
 )

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from patchnetvlad.coordinates import (
     Zone,
@@ -112,10 +113,13 @@ def exif(
     radius: float | None = None,
     name: str = "dataset",
     incomplete: str = "error",
+    progress: bool = False,
 ) -> list[Dataset]:
     """Folders of pictures with GPS positions in their EXIF; those without are an error, or are left out and counted."""
     parts = [_listed(root, folder) for folder in (queries, database)]
-    read = [[_gps(root / file) for file in names] for names in parts]
+    read = [
+        [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)] for names in parts
+    ]
     bad = [
         file
         for names, positions in zip(parts, read, strict=True)

@@ -35,6 +35,7 @@ class Maker:
     help: str
     make: Callable[..., list[Dataset]]
     options: tuple[Option, ...] = ()
+    reads_pictures: bool = False  # takes progress too
 
 
 _MAT = Option("--mat", {"type": Path, "metavar": "FILE", "help": "the .mat file; without it, searched for below ROOT"})
@@ -108,7 +109,7 @@ MAKERS: dict[str, Maker] = {
             _INCOMPLETE,
         ),
     ),
-    "exif": Maker("folders of pictures with GPS positions", exif, (*_FOLDERS, _RADIUS, _NAME, _INCOMPLETE)),
+    "exif": Maker("folders of pictures with GPS positions", exif, (*_FOLDERS, _RADIUS, _NAME, _INCOMPLETE), True),
     "frames": Maker("folders of frames, numbered along one way", frames, (*_FOLDERS, _RADIUS, _NAME)),
     "poses": Maker(
         "COLMAP models or files of poses (NAME qw qx qy qz tx ty tz)",
@@ -132,6 +133,7 @@ def finish(
     leave_out: bool = False,
     only_with_match: bool = False,
     pictures: bool = True,
+    progress: bool = False,
 ) -> tuple[Dataset, DatasetFiles]:
     """Check what a maker found and write it.
 
@@ -140,7 +142,7 @@ def finish(
     """
     check_names(dataset)
     if pictures:
-        dataset = check_pictures(dataset, root, leave_out, lists / f"{dataset.name}_missing.txt")
+        dataset = check_pictures(dataset, root, leave_out, lists / f"{dataset.name}_missing.txt", progress)
     if only_with_match:
         dataset = with_matches_only(dataset)
     return dataset, write_dataset(dataset, lists, ground_truths)

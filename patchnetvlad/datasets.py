@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from patchnetvlad.coordinates import Zone
 from patchnetvlad.errors import UserError
@@ -85,7 +86,9 @@ def check_names(dataset: Dataset) -> None:
             )
 
 
-def check_pictures(dataset: Dataset, root: Path, leave_out: bool = False, report: Path | None = None) -> Dataset:
+def check_pictures(
+    dataset: Dataset, root: Path, leave_out: bool = False, report: Path | None = None, progress: bool = False
+) -> Dataset:
     """The dataset with every picture found below the root.
 
     A picture whose file has another extension (Tokyo 24/7 lists .jpg, its files are .png) is taken under the name
@@ -96,7 +99,8 @@ def check_pictures(dataset: Dataset, root: Path, leave_out: bool = False, report
     absent: list[str] = []
     parts = []
     for pictures in (dataset.queries, dataset.database):
-        names = [_find(root, name) for name in pictures.names]
+        listed = tqdm(pictures.names, f"Looking for {dataset.name}", unit="img", disable=not progress)
+        names = [_find(root, name) for name in listed]
         renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
         if renamed:
             notes.append(f"{renamed} pictures have another extension than the one listed, and are listed under theirs")

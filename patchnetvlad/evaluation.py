@@ -109,8 +109,8 @@ def evaluate(
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
     truth = _ground_truth(sources, config, queries, database)
-    query_store = _open_store(config, queries, sources.query_features, config.feature_match.cache_gb / 8)
-    index_store = _open_store(config, database, sources.index_features, config.feature_match.cache_gb)
+    query_store = open_store(config, queries, sources.query_features, config.feature_match.cache_gb / 8)
+    index_store = open_store(config, database, sources.index_features, config.feature_match.cache_gb)
     with query_store, index_store:
         retrieved = _retrieve(config, queries, database, query_store, index_store, device)
         stages = {RETRIEVAL: retrieved.indices}
@@ -175,7 +175,8 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
     return truth
 
 
-def _open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
+def open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
+    """Open a list's feature folder, checked against the configuration."""
     expected = expected_header(config, pictures, folder)
     if config.feature_match.local_features == "on_demand":
         expected = replace(expected, patch_sizes=(), strides=())

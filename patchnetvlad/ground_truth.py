@@ -110,6 +110,12 @@ def write_ground_truth(
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def ground_truth_lengths(path: Path) -> tuple[int, int]:
+    """Rows of utmQ and utmDb, for when the lists are not at hand; raises UserError as read_ground_truth."""
+    arrays = _read_arrays(path, ("utmQ", "utmDb"))
+    return len(np.atleast_1d(arrays["utmQ"])), len(np.atleast_1d(arrays["utmDb"]))
+
+
 def read_zone(path: Path) -> str | None:
     """The UTM zone (such as 17N) of a ground truth that read_ground_truth reads; None where it keeps none."""
     with np.load(path, allow_pickle=False) as arrays:

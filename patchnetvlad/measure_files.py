@@ -1,6 +1,7 @@
 """Measures as one table for people and one JSON for programs; judged rankings on disk, to be joined later."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +135,15 @@ def _recalls(measured: Measures) -> dict[str, object]:
     }
 
 
-def _by_n(measured: Measures, values: Sequence[float] | Sequence[tuple[float, float]]) -> dict[str, object]:
-    return {str(n): _plain(value) for n, value in zip(measured.recall.n_values, values, strict=True)}
+def _by_n(measured: Measures, values: Sequence[float | tuple[float, float]]) -> dict[str, object]:
+    named = zip(measured.recall.n_values, values, strict=True)
+    return {str(n): _plain(value) for n, value in named}
 
 
 def _plain(value: float | tuple[float, float]) -> object:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
-    return None if np.isnan(value) else value
+    return None if math.isnan(value) else value
 
 
 def _curve(measured: Measures) -> dict[str, object]:

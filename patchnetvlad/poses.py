@@ -213,6 +213,8 @@ def _read_colmap_binary(path: Path) -> dict[str, Pose]:
             (points,) = struct.unpack_from("<Q", data, end + 1)
             place = end + 9 + 24 * points  # x, y and the point's number
             _add(poses, path, number + 1, name, values)
+        if place != len(data):
+            raise ValueError(f"{place} bytes expected, {len(data)} found")
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not COLMAP's images.bin, or damaged ({error})") from error
     return poses
