@@ -12,7 +12,7 @@ from patchnetvlad.datasets import summary
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.locations import require_file, shipped_folder
+from patchnetvlad.locations import making_folder, require_file
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json
 from patchnetvlad.measures import Measures, judge
 from patchnetvlad.measures import measure as measure_judged
@@ -42,12 +42,12 @@ def make_dataset(arguments: Sequence[str] | None = None) -> int:
         options.add_argument("--only_queries_with_match", action="store_true", help="leave out the other queries")
         options.add_argument("--no_picture_check", action="store_true", help="do not look for the picture files")
         options.add_argument(
-            "--lists_dir", type=Path, default=shipped_folder("dataset_imagenames"), metavar="DIR", help="for the lists"
+            "--lists_dir", type=Path, default=making_folder("dataset_imagenames"), metavar="DIR", help="for the lists"
         )
         options.add_argument(
             "--ground_truth_dir",
             type=Path,
-            default=shipped_folder("dataset_gt_files"),
+            default=making_folder("dataset_gt_files"),
             metavar="DIR",
             help="for the ground truth",
         )

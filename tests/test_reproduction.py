@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from patchnetvlad import reproduction
+from patchnetvlad.commands import feature_match
 from patchnetvlad.dataset_commands import measure, reproduce
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.measures import judge
@@ -75,6 +76,16 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
     monkeypatch.setitem(BENCHMARKS, "corridor", failing)
     assert reproduce(options) == 1
     assert "FAILED" in capsys.readouterr().out
+    # the same file straight from the matching runs
+    for city in ("north", "south"):
+        matching = [f"--{part}_file_path={cities / f'{city}_imageNames_{part}.txt'}" for part in ("query", "index")]
+        matching += [
+            f"--{part}_input_features_dir={tmp_path / 'features' / f'{city}_{part}'}" for part in ("query", "index")
+        ]
+        matching += ["--dataset_root_dir", str(cities), "--result_save_folder", str(tmp_path / "again" / city)]
+        assert feature_match([*small_model, *matching, "--msls_predictions", str(tmp_path / "again" / "msls.txt")]) == 0
+    assert (tmp_path / "again" / "msls.txt").read_text().splitlines() == predictions
+    capsys.readouterr()
     # the same runs joined by the measuring tool
     folders = [f"{city}={tmp_path / 'results' / city}" for city in ("north", "south")]
     assert measure(["-q", *folders, "--n_values", "1", "10", "--json", str(tmp_path / "joined.json")]) == 0
