@@ -20,6 +20,8 @@ TRAINING_SCRIPTS = ["train", "add_pca"]
 TOOLS = {  # module of the package: its commands
     "tool_commands": ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"],
     "training_commands": [*TRAINING_SCRIPTS, "render_msls"],
+    "dataset_commands": ["make_dataset", "measure", "reproduce"],
+    "place_commands": ["evaluate_poses", "locate"],
 }
 
 setup(
@@ -45,6 +47,7 @@ setup(
         "h5py>=3.8",
         "tensorboard>=2.14",
         "huggingface_hub>=0.23",
+        "pyproj>=3.6",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"]},
     packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],

@@ -8,7 +8,7 @@ from pathlib import Path
 from patchnetvlad import command_line
 from patchnetvlad.command_line import Parser
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import FORMATS, Evaluation, Sources, evaluate
+from patchnetvlad.evaluation import FORMATS, Sources, add_city, evaluate
 from patchnetvlad.extraction import extract
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.locations import download_folder, require_file, shipped_folder
@@ -77,6 +77,12 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
         metavar="FORMAT",
         help=f"prediction files to write: {', '.join(FORMATS)}",
     )
+    parser.add_argument(
+        "--details", action="store_true", help="print confidence intervals, mAP@N and precision against recall too"
+    )
+    parser.add_argument(
+        "--msls_predictions", metavar="FILE", help="add the final rankings to this file for the MSLS evaluator"
+    )
     parser.add_device_options()
 
     def command(args: argparse.Namespace) -> None:
@@ -103,32 +109,13 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
                 args.formats,
                 command_line.progress(args),
             )
-            for line in recall_lines(evaluation):
+            for line in evaluation.lines(details=True):
                 logger.debug(line)
-        print("\n".join([*recall_lines(evaluation), f"results in {results}"]))
+            if args.msls_predictions is not None:
+                add_city(evaluation, Path(args.msls_predictions))
+        print("\n".join([*evaluation.lines(args.details), f"results in {results}"]))
 
     return command_line.run(parser, command, arguments)
-
-
-def recall_lines(evaluation: Evaluation) -> list[str]:
-    """Recalls of every stage as a table for the terminal, with the protocol; empty without ground truth."""
-    if not evaluation.recalls or evaluation.ground_truth is None:
-        return []
-    truth, first = evaluation.ground_truth, next(iter(evaluation.recalls.values()))
-    lines = [
-        f"{first.num_queries} queries against {len(evaluation.database)} pictures, a match within {truth.radius:g}; "
-        f"{first.num_without_match} queries have no match",
-        "Recall@N (%)" + " " * 12 + "".join(f"{n:>7}" for n in first.n_values),
-    ]
-    for stage, recall in evaluation.recalls.items():
-        lines.append(f"{stage:<24}" + "".join(f"{100 * value:7.1f}" for value in recall.all_queries))
-        if recall.num_without_match:
-            label = f"{stage}, with a match"
-            lines.append(f"{label:<24}" + "".join(f"{100 * value:7.1f}" for value in recall.with_match))
-    if first.beyond_candidates:
-        beyond = ", ".join(map(str, first.beyond_candidates))
-        lines.append(f"(at N = {beyond} the lists hold only {first.num_candidates} candidates)")
-    return lines
 
 
 def match_two(arguments: Sequence[str] | None = None) -> int:

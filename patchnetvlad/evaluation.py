@@ -1,6 +1,5 @@
 """Retrieve, re-rank and score: one run from two feature folders to rankings, recalls and result files."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +20,10 @@ from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
 from patchnetvlad.locations import require_file
+from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json, write_judged
+from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
-from patchnetvlad.recall import Recall, recall_at
+from patchnetvlad.recall import Recall
 from patchnetvlad.reranking import RankingScores, collect_scores, find_matcher, reorder, rerank
 from patchnetvlad.result_files import (
     Ranking,
@@ -65,7 +66,7 @@ class Sources:
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Rankings of a run. stages: database indices nQ×k, best first, −1 where there are fewer, under the stage's name;
-    recalls: the same stages, empty without ground truth; files: what was written."""
+    measures: the same stages, empty without ground truth; files: what was written."""
 
     queries: ImageList
     database: ImageList
@@ -73,8 +74,22 @@ class Evaluation:
     scores: RankingScores | None
     stages: dict[str, NDArray[np.int64]]
     ground_truth: GroundTruth | None
-    recalls: dict[str, Recall]
+    measures: dict[str, Measures]
     files: tuple[Path, ...]
+
+    @property
+    def recalls(self) -> dict[str, Recall]:
+        """Recall of every stage, empty without ground truth."""
+        return {stage: measured.recall for stage, measured in self.measures.items()}
+
+    def protocol(self) -> Protocol:
+        """What was compared; needs ground truth."""
+        assert self.ground_truth is not None
+        return _protocol(self.ground_truth)
+
+    def lines(self, details: bool = False) -> list[str]:
+        """The measures as a table for people; empty without ground truth."""
+        return measure_lines(self.protocol(), self.measures, details) if self.measures else []
 
 
 def evaluate(
@@ -94,8 +109,8 @@ def evaluate(
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
     truth = _ground_truth(sources, config, queries, database)
-    query_store = _open_store(config, queries, sources.query_features, config.feature_match.cache_gb / 8)
-    index_store = _open_store(config, database, sources.index_features, config.feature_match.cache_gb)
+    query_store = open_store(config, queries, sources.query_features, config.feature_match.cache_gb / 8)
+    index_store = open_store(config, database, sources.index_features, config.feature_match.cache_gb)
     with query_store, index_store:
         retrieved = _retrieve(config, queries, database, query_store, index_store, device)
         stages = {RETRIEVAL: retrieved.indices}
@@ -108,13 +123,43 @@ def evaluate(
             stages[RERANKING], scores = _rerank_all(
                 config, retrieved.indices, query_patches, index_patches, device, progress
             )
-    recalls = {}
+    judged = {} if truth is None else _judge(config, truth, stages, retrieved, scores)
+    measures = {stage: measure(part, config.feature_match.n_values_all) for stage, part in judged.items()}
+    files = _write(results, queries, database, stages, scores, formats)
     if truth is not None:
-        positives = truth.positives()
-        n_values = config.feature_match.n_values_all
-        recalls = {stage: recall_at(indices, positives, n_values) for stage, indices in stages.items()}
-    files = _write(results, queries, database, stages, scores, recalls, truth, formats)
-    return Evaluation(queries, database, retrieved, scores, stages, truth, recalls, files)
+        files += _write_measures(results, _protocol(truth), judged, measures)
+    return Evaluation(queries, database, retrieved, scores, stages, truth, measures, files)
+
+
+def add_city(evaluation: Evaluation, path: Path) -> None:
+    """Add a run's final rankings to a file of MSLS predictions, in which other cities may stand already."""
+    final = list(evaluation.stages.values())[-1]
+    write_msls_predictions(path, name_rankings(evaluation.queries.names, evaluation.database.names, final), append=True)
+
+
+def _judge(
+    config: Config,
+    truth: GroundTruth,
+    stages: dict[str, NDArray[np.int64]],
+    retrieved: Candidates,
+    scores: RankingScores | None,
+) -> dict[str, Judged]:
+    """Every stage held against the ground truth; its scores must be comparable between queries.
+
+    The similarity is, and the weighted sum of the raw spatial scores; their z-scores are not, nor are 1/rank of given
+    predictions.
+    """
+    comparable: dict[str, NDArray[np.floating] | None] = {}
+    if config.feature_match.pred_input_path is None and retrieved.scores.shape[1]:
+        comparable[RETRIEVAL] = retrieved.scores[:, 0]
+    if scores is not None and scores.per_scale.shape[1]:
+        comparable[RERANKING] = scores.per_scale[:, 0] @ np.array(config.feature_match.patchweights2use)
+    positives = truth.positives()
+    return {stage: judge(indices, positives, comparable.get(stage)) for stage, indices in stages.items()}
+
+
+def _protocol(truth: GroundTruth) -> Protocol:
+    return Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius)
 
 
 def _ground_truth(sources: Sources, config: Config, queries: ImageList, database: ImageList) -> GroundTruth | None:
@@ -130,7 +175,8 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
     return truth
 
 
-def _open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
+def open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
+    """Open a list's feature folder, checked against the configuration."""
     expected = expected_header(config, pictures, folder)
     if config.feature_match.local_features == "on_demand":
         expected = replace(expected, patch_sizes=(), strides=())
@@ -218,8 +264,6 @@ def _write(
     database: ImageList,
     stages: dict[str, NDArray[np.int64]],
     scores: RankingScores | None,
-    recalls: dict[str, Recall],
-    truth: GroundTruth | None,
     formats: Sequence[str],
 ) -> tuple[Path, ...]:
     files = []
@@ -232,27 +276,14 @@ def _write(
     if scores is not None:
         files.append(results / "scores.npz")
         write_scores(files[-1], scores, queries.names, database.names)
-    if truth is not None:
-        files.append(results / "recalls.txt")
-        write_recalls(files[-1], recalls)
-        files.append(results / "recalls.json")
-        files[-1].write_text(json.dumps(_recall_record(truth, recalls), indent=2) + "\n", encoding="utf-8")
     return tuple(files)
 
 
-def _recall_record(truth: GroundTruth, recalls: dict[str, Recall]) -> dict[str, object]:
-    return {
-        "protocol": {
-            "queries": len(truth.utm_query),
-            "database": len(truth.utm_database),
-            "radius": truth.radius,
-            "queries_without_match": next(iter(recalls.values())).num_without_match,
-        },
-        "recalls": {
-            stage: {
-                "all_queries": dict(zip(map(str, recall.n_values), recall.all_queries, strict=True)),
-                "queries_with_match": dict(zip(map(str, recall.n_values), recall.with_match, strict=True)),
-            }
-            for stage, recall in recalls.items()
-        },
-    }
+def _write_measures(
+    results: Path, protocol: Protocol, judged: dict[str, Judged], measures: dict[str, Measures]
+) -> tuple[Path, ...]:
+    files = tuple(results / name for name in ("recalls.txt", "recalls.json", "judged.npz"))
+    write_recalls(files[0], {stage: measured.recall for stage, measured in measures.items()})
+    write_json(files[1], measure_record(protocol, measures))
+    write_judged(files[2], protocol, judged)
+    return files

@@ -82,6 +82,46 @@ def read_ground_truth(path: Path, num_queries: int, num_database: int, radius: f
     return GroundTruth(query, database, float(radius))
 
 
+def write_ground_truth(
+    path: Path,
+    query: NDArray[np.number],
+    database: NDArray[np.number],
+    radius: float,
+    zone: str | None = None,
+) -> None:
+    """Write utmQ, utmDb and posDistThr, with zone also utmZone (such as 17N), complete or not at all.
+
+    Whole numbers stay whole, as in the published files.
+    """
+    arrays: dict[str, NDArray[np.generic]] = {
+        "utmQ": query,
+        "utmDb": database,
+        "posDistThr": np.array(int(radius) if float(radius).is_integer() else radius),
+    }
+    if zone is not None:
+        arrays["utmZone"] = np.array(zone)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def ground_truth_lengths(path: Path) -> tuple[int, int]:
+    """Rows of utmQ and utmDb, for when the lists are not at hand; raises UserError as read_ground_truth."""
+    arrays = _read_arrays(path, ("utmQ", "utmDb"))
+    return len(np.atleast_1d(arrays["utmQ"])), len(np.atleast_1d(arrays["utmDb"]))
+
+
+def read_zone(path: Path) -> str | None:
+    """The UTM zone (such as 17N) of a ground truth that read_ground_truth reads; None where it keeps none."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return str(arrays["utmZone"]) if "utmZone" in arrays.files else None
+
+
 def _within(
     query: NDArray[np.float64], database: NDArray[np.float64], rows: NDArray[np.int64], limit: float
 ) -> NDArray[np.int64]:

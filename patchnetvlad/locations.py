@@ -34,6 +34,11 @@ def download_folder() -> Path:
     return (_user_cache() / "patchnetvlad" if checkout is None else checkout) / "pretrained_models"
 
 
+def making_folder(kind: Kind) -> Path:
+    """Where made lists and ground truth go: the checkout's folder of the kind, otherwise the current folder."""
+    return Path() if _checkout() is None else _shipped(kind)
+
+
 def find_file(name: str, kind: Kind, beside: Path | None = None) -> Path | None:
     """The first existing file that ``name`` can mean, or None.
 

@@ -36,14 +36,23 @@ def recall_at(
 
     positives: database rows that truly match, for each query. Raises ValueError unless there are as many as queries.
     """
-    num_queries, num_candidates = predictions.shape
-    rank_of_hit = np.full(num_queries, np.inf)  # rank 1 is the best
+    hits = true_matches(predictions, positives)
+    return recall_of_hits(hits, np.array([len(rows) for rows in positives], dtype=np.int64), n_values)
+
+
+def true_matches(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+    """Which predictions nQ×k are true matches; the arguments are those of recall_at."""
+    hits = np.zeros(predictions.shape, dtype=bool)
     for row, (ranking, matches) in enumerate(zip(predictions, positives, strict=True)):
-        hits = np.flatnonzero(np.isin(ranking, matches) & (ranking >= 0))
-        if len(hits):
-            rank_of_hit[row] = hits[0] + 1
-    num_without_match = sum(len(matches) == 0 for matches in positives)
-    found = [int((rank_of_hit <= n).sum()) for n in n_values]
+        hits[row] = np.isin(ranking, matches) & (ranking >= 0)
+    return hits
+
+
+def recall_of_hits(hits: NDArray[np.bool_], num_matches: NDArray[np.int64], n_values: Sequence[int]) -> Recall:
+    """Recall@N from which predictions nQ×k are true matches and how many matches each query has in all (nQ,)."""
+    num_queries, num_candidates = hits.shape
+    num_without_match = int((num_matches == 0).sum())
+    found = found_within(hits, n_values).sum(axis=0).tolist()
     return Recall(
         tuple(n_values),
         tuple(_fraction(count, num_queries) for count in found),
@@ -52,6 +61,11 @@ def recall_at(
         num_without_match,
         num_candidates,
     )
+
+
+def found_within(hits: NDArray[np.bool_], n_values: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether a true match is among the first N predictions: nQ×k, m values of N → nQ×m."""
+    return np.stack([hits[:, :n].any(axis=1) for n in n_values], axis=1)
 
 
 def _fraction(count: int, total: int) -> float:

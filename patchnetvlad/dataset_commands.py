@@ -1,0 +1,236 @@
+"""The commands around datasets: make lists, measure, poses, positions, known results."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from patchnetvlad import command_line
+from patchnetvlad.command_line import Parser
+from patchnetvlad.dataset_makers import MAKERS, finish
+from patchnetvlad.datasets import summary
+from patchnetvlad.errors import UserError
+from patchnetvlad.ground_truth import read_ground_truth
+from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.locations import making_folder, require_file
+from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json
+from patchnetvlad.measures import Measures, judge
+from patchnetvlad.measures import measure as measure_judged
+from patchnetvlad.reproduction import BENCHMARKS, Comparison, Estimate, free_disk, joined, prepare
+from patchnetvlad.reproduction import reproduce as run_benchmark
+from patchnetvlad.result_files import read_predictions
+
+logger = logging.getLogger(__name__)
+
+
+def make_dataset(arguments: Sequence[str] | None = None) -> int:
+    """Write lists and ground truth of a dataset as its authors distribute it, or of your own."""
+    parser = Parser(
+        "Write image lists and ground truth of a dataset as its authors distribute it, or of your own pictures.",
+        "make_dataset.py",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, maker in MAKERS.items():
+        options = kinds.add_parser(kind, help=maker.help, description=maker.help)
+        options.add_argument("root", type=Path, metavar="ROOT", help="folder that the names in the lists start from")
+        for option in maker.options:
+            options.add_argument(option.flag, **option.settings)
+        if "--incomplete" not in [option.flag for option in maker.options]:
+            options.add_argument(
+                "--incomplete", default="error", choices=("error", "leave_out"), help="pictures that are absent"
+            )
+        options.add_argument("--only_queries_with_match", action="store_true", help="leave out the other queries")
+        options.add_argument("--no_picture_check", action="store_true", help="do not look for the picture files")
+        options.add_argument(
+            "--lists_dir", type=Path, default=making_folder("dataset_imagenames"), metavar="DIR", help="for the lists"
+        )
+        options.add_argument(
+            "--ground_truth_dir",
+            type=Path,
+            default=making_folder("dataset_gt_files"),
+            metavar="DIR",
+            help="for the ground truth",
+        )
+
+    def command(args: argparse.Namespace) -> None:
+        maker = MAKERS[args.kind]
+        command_line.folder(str(args.root), "ROOT")
+        names = [option.flag.lstrip("-") for option in maker.options]
+        progress = command_line.progress(args)
+        options = {name: getattr(args, name) for name in names}
+        for dataset in maker.make(args.root, **options, **({"progress": progress} if maker.reads_pictures else {})):
+            made, files = finish(
+                dataset,
+                args.root,
+                args.lists_dir,
+                args.ground_truth_dir,
+                args.incomplete == "leave_out",
+                args.only_queries_with_match,
+                not args.no_picture_check,
+                progress,
+            )
+            print("\n".join(summary(made)))
+            print(f"  written: {', '.join(str(path) for path in vars(files).values() if path is not None)}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def measure(arguments: Sequence[str] | None = None) -> int:
+    """Measure rankings: matching runs joined and apart, or predictions of any method."""
+    parser = Parser(
+        "Measure rankings with confidence: the folders of matching runs (joined, and each apart), or with "
+        "--predictions those of any method.",
+        "measure.py",
+    )
+    parser.add_argument(
+        "results", nargs="*", metavar="[NAME=]DIR", help="result folders of feature_match.py, a city each"
+    )
+    parser.add_argument("--predictions", nargs="+", metavar="[NAME=]FILE", help="Kapture or hloc pairs, .npy of rows")
+    parser.add_argument("--query_file_path", metavar="LIST", help="with --predictions")
+    parser.add_argument("--index_file_path", metavar="LIST", help="with --predictions")
+    parser.add_argument("--ground_truth_path", metavar="NPZ", help="with --predictions")
+    parser.add_argument(
+        "--posDistThr", type=float, metavar="DISTANCE", help="not the ground truth's, with --predictions"
+    )
+    parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="with --predictions")
+    parser.add_argument("--n_values", nargs="+", type=int, default=[1, 5, 10, 20], metavar="N", help="N of Recall@N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+
+    def command(args: argparse.Namespace) -> None:
+        if bool(args.results) == bool(args.predictions):
+            raise UserError("expected result folders of feature_match.py, or --predictions")
+        if min(args.n_values) < 1:
+            raise UserError(f"--n_values {min(args.n_values)}: expected 1 or more")
+        if args.results:
+            named = {_name(given): _path(given) for given in args.results}
+            whole = joined(list(named.values()), args.n_values)
+            parts = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
+        else:
+            whole, parts = _measured_predictions(args), {}
+        if parts:
+            print(f"all {len(parts)} joined, each searched in its own database: {', '.join(parts)}")
+        print("\n".join(measure_lines(*whole, details=True)))
+        for name, part in parts.items():
+            print("\n".join(["", name, *measure_lines(*part)]))
+        if args.json:
+            record = measure_record(*whole)
+            if parts:
+                record["parts"] = {name: measure_record(*part) for name, part in parts.items()}
+            write_json(args.json, record)
+
+    return command_line.run(parser, command, arguments)
+
+
+def reproduce(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark's whole chain and set the recalls beside the known ones."""
+    parser = Parser(
+        "Describe, match and measure a dataset, and set the recalls beside the known ones. Exit status: 0; 1 when a "
+        "recall is outside its band; 2 for an error.",
+        "reproduce.py",
+    )
+    parser.add_argument("dataset", choices=list(BENCHMARKS), metavar="DATASET", help=", ".join(BENCHMARKS))
+    parser.add_argument("--dataset_root_dir", required=True, metavar="DIR", help="folder that the names start from")
+    parser.add_argument("--output_dir", metavar="DIR", help="for features and results; without it runs/DATASET")
+    parser.add_argument("--config_path", metavar="INI", help="another configuration than the known result's")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key"
+    )
+    parser.add_argument("--estimate_only", action="store_true", help="say disk, memory and time, and stop")
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> int:
+        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        work = Path(args.output_dir) if args.output_dir else Path("runs") / args.dataset
+        config, files = prepare(args.dataset, root, work, args.config_path, args.overrides)
+        known = BENCHMARKS[args.dataset].known
+        for part in files:
+            print(f"{part.part.lists}: {len(part.queries)} queries, {len(part.database)} database pictures")
+
+        def announce(estimate: Estimate) -> None:
+            print("\n".join(_estimate_lines(estimate, work)), flush=True)
+            if args.estimate_only:
+                raise _Enough
+
+        try:
+            device, progress = command_line.device(args), command_line.progress(args)
+            done = run_benchmark(config, files, root, known, work, device, progress, announce)
+        except _Enough:
+            return 0
+        print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
+        if len(done.parts) > 1:
+            for name, evaluation in done.parts.items():
+                print("\n".join(["", name, *evaluation.lines()]))
+        print("\n".join(["", *_comparison_lines(done.comparisons)]))
+        print(f"{done.seconds:.0f} s; results in {work / 'results'}")
+        record = measure_record(done.protocol, done.measures)
+        record["known"] = [
+            {"stage": one.known.stage, "source": one.known.source, "n": one.n, "known": one.known.recalls[one.n]}
+            | {"measured": one.measured, "passed": one.passed}
+            for one in done.comparisons
+        ]
+        write_json(work / "results" / "reproduction.json", record)
+        return int(any(one.passed is False for one in done.comparisons))
+
+    return command_line.run(parser, command, arguments)
+
+
+class _Enough(Exception):
+    """The estimate was all that was asked for."""
+
+
+def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str, Measures]]:
+    if None in (args.query_file_path, args.index_file_path, args.ground_truth_path):
+        raise UserError("--predictions: needs --query_file_path, --index_file_path and --ground_truth_path")
+    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    queries, database = (
+        read_image_list(require_file(path, "dataset_imagenames"), root)
+        for path in (args.query_file_path, args.index_file_path)
+    )
+    truth = read_ground_truth(
+        require_file(args.ground_truth_path, "dataset_gt_files"), len(queries), len(database), args.posDistThr
+    )
+    positives = truth.positives()
+    measures = {}
+    for given in args.predictions:
+        predicted = read_predictions(_path(given), queries.names, database.names).indices
+        measures[_name(given)] = measure_judged(judge(predicted, positives), args.n_values)
+    return Protocol(len(queries), len(database), truth.radius), measures
+
+
+def _name(given: str) -> str:
+    name, separator, _ = given.partition("=")
+    return name if separator else Path(given).name
+
+
+def _path(given: str) -> Path:
+    return Path(given.partition("=")[2] or given)
+
+
+def _estimate_lines(estimate: Estimate, work: Path) -> list[str]:
+    hours = estimate.seconds / 3600
+    duration = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
+    free = free_disk(work)
+    lines = [
+        f"about {estimate.disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free), {estimate.memory / 1e9:.1f} GB of "
+        f"memory, {duration}, from trying a few pictures"
+    ]
+    if estimate.disk > free:
+        lines.append(
+            "warning: the disk is too small (--output_dir elsewhere, --set feature_extract.feature_dtype=int8, or "
+            "--set feature_match.local_features=on_demand)"
+        )
+    return lines
+
+
+def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    if not comparisons:
+        return ["no known result to compare with"]
+    lines = [f"{'':<14}{'N':>4}{'known':>8}{'measured':>10}{'':>8}  source"]
+    for one in comparisons:
+        verdict = {True: "passed", False: "FAILED", None: ""}[one.passed]
+        band = f" (−{one.known.band[0]:g}, +{one.known.band[1]:g})" if one.known.band else ""
+        lines.append(
+            f"{one.known.stage:<14}{one.n:>4}{one.known.recalls[one.n]:8.1f}{one.measured:10.1f}{verdict:>8}  "
+            f"{one.known.source}{band}"
+        )
+    return lines

@@ -1,0 +1,241 @@
+"""Datasets whose picture names or files carry the place: frame numbers (Nordland), @easting@northing@, EXIF GPS."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from patchnetvlad.coordinates import (
+    Zone,
+    band_zone,
+    check_geographic,
+    common_zone,
+    in_one_zone,
+    look_swapped,
+    outside_zone,
+    to_utm,
+)
+from patchnetvlad.datasets import Dataset, Pictures
+from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import list_folder
+
+_SHOWN = 5
+_EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur in UTM, with a margin below
+
+
+def nordland(
+    root: Path, queries: str = "winter", database: str = "summer", radius: float | None = None, published: bool = False
+) -> list[Dataset]:
+    """Season folders ROOT/SEASON or ROOT/nordland/SEASON, a picture a frame, its number last in the name.
+
+    The coordinate is the frame's number, so that a radius of 10 means 10 frames; a frame that only one season has is
+    counted. published: row i gets (i, i) as in the published ground truth, where a radius of 10 means 7 frames; both
+    seasons must then have the same frames.
+    """
+    base = "nordland/" if (root / "nordland" / queries).is_dir() else ""
+    parts = [_listed(root, base + season) for season in (queries, database)]
+    dataset = _by_frames("nordland", parts, 10 if radius is None else radius)
+    numbers = [_frame_numbers(names) for names in parts]
+    only = [np.setdiff1d(numbers[0], numbers[1]), np.setdiff1d(numbers[1], numbers[0])]
+    for season, other, missing in ((queries, database, only[0]), (database, queries, only[1])):
+        if len(missing):
+            message = f"{len(missing)} frames of {season} are missing in {other}: {_some(missing.astype(str))}"
+            if published:
+                raise UserError(
+                    f"{root}: {message}; the published form numbers the rows, so both need the same (incomplete copy?)"
+                )
+            dataset = dataset.noted(message)
+    if not published:
+        return [dataset]
+    rows = np.arange(len(parts[0]))
+    coordinates = np.stack([rows, rows], axis=1)
+    return [
+        Dataset(
+            "nordland",
+            Pictures(tuple(parts[0]), coordinates),
+            Pictures(tuple(parts[1]), coordinates),
+            dataset.radius,
+            "steps of (i, i)",
+            notes=(f"as published: row i has (i, i), so {dataset.radius:g} is {int(dataset.radius / 2**0.5)} frames",),
+        )
+    ]
+
+
+def frames(root: Path, queries: str, database: str, radius: float | None = None, name: str = "frames") -> list[Dataset]:
+    """Two folders of frames along one way; the last number in a picture's name is its place."""
+    return [
+        _by_frames(name, [_listed(root, folder) for folder in (queries, database)], 2 if radius is None else radius)
+    ]
+
+
+def at_names(
+    root: Path, queries: str, database: str, radius: float | None = None, name: str = "dataset"
+) -> list[Dataset]:
+    """Folders of pictures named @easting@northing@…; zones, where they follow, become one."""
+    parts = [_listed(root, folder) for folder in (queries, database)]
+    read = [[_at_position(file) for file in names] for names in parts]
+    bad = [
+        file
+        for names, positions in zip(parts, read, strict=True)
+        for file, position in zip(names, positions, strict=True)
+        if position is None
+    ]
+    if bad:
+        raise UserError(
+            f"{root}: {len(bad)} names carry no @easting@northing@ in metres of UTM (easting 100,000 to 900,000, "
+            f"northing up to 10,000,000; swapped?): {_some(bad)}"
+        )
+    everything = [position for positions in read for position in positions if position is not None]
+    utm = np.array([position[:2] for position in everything], dtype=np.float64)
+    given = [position[2] for position in everything]
+    zone, notes = None, []
+    zones = [zone for zone in given if zone is not None]
+    if zones and len(zones) == len(given):
+        utm, zone, moved = in_one_zone(utm, zones)
+        if moved:
+            notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
+    elif zones:
+        notes.append(f"{len(given) - len(zones)} of {len(given)} names give no zone: no zone is kept")
+        if len(set(zones)) > 1:
+            raise UserError(f"{root}: names of several zones ({_some(sorted(map(str, set(zones))))}) and some without")
+    pictures = _split(parts, utm)
+    return [Dataset(name, *pictures, 25 if radius is None else radius, zone=zone, notes=tuple(notes))]
+
+
+def exif(
+    root: Path,
+    queries: str,
+    database: str,
+    radius: float | None = None,
+    name: str = "dataset",
+    incomplete: str = "error",
+    progress: bool = False,
+) -> list[Dataset]:
+    """Folders of pictures with GPS positions in their EXIF; those without are an error, or are left out and counted."""
+    parts = [_listed(root, folder) for folder in (queries, database)]
+    read = [
+        [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)] for names in parts
+    ]
+    bad = [
+        file
+        for names, positions in zip(parts, read, strict=True)
+        for file, position in zip(names, positions, strict=True)
+        if position is None
+    ]
+    total = sum(map(len, parts))
+    if bad and (incomplete != "leave_out" or len(bad) == total):
+        hint = "" if len(bad) == total else "; --incomplete leave_out goes on without them"
+        raise UserError(
+            f"{root}: {len(bad)} of {total} pictures carry no GPS position in their EXIF: {_some(bad)}{hint}"
+        )
+    kept = [
+        [file for file, position in zip(names, positions, strict=True) if position is not None]
+        for names, positions in zip(parts, read, strict=True)
+    ]
+    geographic = [
+        np.array([position for position in positions if position is not None], dtype=np.float64).reshape(-1, 2)
+        for positions in read
+    ]
+    notes = (f"left out: {len(bad)} of {total} pictures without a GPS position: {_some(bad)}",) if bad else ()
+    return [from_geographic(name, kept, geographic, 25 if radius is None else radius, str(root)).noted(*notes)]
+
+
+def from_geographic(
+    name: str,
+    names: Sequence[Sequence[str]],
+    geographic: Sequence[NDArray[np.float64]],
+    radius: float,
+    where: str,
+    zone: Zone | None = None,
+) -> Dataset:
+    """A dataset from names and latitudes and longitudes of queries and database, in one UTM zone."""
+    for part_names, positions in zip(names, geographic, strict=True):
+        check_geographic(positions, part_names, where)
+    if all(map(len, geographic)) and look_swapped(geographic[0], geographic[1]):
+        raise UserError(f"{where}: queries and database lie apart, unless latitude and longitude of one are swapped")
+    everything = np.concatenate(list(geographic))
+    if not len(everything):
+        raise UserError(f"{where}: no picture has a position")
+    chosen = zone or common_zone(everything)
+    notes = []
+    outside = outside_zone(everything, chosen)
+    if outside:
+        notes.append(f"{outside} positions of a neighbouring zone are expressed in zone {chosen}")
+    return Dataset(name, *_split(names, to_utm(everything, chosen)), radius, zone=chosen, notes=tuple(notes))
+
+
+def _by_frames(name: str, parts: Sequence[Sequence[str]], radius: float) -> Dataset:
+    coordinates = [np.stack([numbers, np.zeros_like(numbers)], axis=1) for numbers in map(_frame_numbers, parts)]
+    queries, database = (Pictures(tuple(names), rows) for names, rows in zip(parts, coordinates, strict=True))
+    return Dataset(name, queries, database, radius, "frames")
+
+
+def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
+    found = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
+    without = [name for name, numbers in zip(names, found, strict=True) if not numbers]
+    if without:
+        raise UserError(f"{len(without)} pictures have no frame number in their name: {_some(without)}")
+    numbers = np.array([int(numbers[-1]) for numbers in found], dtype=np.int64)
+    distinct, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    if (counts > 1).any():
+        example = names[first[np.flatnonzero(counts > 1)[0]]]
+        raise UserError(
+            f"{int((counts - 1).sum())} pictures have a frame number that another one of the same folder has, such as "
+            f"{example} (several videos or cameras in one folder?)"
+        )
+    assert len(distinct) == len(names)
+    return numbers
+
+
+def _listed(root: Path, folder: str) -> list[str]:
+    return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, recursive=True)]
+
+
+def _split(names: Sequence[Sequence[str]], utm: NDArray[np.float64]) -> tuple[Pictures, Pictures]:
+    count = len(names[0])
+    return Pictures(tuple(names[0]), utm[:count]), Pictures(tuple(names[1]), utm[count:])
+
+
+def _at_position(name: str) -> tuple[float, float, Zone | None] | None:
+    """Easting, northing and zone of @easting@northing@zone@band@…; None when there are none."""
+    fields = PurePosixPath(name).name.split("@")[1:]
+    try:
+        east, north = float(fields[0]), float(fields[1])
+    except (IndexError, ValueError):
+        return None
+    if not (_EASTINGS[0] <= east <= _EASTINGS[1] and _NORTHINGS[0] <= north <= _NORTHINGS[1]):
+        return None
+    if len(fields) >= 4 and fields[2].isdigit() and re.fullmatch("[A-Za-z]", fields[3]):
+        return east, north, band_zone(int(fields[2]), fields[3], name)
+    return east, north, None
+
+
+def _gps(path: Path) -> tuple[float, float] | None:
+    """Latitude and longitude in degrees from a picture's EXIF."""
+    try:
+        with Image.open(path) as picture:
+            tags = picture.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+    try:
+        latitude = _degrees(tags[ExifTags.GPS.GPSLatitude])
+        longitude = _degrees(tags[ExifTags.GPS.GPSLongitude])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    south = str(tags.get(ExifTags.GPS.GPSLatitudeRef, "N")).upper().startswith("S")
+    west = str(tags.get(ExifTags.GPS.GPSLongitudeRef, "E")).upper().startswith("W")
+    position = (-latitude if south else latitude, -longitude if west else longitude)
+    return position if np.isfinite(position).all() else None
+
+
+def _degrees(parts: Sequence[float]) -> float:
+    degrees, minutes, seconds = (float(part) for part in parts)
+    return degrees + minutes / 60 + seconds / 3600
+
+
+def _some(names: Sequence[str] | NDArray[np.str_]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,67 @@
+"""Datasets whose places are camera poses: RobotCar Seasons v2, Extended CMU Seasons, any Kapture, COLMAP or hloc."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from patchnetvlad.datasets import Dataset, Pictures
+from patchnetvlad.errors import UserError
+from patchnetvlad.poses import Pose, read_kapture, read_poses
+
+_RECORDS = Path("sensors") / "records_data"
+
+
+def kapture_folders(
+    root: Path,
+    mappings: Sequence[str] = ("mapping",),
+    queries: Sequence[str] = ("query",),
+    radius: float | None = None,
+    name: str = "dataset",
+    only_posed: bool = False,
+) -> list[Dataset]:
+    """Kapture folders below the root, several of each where a dataset comes in slices (Extended CMU Seasons).
+
+    Coordinates are the cameras' places (3). The benchmarks keep most query poses to themselves: such queries stay in
+    the list and there is no ground truth, or, with only_posed, they are left out and counted.
+    """
+    database, notes = _kapture_part(root, mappings, True)
+    asked, query_notes = _kapture_part(root, queries, only_posed)
+    return [Dataset(name, asked, database, 5 if radius is None else radius, notes=(*notes, *query_notes))]
+
+
+def pose_files(
+    root: Path, queries: str, database: str, images: str = "", radius: float | None = None, name: str = "dataset"
+) -> list[Dataset]:
+    """A COLMAP model or a file of lines NAME qw qx qy qz tx ty tz (hloc) each for queries and database.
+
+    images: the folder below the root that the names start from.
+    """
+    parts = []
+    for given in (queries, database):
+        poses = read_poses(root / given if (root / given).exists() else Path(given))
+        if not poses:
+            raise UserError(f"{given}: holds no pose")
+        parts.append(_pictures({(Path(images) / name).as_posix(): pose for name, pose in poses.items()}))
+    return [Dataset(name, parts[0], parts[1], 5 if radius is None else radius)]
+
+
+def _kapture_part(root: Path, folders: Sequence[str], only_posed: bool) -> tuple[Pictures, tuple[str, ...]]:
+    poses: dict[str, Pose | None] = {}
+    for folder in folders:
+        found = read_kapture(root / folder)
+        poses |= {(Path(folder) / _RECORDS / name).as_posix(): pose for name, pose in found.items()}
+    without = [name for name, pose in poses.items() if pose is None]
+    if not without:
+        return _pictures({name: pose for name, pose in poses.items() if pose is not None}), ()
+    if only_posed and len(without) < len(poses):
+        note = f"left out: {len(without)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+        return _pictures({name: pose for name, pose in poses.items() if pose is not None}), (note,)
+    note = f"{len(without)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+    if only_posed:
+        raise UserError(f"{root}: {note} (are the trajectories of another download?)")
+    return Pictures(tuple(poses)), (note,)
+
+
+def _pictures(poses: dict[str, Pose]) -> Pictures:
+    return Pictures(tuple(poses), np.stack([pose.center for pose in poses.values()]))

@@ -1,0 +1,192 @@
+"""A dataset as makers hand it on: names and coordinates of queries and database; checked, summed up and written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from patchnetvlad.coordinates import Zone
+from patchnetvlad.errors import UserError
+from patchnetvlad.ground_truth import GroundTruth, write_ground_truth
+from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
+
+_NAMED = 20  # in a message; a file names the others
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """names: relative to the dataset's root; coordinates: numbers n×c, row i of picture i, None where not known."""
+
+    names: tuple[str, ...]
+    coordinates: NDArray[np.number] | None = None
+
+    def __post_init__(self) -> None:
+        if self.coordinates is not None and len(self.coordinates) != len(self.names):
+            raise ValueError(f"{len(self.coordinates)} coordinates for {len(self.names)} pictures")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def keep(self, rows: NDArray[np.int64]) -> "Pictures":
+        """The pictures of these rows."""
+        coordinates = None if self.coordinates is None else self.coordinates[rows]
+        return Pictures(tuple(self.names[row] for row in rows), coordinates)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What a maker found. name: of the lists; radius: a true match lies within it, in the coordinates' unit;
+    ground_truth_name: of the .npz file, where it is not the lists'; zone: of UTM coordinates; notes: what the user
+    should know, counted."""
+
+    name: str
+    queries: Pictures
+    database: Pictures
+    radius: float
+    unit: str = "m"
+    zone: Zone | None = None
+    ground_truth_name: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def ground_truth(self) -> GroundTruth | None:
+        """None when some coordinates are not known."""
+        if self.queries.coordinates is None or self.database.coordinates is None:
+            return None
+        return GroundTruth(
+            self.queries.coordinates.astype(np.float64), self.database.coordinates.astype(np.float64), self.radius
+        )
+
+    def noted(self, *notes: str) -> "Dataset":
+        """With further notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True)
+class DatasetFiles:
+    """Where the lists and the ground truth (None: coordinates not known) of a dataset are."""
+
+    queries: Path
+    database: Path
+    ground_truth: Path | None
+
+
+def check_names(dataset: Dataset) -> None:
+    """Raises UserError for an empty part and for a picture that one list holds twice."""
+    for part, pictures in (("query", dataset.queries), ("database", dataset.database)):
+        if not len(pictures):
+            raise UserError(f"{dataset.name}: no {part} picture found (is the dataset's folder right?)")
+        seen: set[str] = set()
+        twice = [name for name in pictures.names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        if twice:
+            raise UserError(
+                f"{dataset.name}: {len(twice)} {part} pictures are listed twice (duplicate keys?): {_some(twice)}"
+            )
+
+
+def check_pictures(
+    dataset: Dataset, root: Path, leave_out: bool = False, report: Path | None = None, progress: bool = False
+) -> Dataset:
+    """The dataset with every picture found below the root.
+
+    A picture whose file has another extension (Tokyo 24/7 lists .jpg, its files are .png) is taken under the name
+    of its file. Absent ones are an error that counts and names them, in the file ``report`` where they are many; with
+    leave_out they are left out, and a note counts them.
+    """
+    notes: list[str] = []
+    absent: list[str] = []
+    parts = []
+    for pictures in (dataset.queries, dataset.database):
+        listed = tqdm(pictures.names, f"Looking for {dataset.name}", unit="img", disable=not progress)
+        names = [_find(root, name) for name in listed]
+        renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
+        if renamed:
+            notes.append(f"{renamed} pictures have another extension than the one listed, and are listed under theirs")
+        absent += [old for new, old in zip(names, pictures.names, strict=True) if new is None]
+        found = Pictures(
+            tuple(new or old for new, old in zip(names, pictures.names, strict=True)), pictures.coordinates
+        )
+        parts.append(found.keep(np.flatnonzero([name is not None for name in names])))
+    if absent:
+        total = len(dataset.queries) + len(dataset.database)
+        where = ""
+        if len(absent) > _NAMED and report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text("".join(f"{name}\n" for name in absent), encoding="utf-8")
+            where = f"; all are named in {report}"
+        message = f"{len(absent)} of {total} listed pictures are absent below {root}: {_some(absent)}{where}"
+        if not leave_out or len(absent) == total:
+            hint = "; --incomplete leave_out goes on without them" if len(absent) < total else " (another root?)"
+            raise UserError(f"{dataset.name}: {message}{hint}")
+        notes.append(f"left out: {message}")
+    return replace(dataset, queries=parts[0], database=parts[1]).noted(*notes)
+
+
+def with_matches_only(dataset: Dataset) -> Dataset:
+    """The dataset without queries that have no true match, as the official MSLS protocol has it."""
+    truth = dataset.ground_truth()
+    if truth is None:
+        raise UserError(f"{dataset.name}: --only_queries_with_match: there are no coordinates to tell them by")
+    rows = np.flatnonzero([len(rows) > 0 for rows in truth.positives()])
+    dropped = len(dataset.queries) - len(rows)
+    if not len(rows):
+        raise UserError(f"{dataset.name}: no query has a match within {dataset.radius:g} {dataset.unit}")
+    return replace(dataset, queries=dataset.queries.keep(rows)).noted(f"left out: {dropped} queries without a match")
+
+
+def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> DatasetFiles:
+    """Write NAME_imageNames_query.txt, NAME_imageNames_index.txt and NAME.npz."""
+    files = DatasetFiles(
+        lists / f"{dataset.name}_imageNames_query.txt",
+        lists / f"{dataset.name}_imageNames_index.txt",
+        ground_truths / f"{dataset.ground_truth_name or dataset.name}.npz" if dataset.ground_truth() else None,
+    )
+    write_image_list(files.queries, dataset.queries.names)
+    write_image_list(files.database, dataset.database.names)
+    if files.ground_truth is not None:
+        assert dataset.queries.coordinates is not None and dataset.database.coordinates is not None
+        write_ground_truth(
+            files.ground_truth,
+            dataset.queries.coordinates,
+            dataset.database.coordinates,
+            dataset.radius,
+            str(dataset.zone) if dataset.zone else None,
+        )
+    return files
+
+
+def summary(dataset: Dataset) -> list[str]:
+    """What was found, line by line."""
+    lines = [f"{dataset.name}: {len(dataset.queries)} queries, {len(dataset.database)} database pictures"]
+    truth = dataset.ground_truth()
+    if truth is None:
+        lines.append("  no coordinates of all pictures: lists only, no ground truth")
+    else:
+        without = sum(len(rows) == 0 for rows in truth.positives())
+        lines.append(f"  a match lies within {dataset.radius:g} {dataset.unit}; {without} queries have none")
+        everything = np.concatenate([truth.utm_query, truth.utm_database])
+        extent = ", ".join(
+            f"{low:.1f} to {high:.1f}" for low, high in zip(everything.min(0), everything.max(0), strict=True)
+        )
+        lines.append(
+            f"  coordinates: {extent} ({dataset.unit})" + (f", UTM zone {dataset.zone}" if dataset.zone else "")
+        )
+        if without == len(dataset.queries):
+            lines.append("  warning: no query has a match (coordinates of different origin or unit?)")
+    return lines + [f"  note: {note}" for note in dataset.notes]
+
+
+def _find(root: Path, name: str) -> str | None:
+    path = root / name
+    if path.is_file():
+        return name
+    for extension in sorted(PICTURE_EXTENSIONS):
+        if path.with_suffix(extension).is_file():
+            return str(Path(name).with_suffix(extension).as_posix())
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

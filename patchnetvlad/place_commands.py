@@ -1,0 +1,252 @@
+"""The commands that turn matches into camera poses and into positions on the map."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchnetvlad import command_line
+from patchnetvlad.command_line import Parser
+from patchnetvlad.coordinates import parse_zone
+from patchnetvlad.errors import UserError
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone
+from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.localization import Located, locate_pictures, locate_run, position_rows, write_positions
+from patchnetvlad.locations import require_file
+from patchnetvlad.measure_files import write_json
+from patchnetvlad.pose_approximation import (
+    Weighting,
+    approximate_poses,
+    barycentric_weights,
+    equal_weights,
+    similarity_weights,
+)
+from patchnetvlad.poses import (
+    SUBMISSION_NAMES,
+    THRESHOLDS,
+    Pose,
+    PoseScore,
+    by_condition,
+    read_poses,
+    record_name,
+    score_poses,
+    write_submission,
+)
+from patchnetvlad.position import LIMITS, score_positions
+from patchnetvlad.result_files import read_predictions
+
+_WEIGHTINGS = ("best", "equal", "barycentric", "similarity")
+
+
+def evaluate_poses(arguments: Sequence[str] | None = None) -> int:
+    """Poses of queries from their matches, scored, and as a submission to the visual localisation benchmark."""
+    parser = Parser(
+        "Give every query a camera pose from the poses of its matches; score it, and write a submission.",
+        "evaluate_poses.py",
+    )
+    parser.add_argument("--predictions", required=True, metavar="FILE", help="Kapture or hloc pairs, or .npy of rows")
+    parser.add_argument("--query_file_path", required=True, metavar="LIST", help="list of query pictures")
+    parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
+    parser.add_argument(
+        "--dataset_root_dir", default="", metavar="DIR", help="folder that names in the lists start from"
+    )
+    parser.add_argument(
+        "--database_poses",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="Kapture folders, COLMAP models or files of NAME qw qx qy qz tx ty tz",
+    )
+    parser.add_argument(
+        "--query_poses", nargs="+", type=Path, default=[], metavar="PATH", help="the same, of the queries: true poses"
+    )
+    parser.add_argument(
+        "--approximation",
+        default="best",
+        choices=_WEIGHTINGS,
+        help="pose of the best match, or mean of --top_k: equal (EWB), barycentric descriptors (BDI), similarity (CSI)",
+    )
+    parser.add_argument("--top_k", type=int, default=10, metavar="K", help="matches in a mean")
+    parser.add_argument("--alpha", type=float, default=8.0, help="power of the similarity")
+    parser.add_argument("--query_input_features_dir", type=Path, metavar="DIR", help="needed by descriptors' weights")
+    parser.add_argument("--index_input_features_dir", type=Path, metavar="DIR", help="needed by descriptors' weights")
+    parser.add_argument(
+        "--condition_pattern", default=r"^([^/]+)/", metavar="REGEX", help="its group is a query's condition"
+    )
+    parser.add_argument("--submission", type=Path, metavar="FILE", help="write the poses here")
+    parser.add_argument("--names", default="full", choices=list(SUBMISSION_NAMES), help="names in the submission")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the percentages here")
+
+    def command(args: argparse.Namespace) -> None:
+        if args.top_k < 1:
+            raise UserError(f"--top_k {args.top_k}: expected 1 or more")
+        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        queries, database = (
+            read_image_list(require_file(path, "dataset_imagenames"), root)
+            for path in (args.query_file_path, args.index_file_path)
+        )
+        predicted = read_predictions(Path(args.predictions), queries.names, database.names).indices
+        placed = _poses_of(database, _read_all(args.database_poses), args.database_poses)
+        weighting, descriptors = _weighting(args, queries, database)
+        top_k = 1 if args.approximation == "best" else args.top_k
+        poses = approximate_poses(predicted, placed, top_k, weighting, *descriptors)
+        estimates = {
+            record_name(name): pose for name, pose in zip(queries.names, poses, strict=True) if pose is not None
+        }
+        print(f"{len(estimates)} of {len(queries)} queries have a pose ({args.approximation})")
+        if args.query_poses:
+            truths = _truths(queries, args.query_poses)
+            scores = {condition: score_poses(estimates, part) for condition, part in _parts(truths, args).items()}
+            print("\n".join(_pose_lines(scores)))
+            if args.json:
+                write_json(args.json, {condition: vars(score) for condition, score in scores.items()})
+        elif args.json:
+            raise UserError("--json: needs --query_poses, to score against")
+        if args.submission:
+            write_submission(args.submission, estimates, SUBMISSION_NAMES[args.names])
+            print(f"submission in {args.submission}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def locate(arguments: Sequence[str] | None = None) -> int:
+    """Where pictures were taken: all queries of a matching run, or single pictures."""
+    parser = Parser(
+        "Say where pictures were taken, with a radius of uncertainty: all queries of a matching run (--results), or "
+        "single pictures (--picture) against the features of a database.",
+        "locate.py",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--results", type=Path, metavar="DIR", help="folder of a matching run with scores.npz")
+    what.add_argument("--picture", nargs="+", type=Path, metavar="PICTURE", help="pictures to locate")
+    parser.add_argument(
+        "--ground_truth_path", required=True, metavar="NPZ", help="utmDb, and utmQ to score a run; posDistThr"
+    )
+    parser.add_argument(
+        "--zone", metavar="ZONE", help="UTM zone of the coordinates, such as 17N, where the file has none"
+    )
+    parser.add_argument("--positions", type=Path, metavar="CSV", help="write the positions here")
+    parser.add_config_options("performance.ini")
+    parser.add_argument("--index_file_path", metavar="LIST", help="list of database pictures, with --picture")
+    parser.add_argument("--index_input_features_dir", type=Path, metavar="DIR", help="their features, with --picture")
+    parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="folder that the names start from")
+    parser.add_device_options()
+
+    def command(args: argparse.Namespace) -> None:
+        truth_path = require_file(args.ground_truth_path, "dataset_gt_files")
+        kept = args.zone or read_zone(truth_path)
+        zone = parse_zone(kept, "--zone") if kept else None
+        located = _located_run(args, truth_path) if args.results else _located_pictures(args, truth_path)
+        if args.picture or not args.positions:
+            for row in position_rows(located, zone):
+                print(", ".join(f"{column} {value}" for column, value in row.items()))
+        if args.results:
+            print("\n".join(_position_lines(located, truth_path)))
+        if args.positions:
+            write_positions(args.positions, located, zone)
+            print(f"positions in {args.positions}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def _read_all(paths: Sequence[Path]) -> dict[str, Pose]:
+    poses: dict[str, Pose] = {}
+    for path in paths:
+        found = read_poses(path)
+        twice = poses.keys() & found.keys()
+        if twice:
+            raise UserError(f"{path}: {len(twice)} pictures have a pose elsewhere too, such as {min(twice)}")
+        poses |= found
+    return poses
+
+
+def _poses_of(pictures: ImageList, poses: Mapping[str, Pose], sources: Sequence[Path]) -> list[Pose | None]:
+    """The poses of a list's pictures; at least one must have one."""
+    found = [poses.get(record_name(name), poses.get(name)) for name in pictures.names]
+    if all(pose is None for pose in found):
+        raise UserError(
+            f"{pictures.source}: no picture has a pose in {', '.join(map(str, sources))} (names differ, such as "
+            f"{pictures.names[0]} and {next(iter(poses), 'none')}?)"
+        )
+    return found
+
+
+def _truths(queries: ImageList, sources: Sequence[Path]) -> dict[str, Pose]:
+    found = _poses_of(queries, _read_all(sources), sources)
+    return {record_name(name): pose for name, pose in zip(queries.names, found, strict=True) if pose is not None}
+
+
+def _parts(truths: Mapping[str, Pose], args: argparse.Namespace) -> dict[str, dict[str, Pose]]:
+    conditions = by_condition(list(truths), args.condition_pattern)
+    parts = {condition: {name: truths[name] for name in names} for condition, names in conditions.items()}
+    return {**parts, "all": dict(truths)}
+
+
+def _weighting(
+    args: argparse.Namespace, queries: ImageList, database: ImageList
+) -> tuple[Weighting, tuple[NDArray[np.float32], NDArray[np.float32]] | tuple[()]]:
+    if args.approximation in ("best", "equal"):
+        return equal_weights, ()
+    folders = (args.query_input_features_dir, args.index_input_features_dir)
+    if None in folders:
+        raise UserError(
+            f"--approximation {args.approximation}: needs --query_input_features_dir and --index_input_features_dir"
+        )
+    vectors = []
+    for pictures, folder in zip((queries, database), folders, strict=True):
+        with FeatureStore.open(folder, pictures.names, pictures.feature_names) as store:
+            vectors.append(store.global_)
+    weighting = barycentric_weights if args.approximation == "barycentric" else similarity_weights(args.alpha)
+    return weighting, (vectors[0], vectors[1])
+
+
+def _pose_lines(scores: Mapping[str, PoseScore]) -> list[str]:
+    wide = max(12, *(len(condition) + 2 for condition in scores))
+    heads = [f"{metres:g} m, {degrees:g}°" for metres, degrees in THRESHOLDS]
+    lines = [f"{'% within':<{wide}}{'queries':>8}" + "".join(f"{head:>13}" for head in heads) + f"{'median':>18}"]
+    for condition, score in scores.items():
+        values = "".join(f"{value:13.1f}" for value in score.percentages)
+        median = f"{score.medians[0]:.2f} m, {score.medians[1]:.2f}°"
+        lines.append(f"{condition:<{wide}}{score.num_queries:>8}{values}{median:>18}")
+    return lines
+
+
+def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
+    truth = read_ground_truth(truth_path, *ground_truth_lengths(truth_path))
+    return locate_run(args.results / "scores.npz", truth.utm_database, truth.radius)
+
+
+def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
+    if args.index_file_path is None or args.index_input_features_dir is None:
+        raise UserError("--picture: needs --index_file_path and --index_input_features_dir, the database")
+    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
+    truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], len(database))
+    return locate_pictures(
+        command_line.configuration(args),
+        args.picture,
+        database,
+        args.index_input_features_dir,
+        truth.utm_database,
+        truth.radius,
+        command_line.device(args),
+    )
+
+
+def _position_lines(located: Sequence[Located], truth_path: Path) -> list[str]:
+    lengths = ground_truth_lengths(truth_path)
+    if lengths[0] != len(located):
+        return [f"{truth_path}: utmQ has {lengths[0]} rows for {len(located)} queries: positions are not scored"]
+    truth = read_ground_truth(truth_path, *lengths)
+    score = score_positions([one.position for one in located], truth.utm_query)
+    shares = ", ".join(
+        f"{100 * share:.1f} % within {limit:g}" for limit, share in zip(LIMITS, score.within, strict=True)
+    )
+    return [
+        f"{score.num_queries} queries: median error {score.median_error:.2f}, {shares} (unit of the coordinates); "
+        f"{100 * score.covered:.1f} % lie within their radius of uncertainty"
+    ]

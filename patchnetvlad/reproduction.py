@@ -1,0 +1,349 @@
+"""The known results and what it takes to repeat them: one entry a dataset, one run of the whole chain."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from patchnetvlad.checkpoints import Checkpoint
+from patchnetvlad.config import Config, load_config
+from patchnetvlad.dataset_makers import MAKERS, finish
+from patchnetvlad.datasets import Dataset
+from patchnetvlad.errors import UserError
+from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, add_city, evaluate
+from patchnetvlad.extraction import describe_list, loading_threads, store_header
+from patchnetvlad.feature_store import estimate_bytes
+from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.images import image_batches, require_readable
+from patchnetvlad.locations import find_file, require_file
+from patchnetvlad.measure_files import Protocol, read_judged
+from patchnetvlad.measures import Measures, join, measure
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.reranking import find_matcher, rerank
+from patchnetvlad.weights import PUBLISHED, load_model
+
+logger = logging.getLogger(__name__)
+
+_BASE_GB = 1.5  # of memory for Python, torch and the encoder's feature maps
+_NETVLAD_SPECIFICATIONS = "the .mat files are NetVLAD's dataset specifications, on its project page at the WILLOW team"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A known result: Recall@N in % by N of one stage; source: whose; band: how many points lower and higher pass,
+    None where it is shown beside ours only."""
+
+    stage: str
+    recalls: dict[int, float]
+    source: str
+    band: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One list pair of a dataset: the names of its lists and ground truth."""
+
+    lists: str
+    ground_truth: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a known result was made. where: to get the data from; make: its lists from the root, where they are not at
+    hand; overrides: of the configuration."""
+
+    config: str
+    parts: tuple[Part, ...]
+    known: tuple[Known, ...]
+    where: str
+    overrides: tuple[str, ...] = ()
+    make: Callable[[Path], list[Dataset]] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A known Recall@N beside the measured one, both in %; passed: within the band, None where there is none."""
+
+    known: Known
+    n: int
+    measured: float
+    passed: bool | None = field(default=None)
+
+
+_TEST_SETS = "a folder with its lists, its .npz and its pictures, as distributed"
+BENCHMARKS: dict[str, Benchmark] = {
+    "pitts30k": Benchmark(
+        "speed.ini",
+        (Part("pitts30k", "pitts30k_test"),),
+        (
+            Known(RERANKING, {1: 87.09, 5: 94.05, 10: 95.67}, "users, pittsburgh_WPCA512, spatial", (1.0, 1.0)),
+            Known(RERANKING, {1: 88.0}, "paper, spatial, 4096 dimensions"),
+        ),
+        f"the authors of NetVLAD give it on request (Pittsburgh250k); {_NETVLAD_SPECIFICATIONS}",
+        ("global_params.resumepath=./pretrained_models/pittsburgh_WPCA",),
+        lambda root: MAKERS["pitts30k"].make(root, mat=None, split="test"),
+    ),
+    "tokyo247": Benchmark(
+        "performance.ini",
+        (Part("tokyo247", "tokyo247"),),
+        (Known(RERANKING, {1: 86.0, 5: 88.6, 10: 90.5}, "paper, multi-scale RANSAC", (2.0, 3.0)),),
+        f"the authors of Tokyo 24/7 give it on request; {_NETVLAD_SPECIFICATIONS}",
+        ("global_params.resumepath=./pretrained_models/pittsburgh_WPCA", "feature_match.panorama_cutouts=12"),
+        lambda root: MAKERS["tokyo247"].make(root, mat=None),
+    ),
+    "msls_val": Benchmark(
+        "performance.ini",
+        (Part("mapillarycph", "mapillarycph"), Part("mapillarysf", "mapillarysf")),
+        (
+            Known(RETRIEVAL, {1: 71.1, 5: 81.5, 10: 84.3}, "users, Mapillary weights", (1.5, 1.5)),
+            Known(RERANKING, {1: 80.8, 5: 86.5, 10: 88.4}, "users, Mapillary weights", (1.5, 1.5)),
+            Known(RETRIEVAL, {1: 60.8}, "paper"),
+            Known(RERANKING, {1: 79.5}, "paper, multi-scale RANSAC"),
+        ),
+        "www.mapillary.com/dataset/places",
+        (),
+        lambda root: MAKERS["msls"].make(root, cities=["val"]),
+    ),
+    "nordland": Benchmark(
+        "performance.ini",
+        (Part("nordland", "nordland"),),
+        (),
+        "nrkbeta.no has the journeys; frames cut from them are on the pages of several groups, such as QUT's",
+        (),
+        lambda root: MAKERS["nordland"].make(root),
+    ),
+    "corridor": Benchmark(
+        "builtin.ini",
+        (Part("corridor", "corridor"),),
+        (
+            Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, 30.0)),
+            Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
+            Known(RERANKING, {1: 90.1, 5: 99.1, 10: 100.0}, "HybridNet, stored run"),
+        ),
+        _TEST_SETS,
+    ),
+    "ietower_small": Benchmark(
+        "builtin.ini",
+        (Part("ietower_small", "ietower_small"),),
+        (
+            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, 50.0)),
+            Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
+        ),
+        _TEST_SETS,
+    ),
+    "sf_toy": Benchmark(
+        "builtin.ini",
+        (Part("sf_toy", "sf_toy"),),
+        (Known(RETRIEVAL, {1: 50.0, 5: 100.0, 10: 100.0}, "dense RootSIFT + VLAD-64; 4 queries prove nothing"),),
+        _TEST_SETS,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Lists and ground truth of one part, found or made."""
+
+    part: Part
+    queries: ImageList
+    database: ImageList
+    ground_truth: Path
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes: bytes of features on disk, bytes of memory, seconds, from trying a few pictures."""
+
+    disk: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reproduction:
+    """What a run gave: the measures of all parts joined, per part, and beside the known results."""
+
+    protocol: Protocol
+    measures: dict[str, Measures]
+    parts: dict[str, Evaluation]
+    comparisons: tuple[Comparison, ...]
+    seconds: float
+
+
+def prepare(
+    name: str, root: Path, work: Path, config_path: str | None, overrides: Sequence[str]
+) -> tuple[Config, list[Files]]:
+    """Configuration and lists of a benchmark; one UserError says all that is missing and where to get it."""
+    benchmark = BENCHMARKS[name]
+    own = () if config_path else benchmark.overrides
+    config = load_config(require_file(config_path or benchmark.config, "configs"), (*own, *overrides))
+    missing = []
+    files: list[Files] = []
+    try:
+        files = _lists(benchmark, root, work)
+        for listed in (pictures for part in files for pictures in (part.queries, part.database)):
+            absent = sum(not path.is_file() for path in listed.paths)
+            if absent:
+                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
+    except UserError as error:
+        missing.append(f"data: {error} (get it: {benchmark.where})")
+    checkpoint = config.checkpoint_name()
+    if find_file(checkpoint, "pretrained_models", config.path) is None:
+        base = Path(checkpoint).name
+        if base not in PUBLISHED:
+            missing.append(f"weights: {checkpoint} is no published checkpoint and not at hand (fit_model.py makes one)")
+        elif missing:
+            missing.append(f"weights: {base} is not at hand (get it: download_models.py --models {base})")
+    if missing:
+        raise UserError(f"{name}: missing " + "; ".join(missing))
+    return config, files
+
+
+def reproduce(
+    config: Config,
+    files: Sequence[Files],
+    root: Path,
+    known: Sequence[Known],
+    work: Path,
+    device: torch.device,
+    progress: bool = False,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
+) -> Reproduction:
+    """The whole chain: describe, match, measure, compare. Features and results go below work and finished ones stay.
+
+    announce is called with the estimate before the long part; each part is searched in its own database.
+    """
+    started = time.perf_counter()
+    for listed in (pictures for part in files for pictures in (part.queries, part.database)):
+        require_readable(listed, loading_threads(config), progress)
+    model, checkpoint = load_model(config)
+    model.to(device)
+    announce(estimate(model, checkpoint, config, files))
+    evaluations = {}
+    for part in files:
+        name = part.part.lists
+        folders = [work / "features" / f"{name}_{side}" for side in ("query", "index")]
+        for pictures, folder in zip((part.queries, part.database), folders, strict=True):
+            describe_list(model, checkpoint, config, pictures, folder, progress)
+        query_features, index_features = folders
+        sources = Sources(
+            root, part.queries.source, part.database.source, query_features, index_features, part.ground_truth
+        )
+        results = work / "results" / name
+        evaluations[name] = evaluate(config, sources, results, device, progress=progress)
+        logger.info("%s: results in %s", name, results)
+    if len(files) > 1:
+        predictions = work / "results" / "predictions_msls.txt"
+        predictions.unlink(missing_ok=True)
+        for evaluation in evaluations.values():
+            add_city(evaluation, predictions)
+    protocol, measures = joined(
+        [work / "results" / part.part.lists for part in files], config.feature_match.n_values_all
+    )
+    return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
+
+
+def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, dict[str, Measures]]:
+    """Measures over the queries of several matching runs, each searched in its own database."""
+    runs = [read_judged(folder / "judged.npz") for folder in results]
+    first, stages = runs[0]
+    for (protocol, judged), folder in zip(runs, results, strict=True):
+        if protocol.radius != first.radius or judged.keys() != stages.keys():
+            raise UserError(
+                f"{folder}: a match within {protocol.radius:g}, by {', '.join(judged)}; {results[0]}: within "
+                f"{first.radius:g}, by {', '.join(stages)}: only runs of one kind can be joined"
+            )
+    whole = Protocol(
+        sum(protocol.queries for protocol, _ in runs), sum(protocol.database for protocol, _ in runs), first.radius
+    )
+    return whole, {stage: measure(join([judged[stage] for _, judged in runs]), n_values) for stage in stages}
+
+
+def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
+    """Known recalls beside those measured; a stage or N that was not measured is passed over."""
+    found = []
+    for result in known:
+        if result.stage not in measures:
+            continue
+        recall = measures[result.stage].recall
+        measured = dict(zip(recall.n_values, recall.all_queries, strict=True))
+        for n, value in result.recalls.items():
+            if n in measured:
+                ours = 100 * measured[n]
+                passed = None
+                if result.band is not None:
+                    passed = value - result.band[0] <= round(ours, 2) <= value + result.band[1]
+                found.append(Comparison(result, n, ours, passed))
+    return tuple(found)
+
+
+def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: Sequence[Files]) -> Estimate:
+    """Describe and compare a few pictures, and multiply."""
+    size, options = config.feature_extract, config.feature_match
+    listed = [pictures for part in files for pictures in (part.queries, part.database)]
+    sample = listed[0].paths[: min(4, len(listed[0]))]
+    model.describe(next(image_batches(sample[:1], size.imageresizeh, size.imageresizew, 1, 1))[1].to(model.device))
+    started = time.perf_counter()
+    described = [
+        model.describe(batch.to(model.device))
+        for _, batch in image_batches(sample, size.imageresizeh, size.imageresizew, 1, 1)
+    ]
+    each = (time.perf_counter() - started) / len(sample)
+    seconds = each * sum(map(len, listed))
+    pairs = 0
+    if described[0].grids:
+        top = options.rerank_top or max(options.n_values_all)
+        pairs = sum(len(part.queries) * min(top, len(part.database)) for part in files)
+        patches = [one.picture(0) for one in described]
+        started = time.perf_counter()
+        rerank(patches[0], patches * 2, options.patchweights2use, find_matcher(options.matcher))
+        seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
+    grid = described[0].grids[0] if described[0].grids else None
+    map_size = (grid.map_height, grid.map_width) if grid else (0, 0)
+    disk = sum(estimate_bytes(store_header(model, checkpoint, config, pictures), map_size) for pictures in listed)
+    vectors = max(4 * model.output_dims * (len(part.queries) + len(part.database)) for part in files)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    cache = min(options.cache_gb * 1.125e9, disk)
+    return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _lists(benchmark: Benchmark, root: Path, work: Path) -> list[Files]:
+    """Lists beside the pictures, among the known ones, or made from the dataset."""
+    found = [_find_part(root, part) for part in benchmark.parts]
+    if all(part is not None for part in found):
+        return [part for part in found if part is not None]
+    if benchmark.make is None:
+        names = "; ".join(
+            f"{part.lists}_imageNames_query.txt, …_index.txt, {part.ground_truth}.npz" for part in benchmark.parts
+        )
+        raise UserError(f"{root}: no {names}")
+    made = []
+    for part, dataset in zip(benchmark.parts, benchmark.make(root), strict=True):
+        _, files = finish(dataset, root, work / "lists", work / "lists")
+        if files.ground_truth is None:
+            raise UserError(f"{root}: {dataset.name} has no coordinates")
+        made.append(
+            Files(part, read_image_list(files.queries, root), read_image_list(files.database, root), files.ground_truth)
+        )
+    return made
+
+
+def _find_part(root: Path, part: Part) -> Files | None:
+    names = (f"{part.lists}_imageNames_query.txt", f"{part.lists}_imageNames_index.txt")
+    lists = [find_file(name, "dataset_imagenames", root) for name in names]
+    truth = find_file(f"{part.ground_truth}.npz", "dataset_gt_files", root)
+    if lists[0] is None or lists[1] is None or truth is None:
+        return None
+    return Files(part, read_image_list(lists[0], root), read_image_list(lists[1], root), truth)
