@@ -79,6 +79,12 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
         metavar="FORMAT",
         help=f"prediction files to write: {', '.join(FORMATS)}",
     )
+    parser.add_argument(
+        "--report", action="store_true", help="write report.html too: curves, a map, every query with its candidates"
+    )
+    parser.add_argument(
+        "--distance_unit", default="m", metavar="UNIT", help="of the ground truth's coordinates, for the report"
+    )
     parser.add_device_options()
 
     def command(args: argparse.Namespace) -> None:
@@ -104,6 +110,7 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
                 command_line.device(args),
                 args.formats,
                 command_line.progress(args),
+                args.distance_unit if args.report else None,
             )
             for line in recall_lines(evaluation):
                 logger.debug(line)

@@ -23,6 +23,7 @@ from patchnetvlad.images import require_readable
 from patchnetvlad.locations import require_file
 from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
 from patchnetvlad.recall import Recall, recall_at
+from patchnetvlad.report import write_report
 from patchnetvlad.reranking import RankingScores, collect_scores, find_matcher, reorder, rerank
 from patchnetvlad.result_files import (
     Ranking,
@@ -35,6 +36,7 @@ from patchnetvlad.result_files import (
     write_scores,
 )
 from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
+from patchnetvlad.run_report import pair_matches, run_content
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -84,10 +86,12 @@ def evaluate(
     device: torch.device,
     formats: Sequence[str] = ("kapture",),
     progress: bool = False,
+    report_unit: str | None = None,
 ) -> Evaluation:
     """Rank the database for every query, write the rankings, and score them where the ground truth is given.
 
-    results: folder for the files; formats: names in FORMATS. Raises UserError for whatever does not fit together.
+    results: folder for the files; formats: names in FORMATS; report_unit: write report.html too, which shows distances
+    in this unit. Raises UserError for whatever does not fit together.
     """
     config.check_matching()
     find_matcher(config.feature_match.matcher)
@@ -100,6 +104,7 @@ def evaluate(
         retrieved = _retrieve(config, queries, database, query_store, index_store, device)
         stages = {RETRIEVAL: retrieved.indices}
         scores = None
+        matches = None
         if config.global_params.pooling == "patchnetvlad":
             query_patches: PatchSource = query_store
             index_patches: PatchSource = index_store
@@ -108,12 +113,22 @@ def evaluate(
             stages[RERANKING], scores = _rerank_all(
                 config, retrieved.indices, query_patches, index_patches, device, progress
             )
+            if report_unit is not None:
+                matches = pair_matches(config, query_patches, index_patches, device)
+        report = None
+        if report_unit is not None:
+            report = results / "report.html"
+            content = run_content(config, queries, database, stages, retrieved, scores, truth, matches, report_unit)
+            size = write_report(report, content, progress)
+            logger.info("report: %s (%.1f MB)", report, size / 1e6)
     recalls = {}
     if truth is not None:
         positives = truth.positives()
         n_values = config.feature_match.n_values_all
         recalls = {stage: recall_at(indices, positives, n_values) for stage, indices in stages.items()}
     files = _write(results, queries, database, stages, scores, recalls, truth, formats)
+    if report is not None:
+        files = (*files, report)
     return Evaluation(queries, database, retrieved, scores, stages, truth, recalls, files)
 
 

@@ -118,7 +118,9 @@ def match_figure(matched: MatchedPair, score: float, width: float = 10.0, outlin
             )
             if outlines:
                 squares = _rectangles(points[inliers], matched.patch_sides(scale, picture) / picture.height)
-                axes.add_collection(LineCollection(squares, colors=colour, linewidths=0.6 * shrink, alpha=0.6, zorder=2.5))
+                axes.add_collection(
+                    LineCollection(squares, colors=colour, linewidths=0.6 * shrink, alpha=0.6, zorder=2.5)
+                )
     return figure
 
 

@@ -37,11 +37,7 @@ def recall_at(
     positives: database rows that truly match, for each query. Raises ValueError unless there are as many as queries.
     """
     num_queries, num_candidates = predictions.shape
-    rank_of_hit = np.full(num_queries, np.inf)  # rank 1 is the best
-    for row, (ranking, matches) in enumerate(zip(predictions, positives, strict=True)):
-        hits = np.flatnonzero(np.isin(ranking, matches) & (ranking >= 0))
-        if len(hits):
-            rank_of_hit[row] = hits[0] + 1
+    rank_of_hit = ranks_of_first_match(predictions, positives)
     num_without_match = sum(len(matches) == 0 for matches in positives)
     found = [int((rank_of_hit <= n).sum()) for n in n_values]
     return Recall(
@@ -52,6 +48,42 @@ def recall_at(
         num_without_match,
         num_candidates,
     )
+
+
+def ranks_of_first_match(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Rank, 1 the best, of the first true match in each of nQ×k predictions; infinite where none is among them."""
+    ranks = np.full(len(predictions), np.inf)
+    for row, (ranking, matches) in enumerate(zip(predictions, positives, strict=True)):
+        hits = np.flatnonzero(np.isin(ranking, matches) & (ranking >= 0))
+        if len(hits):
+            ranks[row] = hits[0] + 1
+    return ranks
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Bounds of a fraction with 95 % confidence (Wilson 1927), which stay inside 0..1; NaN without trials."""
+    if trials == 0:
+        return float("nan"), float("nan")
+    z = 1.959963984540054
+    share = successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def precision_recall(
+    confidence: NDArray[np.float64], right: NDArray[np.bool_], num_with_match: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision and recall of a system that answers only above a confidence, as that falls from high to low.
+
+    confidence, right: of each query's best prediction; recall counts right answers among num_with_match queries.
+    One point for each distinct confidence: precision 0..1, recall 0..1.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    last = np.append(np.diff(confidence[order]) != 0, True)[: len(order)]  # equal confidences are accepted together
+    accepted = np.arange(1, len(order) + 1)[last]
+    found = np.cumsum(right[order])[last]
+    return found / np.maximum(1, accepted), found / max(1, num_with_match)
 
 
 def _fraction(count: int, total: int) -> float:
