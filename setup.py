@@ -16,7 +16,10 @@ DATA_FOLDERS = {
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TOOLS = ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"]
+TOOLS = {  # module of the package: its commands
+    "tool_commands": ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"],
+    "export_commands": ["export_onnx", "export_hloc"],
+}
 
 setup(
     name="patchnetvlad",
@@ -41,7 +44,26 @@ setup(
         "huggingface_hub>=0.23",
         "jinja2>=3.1",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "selenium>=4.11"]},
+    extras_require={
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
+        "timm": ["timm>=1.0"],
+        "hloc": ["h5py>=3.8"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "selenium>=4.11",
+            "h5py>=3.8",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.2",
+            "timm>=1.0",
+            "nbclient>=0.9",
+            "nbformat>=5.9",
+            "ipykernel>=6",
+        ],
+    },
     packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],
     package_dir={f"patchnetvlad.{folder}": folder for folder in DATA_FOLDERS},
     package_data={
@@ -51,7 +73,9 @@ setup(
     scripts=[f"{name}.py" for name in SCRIPTS],
     entry_points={
         "console_scripts": [
-            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands:{name}" for name in SCRIPTS + TOOLS
+            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.{module}:{name}"
+            for module, names in {"commands": SCRIPTS, **TOOLS}.items()
+            for name in names
         ]
     },
 )
