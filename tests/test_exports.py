@@ -39,8 +39,7 @@ def test_onnx_describes_as_the_recognizer_does(tmp_path, capsys, dynamic):
     assert [output.name for output in session.get_outputs()] == ["global", "patches_2", "patches_3"]
     properties = session.get_modelmeta().custom_metadata_map
     assert (properties["patch_sizes"], properties["first_center"]) == ("2,3", "7.5")
-    sizes = [(120, 160), (96, 208)] if dynamic else [(120, 160)]
-    for height, width in sizes:
+    for height, width in [(120, 160), (96, 208)] if dynamic else [(120, 160)]:
         size = [f"feature_extract.imageresizeh={height}", f"feature_extract.imageresizew={width}"]
         size += [item.replace("extract", "match") for item in size]
         recognizer = PlaceRecognizer.load(overrides=[*options[3::2], *size])
