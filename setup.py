@@ -22,6 +22,7 @@ TOOLS = {  # module of the package: its commands
     "training_commands": [*TRAINING_SCRIPTS, "render_msls"],
     "dataset_commands": ["make_dataset", "measure", "reproduce"],
     "place_commands": ["evaluate_poses", "locate"],
+    "export_commands": ["export_onnx", "export_hloc"],
 }
 
 setup(
@@ -48,12 +49,32 @@ setup(
         "tensorboard>=2.14",
         "huggingface_hub>=0.23",
         "pyproj>=3.6",
+        "jinja2>=3.1",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"]},
+    extras_require={
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
+        "timm": ["timm>=1.0"],
+        "hloc": ["h5py>=3.8"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "selenium>=4.11",
+            "h5py>=3.8",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.2",
+            "timm>=1.0",
+            "nbclient>=0.9",
+            "nbformat>=5.9",
+            "ipykernel>=6",
+        ],
+    },
     packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],
     package_dir={f"patchnetvlad.{folder}": folder for folder in DATA_FOLDERS},
     package_data={
-        "patchnetvlad": ["py.typed"],
+        "patchnetvlad": ["py.typed", "report_page/*"],
         **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
     },
     scripts=[f"{name}.py" for name in SCRIPTS + TRAINING_SCRIPTS],

@@ -1,7 +1,9 @@
 """The commands users know by name: each parses, reads the configuration, makes one call and says where results are."""
 
 import argparse
+import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from patchnetvlad.evaluation import FORMATS, Sources, add_city, evaluate
 from patchnetvlad.extraction import extract
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.locations import download_folder, require_file, shipped_folder
-from patchnetvlad.pair_comparison import compare_files
-from patchnetvlad.realtime import follow, frames, window
+from patchnetvlad.pair_comparison import compare_files, comparison_record
+from patchnetvlad.realtime import ComparedFrame, best_frame, follow, frames, window
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.weights import PUBLISHED, download
 
@@ -83,6 +85,12 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--msls_predictions", metavar="FILE", help="add the final rankings to this file for the MSLS evaluator"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="write report.html too: curves, a map, every query with its candidates"
+    )
+    parser.add_argument(
+        "--distance_unit", default="m", metavar="UNIT", help="of the ground truth's coordinates, for the report"
+    )
     parser.add_device_options()
 
     def command(args: argparse.Namespace) -> None:
@@ -108,6 +116,7 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
                 command_line.device(args),
                 args.formats,
                 command_line.progress(args),
+                args.distance_unit if args.report else None,
             )
             for line in evaluation.lines(details=True):
                 logger.debug(line)
@@ -119,37 +128,84 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
 
 
 def match_two(arguments: Sequence[str] | None = None) -> int:
-    """match_two.py: compare two pictures."""
-    parser = Parser("Compare two pictures and draw their matches.", "match_two.py")
-    parser.add_config_options("performance.ini")
-    examples = shipped_folder("example_images")
-    parser.add_argument(
-        "--first_im_path", default=str(examples / "queries" / "query03_0.jpg"), metavar="PICTURE", help="the query"
+    """match_two.py: compare two pictures, or a video's frames with one."""
+    parser = Parser(
+        "Compare two pictures and draw their matches. Exit status: 0, or with --threshold 1 for a lower score; 2 for "
+        "an error.",
+        "match_two.py",
     )
+    parser.add_config_options("performance.ini")
+    parser.add_argument("--first_im_path", metavar="PICTURE", help="the query; an example without both pictures")
+    parser.add_argument("--second_im_path", metavar="PICTURE", help="the reference")
     parser.add_argument(
-        "--second_im_path",
-        default=str(examples / "database" / "place03_0.jpg"),
-        metavar="PICTURE",
-        help="the reference",
+        "--video",
+        metavar="SOURCE",
+        help="compare the frames of a video file, or of the camera of that number, with --second_im_path or else the "
+        "first frame; the figure shows the best one",
     )
     parser.add_argument("--plot_save_path", default="results", metavar="DIR", help="folder for patchMatchings.png")
+    parser.add_argument(
+        "--formats", nargs="+", default=["png"], choices=["png", "pdf", "svg"], metavar="FORMAT", help="png, pdf, svg"
+    )
+    parser.add_argument("--width", type=_inches, default=10.0, help="of the figure in inches; 3.4 for a paper's column")
     parser.add_argument("--outlines", action="store_true", help="draw the inliers' patches as squares")
+    parser.add_argument("--json", action="store_true", help="print scores, matches, inliers and homographies as JSON")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of one place")
     parser.add_device_options()
 
-    def command(args: argparse.Namespace) -> None:
+    def command(args: argparse.Namespace) -> int:
+        if args.video is None:
+            first, second = _picture_paths(args.first_im_path, args.second_im_path)
+        elif args.first_im_path is not None:
+            raise UserError("--first_im_path: the frames of --video take its place (name the reference by the second)")
         recognizer = PlaceRecognizer.load(command_line.configuration(args), command_line.device(args))
-        first = require_file(args.first_im_path, "example_images")
-        second = require_file(args.second_im_path, "example_images")
-        matched, comparison = compare_files(recognizer, first, second)
-        print(
-            f"Similarity score between the two images is: {comparison.score:.5f}. "
-            "Larger scores indicate better matches."
-        )
-        path = Path(args.plot_save_path) / "patchMatchings.png"
-        save_figure(match_figure(matched, comparison.score, outlines=args.outlines), path)
-        print(f"figure in {path}")
+        if args.video is None:
+            matched, comparison = compare_files(recognizer, first, second)
+            if args.json:
+                print(json.dumps(comparison_record(recognizer, matched, comparison)))
+            else:
+                print(
+                    f"Similarity score between the two images is: {comparison.score:.5f}. "
+                    "Larger scores indicate better matches."
+                )
+        else:
+            reference = require_file(args.second_im_path, "example_images") if args.second_im_path else None
+            matched, comparison = best_frame(
+                recognizer, args.video, reference, lambda frame: print(_frame_line(recognizer, frame, args.json))
+            )
+        for ending in args.formats:
+            path = Path(args.plot_save_path) / f"patchMatchings.{ending}"
+            save_figure(match_figure(matched, comparison.score, args.width, args.outlines), path)
+            print(f"figure in {path}", file=sys.stderr if args.json else sys.stdout)
+        return int(args.threshold is not None and comparison.score < args.threshold)
 
     return command_line.run(parser, command, arguments)
+
+
+def _picture_paths(first: str | None, second: str | None) -> tuple[Path, Path]:
+    if (first is None) != (second is None):
+        raise UserError("--first_im_path and --second_im_path: name both pictures, or none for an example")
+    if first is None or second is None:
+        examples = shipped_folder("example_images")
+        return examples / "queries" / "query03_0.jpg", examples / "database" / "place03_0.jpg"
+    return require_file(first, "example_images"), require_file(second, "example_images")
+
+
+def _frame_line(recognizer: PlaceRecognizer, frame: ComparedFrame, as_json: bool) -> str:
+    if not as_json:
+        return f"frame {frame.number}: {frame.comparison.score:.5f}"
+    record = comparison_record(recognizer, frame.matched, frame.comparison)
+    return json.dumps({"frame": frame.number, **record})
+
+
+def _inches(text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        width = 0.0
+    if not 1 <= width <= 60:
+        raise argparse.ArgumentTypeError(f"{text}: expected a width of 1 to 60 inches")
+    return width
 
 
 def match_realtime(arguments: Sequence[str] | None = None) -> int:

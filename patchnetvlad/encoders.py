@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
+from patchnetvlad.dinov2 import DINOv2
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry
+from patchnetvlad.resnet50 import ResNet50
 from patchnetvlad.rootsift import DenseRootSIFT
 
 
@@ -21,6 +23,14 @@ class Encoder(Protocol):
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """N×3×H×W, normalised as SPEC 1 says, to N×channels×h×w."""
+        ...
+
+
+class Pretrained(Protocol):
+    """An encoder with published weights to start from."""
+
+    def load_imagenet(self) -> None:
+        """Fetch them (or take them from a cache). Raises OSError when that fails."""
         ...
 
 
@@ -53,6 +63,8 @@ class VGG16(nn.Sequential):
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "vgg16": VGG16,
     "rootsift": DenseRootSIFT,
+    "resnet50": ResNet50,
+    "dinov2": DINOv2,
 }
 
 

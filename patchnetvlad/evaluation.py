@@ -24,6 +24,7 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
 from patchnetvlad.recall import Recall
+from patchnetvlad.report import write_report
 from patchnetvlad.reranking import RankingScores, collect_scores, find_matcher, reorder, rerank
 from patchnetvlad.result_files import (
     Ranking,
@@ -36,6 +37,7 @@ from patchnetvlad.result_files import (
     write_scores,
 )
 from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
+from patchnetvlad.run_report import pair_matches, run_content
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -99,10 +101,12 @@ def evaluate(
     device: torch.device,
     formats: Sequence[str] = ("kapture",),
     progress: bool = False,
+    report_unit: str | None = None,
 ) -> Evaluation:
     """Rank the database for every query, write the rankings, and score them where the ground truth is given.
 
-    results: folder for the files; formats: names in FORMATS. Raises UserError for whatever does not fit together.
+    results: folder for the files; formats: names in FORMATS; report_unit: write report.html too, which shows distances
+    in this unit. Raises UserError for whatever does not fit together.
     """
     config.check_matching()
     find_matcher(config.feature_match.matcher)
@@ -115,6 +119,7 @@ def evaluate(
         retrieved = _retrieve(config, queries, database, query_store, index_store, device)
         stages = {RETRIEVAL: retrieved.indices}
         scores = None
+        matches = None
         if config.global_params.pooling == "patchnetvlad":
             query_patches: PatchSource = query_store
             index_patches: PatchSource = index_store
@@ -123,9 +128,16 @@ def evaluate(
             stages[RERANKING], scores = _rerank_all(
                 config, retrieved.indices, query_patches, index_patches, device, progress
             )
+            if report_unit is not None:
+                matches = pair_matches(config, query_patches, index_patches, device)
+        files = _write(results, queries, database, stages, scores, formats)
+        if report_unit is not None:
+            files += (results / "report.html",)
+            content = run_content(config, queries, database, stages, retrieved, scores, truth, matches, report_unit)
+            size = write_report(files[-1], content, progress)
+            logger.info("report: %s (%.1f MB)", files[-1], size / 1e6)
     judged = {} if truth is None else _judge(config, truth, stages, retrieved, scores)
     measures = {stage: measure(part, config.feature_match.n_values_all) for stage, part in judged.items()}
-    files = _write(results, queries, database, stages, scores, formats)
     if truth is not None:
         files += _write_measures(results, _protocol(truth), judged, measures)
     return Evaluation(queries, database, retrieved, scores, stages, truth, measures, files)

@@ -4,19 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 from PIL import Image
 
+from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.reranking import PairScore
 
 SCALE_COLOURS = ("#ffb000", "#00c2ff", "#ff4fa3", "#7ddc3c", "#b08cff")  # by patch size; apart for the colour-blind
-OUTLIER_COLOUR = "#a0a0a0"
-GAP = 0.02  # between the pictures, share of their height
+OUTLIER_COLOUR = "#8c8c8c"
+GAP = 0.025  # between the pictures, share of their height
+FORMATS = (".png", ".pdf", ".svg")
+_NARROW = 6.0  # inches; a figure below it, for a column of a paper, has its texts below each other
+_INK = 14.0  # how many lines of 1 point's width a picture of 10 inches bears before they thin out, per inch
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class MatchedPair:
     """What a figure shows: both pictures, as files' own pixels, and how their patches match.
 
     grids: one for each patch size, in pixels of the resized pictures; size: (height, width) they were resized to, or
-    None when they kept their own.
+    None when they kept their own; names: what to call them in the figure.
     """
 
     query: Image.Image
@@ -33,93 +39,146 @@ class MatchedPair:
     reference_grids: Sequence[PatchGrid]
     pair: PairScore
     size: tuple[int, int] | None = None
+    names: tuple[str, str] = ("query", "reference")
+
+    def points(self, scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of the matched patches of one patch size, M×2 (x, y) in pixels of each picture as it is."""
+        found = self.pair.matches[scale]
+        ends = (
+            (self.query_grids[scale].centers()[found.query.cpu()], self.query),
+            (self.reference_grids[scale].centers()[found.reference.cpu()], self.reference),
+        )
+        query, reference = ((points.double().numpy() + 0.5) * self._factor(picture) - 0.5 for points, picture in ends)
+        return query, reference
+
+    def homography(self, scale: int) -> NDArray[np.float64] | None:
+        """3×3 from pixels of the reference to pixels of the query, each as it is; None where the matcher has none."""
+        found = self.pair.scores[scale].homography
+        if found is None:
+            return None
+        to_query, to_reference = (self._from_resized(picture) for picture in (self.query, self.reference))
+        result = to_query @ found.double().numpy() @ np.linalg.inv(to_reference)
+        return result / result[2, 2] if result[2, 2] else result
+
+    def patch_sides(self, scale: int, picture: Image.Image) -> NDArray[np.float64]:
+        """Width and height of a patch of one size in pixels of a picture as it is."""
+        return self.query_grids[scale].patch_pixels * self._factor(picture)
+
+    def _factor(self, picture: Image.Image) -> NDArray[np.float64]:
+        """Pixels of the picture as it is for one of the resized picture, along x and y."""
+        height, width = self.size or (picture.height, picture.width)
+        return np.array([picture.width / width, picture.height / height])
+
+    def _from_resized(self, picture: Image.Image) -> NDArray[np.float64]:
+        x, y = self._factor(picture)  # pixel centres: ½ is added before scaling and taken away after
+        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def match_figure(matched: MatchedPair, score: float, width: float = 10.0, outlines: bool = False) -> Figure:
     """Draw both pictures at their own aspect and equal height, inliers in colour over outliers in grey.
 
-    width: of the figure in inches; outlines: draw the inliers' patches as squares.
+    width: of the figure in inches, 3.3 to 3.5 for one column of a paper; outlines: draw the inliers' patches.
     """
     pictures = (matched.query, matched.reference)
     widths = [picture.width / picture.height for picture in pictures]  # in units of the common height
     offset = widths[0] + GAP
-    total = offset + widths[1]
-    title_height = 0.62  # inches
-    height = width / total + title_height
-    figure = Figure(figsize=(width, height), layout=None, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1 - title_height / height))
-    axes.set_axis_off()
+    figure, axes = _empty_figure(width, offset + widths[1], matched, score)
     for picture, left, wide in zip(pictures, (0.0, offset), widths, strict=True):
         axes.imshow(np.asarray(picture), extent=(left, left + wide, 1.0, 0.0), interpolation="antialiased")
-    axes.set_xlim(0, total)
+    axes.set_xlim(0, offset + widths[1])
     axes.set_ylim(1, 0)
-    legend = []
-    parts = []
-    for number, (query_grid, reference_grid, found, result) in enumerate(
-        zip(matched.query_grids, matched.reference_grids, matched.pair.matches, matched.pair.scores, strict=True)
-    ):
-        colour = SCALE_COLOURS[number % len(SCALE_COLOURS)]
-        start = query_grid.centers()[found.query].numpy() * _unit(matched.size, pictures[0])
-        end = reference_grid.centers()[found.reference].numpy() * _unit(matched.size, pictures[1]) + (offset, 0.0)
-        inliers = result.inliers.numpy()
-        lines = np.stack([start, end], axis=1)  # M×2×2
+    counts = [int(result.inliers.sum()) for result in matched.pair.scores]
+    shrink = min(1.0, width / 8)
+    stroke = min(1.1, max(0.3, _INK * width / max(1, sum(counts)))) * shrink
+    dot = 2.2 * stroke + 1.2 * shrink
+    for scale, result in enumerate(matched.pair.scores):
+        colour = SCALE_COLOURS[scale % len(SCALE_COLOURS)]
+        # Pixel x has its centre at x + ½ of the picture's width in pixels
+        ends = [
+            (points + 0.5) / picture.height + (left, 0.0)
+            for points, picture, left in zip(matched.points(scale), pictures, (0.0, offset), strict=True)
+        ]
+        inliers = result.inliers.cpu().numpy()
+        lines = np.stack(ends, axis=1)  # M×2×2
         axes.add_collection(
-            LineCollection(list(lines[~inliers]), colors=OUTLIER_COLOUR, linewidths=0.4, alpha=0.35, zorder=2)
+            LineCollection(list(lines[~inliers]), colors=OUTLIER_COLOUR, linewidths=0.35, alpha=0.3, zorder=2)
         )
         axes.add_collection(
-            LineCollection(list(lines[inliers]), colors=colour, linewidths=0.9, alpha=0.8, zorder=3 + number)
+            LineCollection(list(lines[inliers]), colors=colour, linewidths=stroke, alpha=0.55, zorder=3 + scale)
         )
-        for points in (start[inliers], end[inliers]):
-            axes.plot(*points.T, "o", color=colour, markersize=2.2, markeredgewidth=0, zorder=10 + number)
-        if outlines:
-            for points, grid, picture in (
-                (start[inliers], query_grid, pictures[0]),
-                (end[inliers], reference_grid, pictures[1]),
-            ):
+        for points, picture in zip(ends, pictures, strict=True):
+            axes.plot(
+                *points[inliers].T,
+                "o",
+                color=colour,
+                markersize=dot,
+                markeredgecolor="#202020",
+                markeredgewidth=0.35 * shrink,
+                zorder=20 + scale,
+            )
+            if outlines:
+                squares = _rectangles(points[inliers], matched.patch_sides(scale, picture) / picture.height)
                 axes.add_collection(
-                    LineCollection(
-                        _squares(points, grid.patch_pixels * _unit(matched.size, picture)),
-                        colors=colour,
-                        linewidths=0.5,
-                        alpha=0.6,
-                        zorder=2.5,
-                    )
+                    LineCollection(squares, colors=colour, linewidths=0.6 * shrink, alpha=0.6, zorder=2.5)
                 )
-        legend.append(Line2D([], [], color=colour, linewidth=2))
-        side = query_grid.patch_size
-        parts.append(
-            f"{side}×{side} patches: {int(inliers.sum())} inliers of {len(found)} matches, score {result.value:.4g}"
-        )
-    figure.text(0.008, 1 - 0.10 / height, f"Similarity {score:.5f}", ha="left", va="top", fontsize=11, weight="bold")
-    axes_legend = figure.legend(
-        legend,
-        parts,
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1 - 0.30 / height),
-        ncols=max(1, len(parts)),
-        frameon=False,
-        fontsize=8,
-        handlelength=1.2,
-        borderaxespad=0.3,
-        columnspacing=1.5,
-    )
-    axes_legend.set_in_layout(False)
     return figure
 
 
-def save_figure(figure: Figure, path: Path, dots_per_inch: int = 160) -> None:
-    """Write a figure as the kind of file its name says (.png, .pdf, .svg)."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as the kind of file its name says: .png, .pdf, .svg; texts stay texts in the latter two.
+
+    Pictures have 160 dots an inch, and small figures more, up to 400. Raises UserError for another ending.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: a figure is written as {', '.join(FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dots_per_inch)
+    # Without dates, the same figure is the same file
+    metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower())
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "patchnetvlad"}):
+        dots = min(400, max(160, 1200 / figure.get_figwidth()))
+        figure.savefig(path, dpi=dots, metadata=metadata)
 
 
-def _unit(size: tuple[int, int] | None, picture: Image.Image) -> np.ndarray:
-    """Factors (x, y) from pixels of the resized picture to the figure's unit, the picture's height."""
-    height, width = size or (picture.height, picture.width)
-    return np.array([picture.width / picture.height / width, 1 / height])
+def _empty_figure(
+    width: float, total: float, matched: MatchedPair, score: float
+) -> tuple[Figure, matplotlib.axes.Axes]:
+    """A figure with its texts, and axes for pictures that are ``total`` wide in units of their height."""
+    narrow = width < _NARROW
+    size = 7.0 if narrow else 9.0  # points
+    line = size * 1.45 / 72  # inches
+    entries = [_entry(matched, scale) for scale in range(len(matched.pair.scores))]
+    widest = max(map(len, entries), default=0) * size * 0.52 / 72 + 0.4  # inches, of one legend entry
+    columns = max(1, min(len(entries), int(width // widest)))
+    rows = -(-len(entries) // columns)
+    title_height = (1 + rows) * line + 0.14
+    height = width / total + title_height
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1 - title_height / height))
+    axes.set_axis_off()
+    top = 1 - 0.05 / height
+    figure.text(0.05 / width, top, f"Similarity {score:.5g}", va="top", fontsize=size + 1, weight="bold")
+    room = int((width - 1.9) / (size * 0.55 / 72))
+    names = f"{matched.names[0]} | {matched.names[1]}"
+    if len(names) <= room:
+        figure.text(
+            1 - 0.05 / width, top, names, va="top", ha="right", fontsize=size, color="#505050", parse_math=False
+        )
+    for number, entry in enumerate(entries):
+        left = (0.05 + (number % columns) * width / columns) / width
+        middle = 1 - (0.05 + line * (1.6 + number // columns)) / height
+        colour = SCALE_COLOURS[number % len(SCALE_COLOURS)]
+        figure.add_artist(Line2D([left, left + 0.16 / width], [middle, middle], color=colour, linewidth=2.5))
+        figure.text(left + 0.22 / width, middle, entry, va="center_baseline", fontsize=size)
+    return figure, axes
 
 
-def _squares(centers: np.ndarray, sides: np.ndarray) -> list[np.ndarray]:
+def _entry(matched: MatchedPair, scale: int) -> str:
+    result, side = matched.pair.scores[scale], matched.query_grids[scale].patch_size
+    matches = len(matched.pair.matches[scale])
+    return f"{side}×{side}: {int(result.inliers.sum())} inliers of {matches} matches, score {result.value:.4g}"
+
+
+def _rectangles(centers: NDArray[np.float64], sides: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]) / 2 * sides
     return [center + corners for center in centers]

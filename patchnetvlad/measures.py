@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,3 +152,14 @@ def precision_recall(
         float((np.diff(recall, prepend=0) * precision).sum()),
         float(flawless.max()) if len(flawless) else 0.0,
     )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Bounds of a fraction at LEVEL in closed form (Wilson 1927), for curves of many points; NaN without trials."""
+    if trials == 0:
+        return float("nan"), float("nan")
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    share = successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))

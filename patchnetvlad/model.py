@@ -76,22 +76,23 @@ class PlaceModel(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Global descriptors alone, N×D, with gradients: what training sees."""
-        return self._whitened(self.pool(self.encoder(pictures)))
+        return self.whiten(self.pool(self.encoder(pictures)))
 
     @torch.inference_mode()
     def describe(self, pictures: Tensor) -> Descriptors:
         """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``."""
         feature_map = self.encoder(pictures)
         if not self.patch_sizes:
-            return Descriptors(self._whitened(self.pool(feature_map)), (), ())
+            return Descriptors(self.whiten(self.pool(feature_map)), (), ())
         assert isinstance(self.pool, NetVLAD)
         local, assignment = self.pool.assign(feature_map)
-        global_ = self._whitened(self.pool.aggregate(local, assignment))
+        global_ = self.whiten(self.pool.aggregate(local, assignment))
         patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
         grids = self.grids(local.shape[1], local.shape[2])
-        return Descriptors(global_, tuple(self._whitened(some) for some in patches), grids)
+        return Descriptors(global_, tuple(self.whiten(some) for some in patches), grids)
 
-    def _whitened(self, descriptors: Tensor) -> Tensor:
+    def whiten(self, descriptors: Tensor) -> Tensor:
+        """Pooled descriptors, …×dims, to what the model gives out: through WPCA if there is one, unit rows."""
         if self.WPCA is None:
             return F.normalize(descriptors, dim=-1, eps=EPSILON)
         return cast(Tensor, self.WPCA(descriptors))

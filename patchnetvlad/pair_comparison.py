@@ -1,6 +1,7 @@
-"""Two pictures compared and made ready for a figure."""
+"""Two pictures compared and made ready for a figure or a program."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ def compare_files(recognizer: PlaceRecognizer, query: Path, reference: Path) -> 
     first, second = read_image(query, upright), read_image(reference, upright)
     first_description, second_description = recognizer.describe([first, second])
     comparison = recognizer.compare(first_description, second_description)
-    matched = matched_pair(recognizer, first, second, first_description, second_description, comparison)
+    names = (query.name, reference.name)
+    matched = matched_pair(recognizer, first, second, first_description, second_description, comparison, names)
     return matched, comparison
 
 
@@ -28,6 +30,7 @@ def matched_pair(
     query_description: Description,
     reference_description: Description,
     comparison: Comparison,
+    names: tuple[str, str] = ("query", "reference"),
 ) -> MatchedPair:
     """What a figure of a compared pair needs."""
     size = recognizer.config.feature_extract
@@ -42,4 +45,42 @@ def matched_pair(
         reference_description.patches.grids,
         comparison.pair,
         (size.imageresizeh, size.imageresizew) if resized else None,
+        names,
     )
+
+
+def comparison_record(recognizer: PlaceRecognizer, matched: MatchedPair, comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain values for JSON; all coordinates are pixels of the pictures as they are.
+
+    matches: [query x, query y, reference x, reference y, inlier] of each; homography: rows of the 3×3 from the
+    reference to the query, null where the matcher has none.
+    """
+    scales = []
+    for scale, (result, weight) in enumerate(
+        zip(comparison.pair.scores, recognizer.config.feature_match.patchweights2use, strict=True)
+    ):
+        homography = matched.homography(scale)
+        query, reference = (points.round(2).tolist() for points in matched.points(scale))
+        inliers = result.inliers.tolist()
+        scales.append(
+            {
+                "patch_size": matched.query_grids[scale].patch_size,
+                "stride": matched.query_grids[scale].stride,
+                "weight": weight,
+                "score": result.value,
+                "query_patches": len(matched.query_grids[scale]),
+                "num_matches": len(inliers),
+                "num_inliers": sum(inliers),
+                "homography": None if homography is None else homography.tolist(),
+                "matches": [
+                    [*first, *second, inlier] for first, second, inlier in zip(query, reference, inliers, strict=True)
+                ],
+            }
+        )
+    return {
+        "query": matched.names[0],
+        "reference": matched.names[1],
+        "score": comparison.score,
+        "matcher": recognizer.config.feature_match.matcher,
+        "scales": scales,
+    }

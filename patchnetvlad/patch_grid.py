@@ -1,5 +1,6 @@
 """Where each patch of a picture lies, derived from the encoder's geometry."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,16 @@ class EncoderGeometry:
     stride: int = 16
     receptive_field: int = 196
     padding: int = 90
+
+    @classmethod
+    def of_windows(cls, windows: Iterable[tuple[int, int, int]]) -> "EncoderGeometry":
+        """Geometry of windows (kernel, stride, padding) one behind the other, along either axis."""
+        stride, receptive_field, padding = 1, 1, 0
+        for kernel, step, around in windows:
+            receptive_field += (kernel - 1) * stride
+            padding += around * stride
+            stride *= step
+        return cls(stride, receptive_field, padding)
 
     @property
     def first_center(self) -> float:

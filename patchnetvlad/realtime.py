@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,14 +12,26 @@ from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.figures import MatchedPair, match_figure
+from patchnetvlad.images import read_image
 from patchnetvlad.pair_comparison import matched_pair
-from patchnetvlad.recognizer import Description, PlaceRecognizer
+from patchnetvlad.recognizer import Comparison, PlaceRecognizer
 
 logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H×W×3 RGB
-Show = Callable[[MatchedPair, float], str | None]
-"""Shows a pair and its score; answers the key pressed since the last call, or None."""
+
+
+@dataclass(frozen=True)
+class ComparedFrame:
+    """One frame, counted from 1, and what came of comparing it with the reference."""
+
+    number: int
+    matched: MatchedPair
+    comparison: Comparison
+
+
+Show = Callable[[ComparedFrame], str | None]
+"""Shows a compared frame; answers the key pressed since the last call, or None."""
 
 
 def frames(source: str | Path) -> Iterator[Frame]:
@@ -37,26 +50,54 @@ def frames(source: str | Path) -> Iterator[Frame]:
         capture.release()
 
 
-def follow(recognizer: PlaceRecognizer, stream: Iterator[Frame], show: Show) -> int:
-    """Compare each frame with the reference, at first the first one; returns the number of frames.
+def follow(recognizer: PlaceRecognizer, stream: Iterator[Frame], show: Show, reference: Frame | None = None) -> int:
+    """Compare each frame with the reference, which is the first frame unless given; returns the number of frames.
 
-    Key n makes the present frame the reference, q ends. Every frame is described once.
+    Key n makes the present frame the reference, q ends. Every frame is described once, the reference too.
     """
-    reference: tuple[Frame, Description] | None = None
+    described_reference = None if reference is None else recognizer.describe(reference)[0]
     count = 0
     for count, frame in enumerate(stream, start=1):
         started = time.perf_counter()
         (described,) = recognizer.describe(frame)
-        if reference is None:
-            reference = frame, described
-        comparison = recognizer.compare(described, reference[1])
-        logger.info("frame %d: %.5f (%.2f s)", count, comparison.score, time.perf_counter() - started)
-        key = show(matched_pair(recognizer, frame, reference[0], described, reference[1], comparison), comparison.score)
+        if reference is None or described_reference is None:
+            reference, described_reference = frame, described
+        comparison = recognizer.compare(described, described_reference)
+        logger.debug("frame %d: %.5f (%.2f s)", count, comparison.score, time.perf_counter() - started)
+        matched = matched_pair(
+            recognizer, frame, reference, described, described_reference, comparison, (f"frame {count}", "reference")
+        )
+        key = show(ComparedFrame(count, matched, comparison))
         if key == "n":
-            reference = frame, described
+            reference, described_reference = frame, described
         elif key == "q":
             break
     return count
+
+
+def best_frame(
+    recognizer: PlaceRecognizer, source: str | Path, reference: Path | None, report: Callable[[ComparedFrame], None]
+) -> tuple[MatchedPair, Comparison]:
+    """The frame of a video that scores highest against a picture, or against the video's own first frame.
+
+    report is told every frame. The first frame does not count against itself. Raises UserError when no frame is left.
+    """
+    best: ComparedFrame | None = None
+
+    def show(frame: ComparedFrame) -> None:
+        nonlocal best
+        report(frame)
+        itself = reference is None and frame.number == 1
+        if not itself and (best is None or frame.comparison.score > best.comparison.score):
+            best = frame
+
+    picture = None
+    if reference is not None:
+        picture = np.asarray(read_image(reference, recognizer.config.feature_extract.exif_rotation))
+    follow(recognizer, frames(source), show, picture)
+    if best is None:
+        raise UserError(f"{source}: has no frame to compare (an empty or unreadable video?)")
+    return best.matched, best.comparison
 
 
 def window() -> Show:
@@ -74,8 +115,8 @@ def window() -> Show:
     figure.canvas.mpl_connect("key_press_event", lambda event: pressed.append(str(event.key)))
     figure.canvas.mpl_connect("close_event", lambda event: pressed.append("q"))
 
-    def show(matched: MatchedPair, score: float) -> str | None:
-        drawn = match_figure(matched, score)
+    def show(frame: ComparedFrame) -> str | None:
+        drawn = match_figure(frame.matched, frame.comparison.score)
         drawn.canvas.draw()
         axes.clear()
         axes.set_axis_off()

@@ -68,5 +68,13 @@ def found_within(hits: NDArray[np.bool_], n_values: Sequence[int]) -> NDArray[np
     return np.stack([hits[:, :n].any(axis=1) for n in n_values], axis=1)
 
 
+def ranks_of_first_match(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Rank, 1 the best, of the first true match in each of nQ×k predictions; infinite where none is among them."""
+    hits = true_matches(predictions, positives)
+    if not hits.shape[1]:
+        return np.full(len(hits), np.inf)
+    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
+
+
 def _fraction(count: int, total: int) -> float:
     return count / total if total else float("nan")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from patchnetvlad.weights import load_model
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a Pillow picture, an H×W×3 or H×W uint8 array (RGB or grey), or a 3×H×W tensor with values 0 to 1."""
+
+Pictures: TypeAlias = Picture | Iterable[Picture]
+"""One or several; an array or tensor with one dimension more is several of one size."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,12 @@ class PlaceRecognizer:
         model, _ = load_model(config)
         return cls(model.to(device), config)
 
-    def describe(self, pictures: Picture | Iterable[Picture]) -> list[Description]:
-        """Describe one picture or several, one at a time, in the order given."""
-        if isinstance(pictures, (str, Path, Image.Image, np.ndarray, Tensor)):
-            pictures = [pictures]
-        return list(self._described(pictures))
+    def describe(self, pictures: Pictures) -> list[Description]:
+        """Describe one picture or several, one at a time, in the order given.
+
+        Raises UserError for a file that cannot be read, ValueError for an array or tensor of another shape or type.
+        """
+        return list(self._described([pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)))
 
     def _described(self, pictures: Iterable[Picture]) -> Iterator[Description]:
         for picture in pictures:
@@ -89,7 +93,7 @@ class PlaceRecognizer:
         pair = score_pair(query.patches, reference.patches, self.matcher)
         return Comparison(weighted_sum(pair.scores, self.config.feature_match.patchweights2use), pair)
 
-    def database(self, pictures: Iterable[Picture]) -> "PlaceDatabase":
+    def database(self, pictures: Pictures) -> "PlaceDatabase":
         """Describe pictures and keep them in memory, to be queried."""
         return PlaceDatabase(self, self.describe(pictures))
 
@@ -98,18 +102,32 @@ class PlaceRecognizer:
         if isinstance(picture, (str, Path)):
             picture = read_image(Path(picture), size.exif_rotation)
         elif isinstance(picture, Tensor):
+            if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
+                raise ValueError(
+                    f"expected a 3×H×W tensor of values 0 to 1, not {picture.dtype} {tuple(picture.shape)}"
+                )
             picture = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # H×W×3
         if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+                raise ValueError(f"expected a uint8 array H×W×3 or H×W, not {picture.dtype} {picture.shape}")
             picture = Image.fromarray(picture)
         return prepare_image(picture.convert("RGB"), size.imageresizeh, size.imageresizew)
 
 
+def _is_one(pictures: Pictures) -> TypeGuard[Picture]:
+    if isinstance(pictures, (np.ndarray, Tensor)):
+        return pictures.ndim < 4
+    return isinstance(pictures, (str, Path, Image.Image))
+
+
 class PlaceDatabase:
-    """Described pictures in memory. Positions count from 0 in the order of the pictures."""
+    """Described pictures in memory; answers name them by their position, from 0 in the order given."""
 
     def __init__(self, recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> None:
         self.recognizer = recognizer
         self.pictures = list(pictures)
+        vectors = [described.global_.cpu().numpy() for described in self.pictures]
+        self._global = np.stack(vectors) if vectors else np.zeros((0, recognizer.model.output_dims), dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -123,8 +141,7 @@ class PlaceDatabase:
         if not isinstance(picture, Description):
             (picture,) = self.recognizer.describe([picture])
         count = max(top, self.recognizer.config.feature_match.rerank_top or 100)
-        vectors = torch.stack([described.global_ for described in self.pictures]).cpu().numpy()
-        found = retrieve(picture.global_[None].cpu().numpy(), vectors, count)
+        found = retrieve(picture.global_[None].cpu().numpy(), self._global, count)
         indices = found.indices[0].tolist()
         if not picture.patches.descriptors:
             return [Answer(i, float(score)) for i, score in zip(indices, found.scores[0], strict=True)][:top]

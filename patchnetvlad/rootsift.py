@@ -84,7 +84,7 @@ class DenseRootSIFT(nn.Module):
         grey = F.conv2d(F.conv2d(grey, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
         along_x = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2
         along_y = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
-        magnitude = torch.hypot(along_x, along_y)
+        magnitude = (along_x.square() + along_y.square()).sqrt()  # torch.hypot has no ONNX counterpart
         position = torch.atan2(along_y, along_x) * (ORIENTATIONS / (2 * math.pi))  # in bins, −4..4
         bins = torch.arange(ORIENTATIONS, dtype=grey.dtype, device=grey.device).view(1, -1, 1, 1)
         distance = (position - bins).abs()  # 0..11

@@ -9,7 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from patchnetvlad.checkpoints import Checkpoint, build_model, file_sha256, load_state, read_checkpoint
 from patchnetvlad.config import Config
-from patchnetvlad.encoders import VGG16
+from patchnetvlad.encoders import Pretrained
 from patchnetvlad.errors import UserError
 from patchnetvlad.locations import download_folder, find_file, require_file
 from patchnetvlad.model import PlaceModel
@@ -44,18 +44,19 @@ def load_model(config: Config) -> tuple[PlaceModel, Checkpoint]:
 def initialise_encoder(model: PlaceModel, config: Config) -> None:
     """Give a new model's encoder its starting weights: [train] pretrained = imagenet, none, or a checkpoint's path.
 
-    An encoder without weights needs none. Raises UserError when ImageNet's cannot be fetched.
+    imagenet stands for the weights that the encoder is published with (DINOv2's come from other pictures). An encoder
+    without weights needs none. Raises UserError when they cannot be fetched.
     """
     source = config.train.pretrained
     if not model.encoder.state_dict() or source == "none":
         return
     if source == "imagenet":
         try:
-            cast(VGG16, model.encoder).load_imagenet()
+            cast(Pretrained, model.encoder).load_imagenet()
         except OSError as error:
             raise UserError(
-                f"[train] pretrained = imagenet: ImageNet weights cannot be fetched ({error}); go online, or name a "
-                "checkpoint whose encoder to take, or none for random weights"
+                f"[train] pretrained = imagenet: the weights of {model.backbone} cannot be fetched ({error}); go "
+                "online, or name a checkpoint whose encoder to take, or none for random weights"
             ) from error
         return
     path = require_file(source, "pretrained_models", config.path)

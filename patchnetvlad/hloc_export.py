@@ -1,0 +1,33 @@
+"""Global descriptors for hloc: an HDF5 file with `global_descriptor` under each picture's name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchnetvlad.errors import UserError
+
+
+def write_hloc_descriptors(path: Path, names: Sequence[str], descriptors: NDArray[np.float32]) -> None:
+    """Write N×D descriptors under N names; hloc's pairs_from_retrieval reads the file.
+
+    The file appears complete or not at all. Raises UserError without h5py, and for a name that HDF5 cannot hold: one
+    that is also the folder of another, or is there twice.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{path}: writing it needs h5py (pip install 'patchnetvlad[hloc]')") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            for name, descriptor in zip(names, descriptors, strict=True):
+                try:
+                    file.create_group(name).create_dataset("global_descriptor", data=descriptor)
+                except ValueError as error:
+                    raise UserError(f"{path}: picture {name!r}: HDF5 has that name already ({error})") from error
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

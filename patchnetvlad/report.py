@@ -1,0 +1,85 @@
+"""A run's rankings as one HTML page for people: curves, a map, and every query with its candidates."""
+
+import logging
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from patchnetvlad.figures import SCALE_COLOURS
+from patchnetvlad.report_content import (
+    ReportContent,
+    candidates,
+    examples,
+    map_points,
+    match_ranks,
+    outcomes,
+    stored_matches,
+)
+from patchnetvlad.report_curves import curves, recall_table
+from patchnetvlad.thumbnails import thumbnails
+
+logger = logging.getLogger(__name__)
+
+THUMBNAIL_BUDGET = 60_000_000  # characters
+_PAGE = Path(__file__).parent / "report_page"
+
+
+def write_report(path: Path, content: ReportContent, progress: bool = False) -> int:
+    """Write the page, complete or not at all; returns its size in bytes.
+
+    It needs no network and no other file. Names are shown as text whatever they hold. Pictures that cannot be read
+    are left blank, with a warning.
+    """
+    paths = [*content.queries.paths, *(content.database.paths[row] for row in content.used_rows)]
+    pictures, aspects = thumbnails(paths, THUMBNAIL_BUDGET, content.exif_rotation, progress)
+    unreadable = sum(picture is None for picture in pictures)
+    if unreadable:
+        logger.warning("report: %d of %d pictures cannot be read and are left blank", unreadable, len(pictures))
+    data = {
+        "stages": list(content.stages),
+        "unit": content.unit,
+        "colours": SCALE_COLOURS,
+        "queries": content.queries.names,
+        "database": [content.database.names[row] for row in content.used_rows],
+        "aspects": aspects,
+        "outcomes": outcomes(content),
+        "ranks": match_ranks(content),
+        "candidates": candidates(content),
+        "examples": examples(content),
+        "matches": stored_matches(content, progress),
+        "curves": curves(content),
+        "map": map_points(content),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("page.html").render(
+        data=data,
+        pictures=pictures,
+        settings=content.settings,
+        summary=_summary(content),
+        unreadable=unreadable,
+        style=Markup((_PAGE / "page.css").read_text(encoding="utf-8")),
+        program=Markup((_PAGE / "page.js").read_text(encoding="utf-8")),
+    )
+    encoded = page.encode("utf-8", "backslashreplace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(encoded)
+    partial.replace(path)
+    return len(encoded)
+
+
+def _summary(content: ReportContent) -> dict[str, object]:
+    truth = content.ground_truth
+    return {
+        "queries": len(content.queries),
+        "database": len(content.database),
+        "query_list": content.queries.source.name,
+        "index_list": content.database.source.name,
+        "without_match": None if content.positives is None else sum(len(rows) == 0 for rows in content.positives),
+        "radius": None if truth is None else f"{truth.radius:g} {content.unit}",
+        "recalls": recall_table(content),
+        "stages": list(content.stages),
+    }

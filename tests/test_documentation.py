@@ -1,0 +1,97 @@
+"""What the documentation says to type works as written: commands, Python and the notebook, with the bundled model."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_model
+
+from patchnetvlad.locations import find_file
+
+ROOT = Path(__file__).parent.parent
+MODEL = "builtin_WPCA512.pth.tar"
+PAGES = ("match_two", "extract_and_match", "python_api", "add_an_encoder", "add_a_matcher")
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a checkout, in which results do no harm."""
+    for source in ROOT.iterdir():
+        if source.suffix == ".py" or source.name in ("tools", "example_images", "patchnetvlad"):
+            (tmp_path / source.name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path
+
+
+@pytest.fixture
+def small_builtin(checkout: Path) -> Path:
+    """The checkout with a builtin.ini of its own, found first: small pictures and 8 clusters, to save time."""
+    tiny_model(checkout)
+    text = (ROOT / "configs" / "builtin.ini").read_text(encoding="utf-8")
+    for key, value in (("imageresizew", 320), ("imageresizeh", 240), ("num_pcs", 0), ("resumepath", "./tiny")):
+        text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+        assert count
+    (checkout / "builtin.ini").write_text(text, encoding="utf-8")
+    return checkout
+
+
+def run_commands(text: str) -> None:
+    """Each line must be `python SCRIPT …` and end well; scripts run in this process, which spares their imports."""
+    for line in text.replace("\\\n", " ").splitlines():
+        program, script, *arguments = shlex.split(line)
+        assert program == "python", line
+        before = sys.argv
+        sys.argv = [script, *arguments]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(script, run_name="__main__")
+        finally:
+            sys.argv = before
+        assert ended.value.code == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs_as_written(page, small_builtin, monkeypatch):
+    from patchnetvlad import encoders, reranking
+
+    # Pages add to these tables
+    for table in (encoders.ENCODERS, reranking.MATCHERS):
+        for key in list(table):
+            monkeypatch.setitem(table, key, table[key])
+    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    assert blocks
+    names: dict[str, object] = {"__name__": "page"}
+    for language, text in blocks:
+        if language == "bash":
+            run_commands(text)
+        else:
+            exec(compile(text, f"{page}.md", "exec"), names)
+    assert any((small_builtin / "results").rglob("*"))
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_notebook_runs_with_the_bundled_model(checkout, monkeypatch):
+    if find_file(MODEL, "pretrained_models") is None:
+        pytest.skip(f"pretrained_models/{MODEL} is not here")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(checkout / name.lower()))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(checkout)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert "of 18 queries" in outputs[-1]["text"]

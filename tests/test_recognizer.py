@@ -1,0 +1,126 @@
+"""The Python API and torch.hub's entry points, on a tiny model and rendered pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import EXAMPLES, tiny_model
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.recognizer import PlaceRecognizer
+
+QUERY = EXAMPLES / "queries" / "query03_0.jpg"
+SAME, OTHER = (EXAMPLES / "database" / f"place{number}_0.jpg" for number in ("03", "07"))
+ROOT = Path(__file__).parent.parent
+
+
+def overrides(folder: Path) -> list[str]:
+    return tiny_model(folder)[3::2]
+
+
+@pytest.fixture(scope="module")
+def recognizer(tmp_path_factory: pytest.TempPathFactory) -> PlaceRecognizer:
+    return PlaceRecognizer.load(overrides=overrides(tmp_path_factory.mktemp("model")))
+
+
+def test_a_picture_is_the_same_in_every_form(recognizer):
+    picture = Image.open(SAME).convert("RGB")
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
+    described = recognizer.describe([str(SAME), SAME, picture, array, tensor])
+    for other in described[1:]:
+        torch.testing.assert_close(other.global_, described[0].global_)
+        for mine, its in zip(described[0].patches.descriptors, other.patches.descriptors, strict=True):
+            torch.testing.assert_close(mine, its)
+    assert described[0].global_.shape == (8 * 128,)
+    assert [len(patches) for patches in described[0].patches.descriptors] == [6 * 9, 5 * 8]
+
+
+def test_batches_are_several_pictures(recognizer):
+    arrays = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in (SAME, OTHER)])
+    tensors = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+    separate = recognizer.describe([SAME, OTHER])
+    for batch in (arrays, tensors):
+        for mine, its in zip(recognizer.describe(batch), separate, strict=True):
+            torch.testing.assert_close(mine.global_, its.global_)
+
+
+def test_grey_arrays_are_pictures(recognizer):
+    grey = np.asarray(Image.open(SAME).convert("L"))
+    (one,) = recognizer.describe(grey)
+    (three,) = recognizer.describe(np.stack([grey] * 3, axis=2))
+    torch.testing.assert_close(one.global_, three.global_)
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (np.zeros((8, 8, 3), dtype=np.float32), "uint8 array H×W×3 or H×W, not float32"),
+        (np.zeros((8, 8, 4), dtype=np.uint8), r"not uint8 \(8, 8, 4\)"),
+        (torch.zeros(1, 8, 8), "3×H×W tensor"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "not torch.uint8"),
+    ],
+)
+def test_wrong_arrays_are_refused(recognizer, picture, words):
+    with pytest.raises(ValueError, match=words):
+        recognizer.describe(picture)
+
+
+def test_unreadable_files_are_refused(recognizer):
+    with pytest.raises(UserError, match=r"absent\.jpg"):
+        recognizer.describe("absent.jpg")
+
+
+def test_compare(recognizer):
+    query, same, other = recognizer.describe([QUERY, SAME, OTHER])
+    comparison = recognizer.compare(query, same)
+    assert comparison.score > recognizer.compare(query, other).score
+    values = [score.value for score in comparison.pair.scores]
+    assert comparison.score == pytest.approx(0.6 * values[0] + 0.4 * values[1])
+
+
+def test_database(recognizer):
+    paths = [EXAMPLES / "database" / f"place{number:02d}_0.jpg" for number in range(5)]
+    database = recognizer.database(paths)
+    answers = database.query(paths[3], top=3)
+    assert len(database) == 5 and len(answers) == 3
+    assert answers[0].index == 3
+    assert answers[0].score >= answers[1].score >= answers[2].score
+    assert database.query(recognizer.describe(paths[3])[0], top=3) == answers
+    assert recognizer.database([]).query(QUERY) == []
+
+
+def test_a_global_model_answers_by_its_descriptors(tmp_path):
+    recognizer = PlaceRecognizer.load(overrides=[*overrides(tmp_path), "global_params.pooling=netvlad"])
+    database = recognizer.database([OTHER, SAME])
+    assert database.query(SAME, top=1)[0].index == 1
+    assert database.query(SAME, top=1)[0].score == pytest.approx(0, abs=1e-5)  # minus the squared distance
+
+
+def test_torch_hub(tmp_path):
+    program = (
+        "import sys, torch\n"
+        "root, picture, *overrides = sys.argv[1:]\n"
+        "sys.path.insert(0, root); import hubconf\n"
+        "print([name for name, some in vars(hubconf).items() if callable(some) and name[0] != '_'])\n"
+        "recognizer = torch.hub.load(root, 'place_recognizer', source='local', overrides=overrides)\n"
+        "model = torch.hub.load(root, 'place_model', source='local', overrides=overrides)\n"
+        "print(len(recognizer.describe(picture)), model(torch.zeros(2, 3, 120, 160)).shape)\n"
+    )
+    environment = {**os.environ, "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), str(QUERY), *overrides(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "['place_recognizer', 'place_model']" in done.stdout
+    assert "1 torch.Size([2, 1024])" in done.stdout

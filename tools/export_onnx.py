@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Write the model as ONNX or as a torch.export archive."""
+
+import sys
+
+from patchnetvlad.export_commands import export_onnx
+
+if __name__ == "__main__":
+    sys.exit(export_onnx())
