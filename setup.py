@@ -54,14 +54,12 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "timm": ["timm>=1.0"],
-        "hloc": ["h5py>=3.8"],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",
             "selenium>=4.11",
-            "h5py>=3.8",
             "onnx>=1.16",
             "onnxruntime>=1.18",
             "onnxscript>=0.2",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,13 +13,9 @@ from patchnetvlad.errors import UserError
 def write_hloc_descriptors(path: Path, names: Sequence[str], descriptors: NDArray[np.float32]) -> None:
     """Write N×D descriptors under N names; hloc's pairs_from_retrieval reads the file.
 
-    The file appears complete or not at all. Raises UserError without h5py, and for a name that HDF5 cannot hold: one
+    The file appears complete or not at all. Raises UserError for a name that HDF5 cannot hold: one
     that is also the folder of another, or is there twice.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"{path}: writing it needs h5py (pip install 'patchnetvlad[hloc]')") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

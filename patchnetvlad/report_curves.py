@@ -34,8 +34,8 @@ def curves(content: ReportContent) -> dict[str, Any]:
             curve = precision_recall(confidence, right, with_match)
             last = len(curve.recall) - 1
             thinned = np.unique(np.linspace(0, last, min(_CURVE_POINTS, last + 1)).astype(int))
-            points = [[number(curve.recall[at]), number(curve.precision[at])] for at in thinned]
-            result["precision"][stage] = points
+            drawn = [[number(curve.recall[at]), number(curve.precision[at])] for at in thinned]
+            result["precision"][stage] = drawn
         edges = np.histogram_bin_edges(confidence, _BINS)
         result["confidence"][stage] = {
             "label": label,
