@@ -1,7 +1,7 @@
 """The commands around datasets: make lists, measure, poses, positions, known results."""
 
 import argparse
-import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from patchnetvlad.reproduction import BENCHMARKS, Comparison, Estimate, free_dis
 from patchnetvlad.reproduction import reproduce as run_benchmark
 from patchnetvlad.result_files import read_predictions
 
-logger = logging.getLogger(__name__)
+_JOINED = "all {} joined, each searched in its own database: {}"
 
 
 def make_dataset(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def measure(arguments: Sequence[str] | None = None) -> int:
         else:
             whole, parts = _measured_predictions(args), {}
         if parts:
-            print(f"all {len(parts)} joined, each searched in its own database: {', '.join(parts)}")
+            print(_JOINED.format(len(parts), ", ".join(parts)))
         print("\n".join(measure_lines(*whole, details=True)))
         for name, part in parts.items():
             print("\n".join(["", name, *measure_lines(*part)]))
@@ -156,6 +156,8 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
             done = run_benchmark(config, files, root, known, work, device, progress, announce)
         except _Enough:
             return 0
+        if len(done.parts) > 1:
+            print(_JOINED.format(len(done.parts), ", ".join(done.parts)))
         print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
         if len(done.parts) > 1:
             for name, evaluation in done.parts.items():
@@ -222,13 +224,18 @@ def _estimate_lines(estimate: Estimate, work: Path) -> list[str]:
     return lines
 
 
+def _band(band: tuple[float, float]) -> str:
+    lower, upper = band
+    return f"−{lower:g} or better" if math.isinf(upper) else f"−{lower:g} to +{upper:g}"
+
+
 def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     if not comparisons:
         return ["no known result to compare with"]
     lines = [f"{'':<14}{'N':>4}{'known':>8}{'measured':>10}{'':>8}  source"]
     for one in comparisons:
         verdict = {True: "passed", False: "FAILED", None: ""}[one.passed]
-        band = f" (−{one.known.band[0]:g}, +{one.known.band[1]:g})" if one.known.band else ""
+        band = f" ({_band(one.known.band)})" if one.known.band else ""
         lines.append(
             f"{one.known.stage:<14}{one.n:>4}{one.known.recalls[one.n]:8.1f}{one.measured:10.1f}{verdict:>8}  "
             f"{one.known.source}{band}"

@@ -1,6 +1,7 @@
 """The known results and what it takes to repeat them: one entry a dataset, one run of the whole chain."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -120,7 +121,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "builtin.ini",
         (Part("corridor", "corridor"),),
         (
-            Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, 30.0)),
+            Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
             Known(RERANKING, {1: 90.1, 5: 99.1, 10: 100.0}, "HybridNet, stored run"),
         ),
@@ -130,7 +131,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "builtin.ini",
         (Part("ietower_small", "ietower_small"),),
         (
-            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, 50.0)),
+            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
         ),
         _TEST_SETS,
