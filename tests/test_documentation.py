@@ -94,4 +94,4 @@ def test_notebook_runs_with_the_bundled_model(checkout, monkeypatch):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    assert "of 18 queries" in outputs[-1]["text"]
+    assert "of 12 queries" in outputs[-1]["text"]
