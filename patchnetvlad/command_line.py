@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ def run(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, head for one, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - what is left is flushed there at exit
+        return 1
     finally:
         logger.removeHandler(console)
 
