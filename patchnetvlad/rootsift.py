@@ -63,8 +63,9 @@ class DenseRootSIFT(nn.Module):
 
         Computed and returned in float32 (float64 for float64 pictures), whatever autocast says.
         """
-        if pictures.device.type == "cpu" and len(pictures) > 1:
-            # The orientation planes of one picture stay in the cache; those of a batch take half as long again
+        if pictures.device.type == "cpu" and not torch.compiler.is_compiling() and len(pictures) > 1:
+            # The orientation planes of one picture stay in the cache; those of a batch take half as long again.
+            # An exported graph takes any number of pictures, so that it cannot part them.
             return torch.cat([self.forward(picture) for picture in pictures.split(1)])
         dtype = torch.float64 if pictures.dtype == torch.float64 else torch.float32
         with torch.autocast(pictures.device.type, enabled=False):
