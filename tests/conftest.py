@@ -86,6 +86,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--set", "global_params.num_pcs=32", "--set", "global_params.patch_sizes=2,3"),
         *("--set", "global_params.strides=1,1", "--set", "feature_match.patchweights2use=0.5,0.5"),
         *("--set", f"global_params.resumepath={folder / 'small_WPCA'}", "--set", "train.num_clusters=8"),
+        *("--set", "train.whitening=1"),
         *("--set", "feature_match.n_values_all=1,5,10"),
     ]
     listed = folder / "pictures.txt"
