@@ -89,7 +89,7 @@ def test_one_picture_as_in_the_run(run, small_model, tmp_path, capsys):
     assert locate(options) == 2
     assert "needs --index_file_path" in capsys.readouterr().err
     options += ["--index_file_path", "example_imageNames_index.txt", "--dataset_root_dir", str(EXAMPLES)]
-    options += ["--index_input_features_dir", str(run / "index"), "--set", "feature_match.rerank_top=10"]
+    options += ["--index_input_features_dir", str(run / "index")]
     assert locate([*options, "--positions", str(tmp_path / "one.csv")]) == 0
     assert "easting" in capsys.readouterr().out
     assert (

@@ -1,7 +1,7 @@
 """The whole chain from the shell: known results beside measured ones, cities joined, what is missing named."""
 
-import ast
 import json
+import runpy
 from importlib import import_module
 from pathlib import Path
 
@@ -152,14 +152,16 @@ def test_bands_on_paper():
     ]
 
 
-def test_every_tool_is_installed_under_its_name():
-    assigned = {
-        node.targets[0].id: node.value
-        for node in ast.parse((ROOT / "setup.py").read_text()).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    tools = ast.literal_eval(assigned["TOOLS"])
-    for module, names in tools.items():
-        for name in names:
-            assert callable(getattr(import_module(f"patchnetvlad.{module}"), name))
-            assert f"from patchnetvlad.{module} import {name}\n" in (ROOT / "tools" / f"{name}.py").read_text()
+def test_every_script_is_installed_under_its_name(monkeypatch):
+    described = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: described.update(settings))
+    runpy.run_path(str(ROOT / "setup.py"))
+    installed = dict(line.split(" = ") for line in described["entry_points"]["console_scripts"])
+    scripts = [*(ROOT / name for name in described["scripts"]), *(ROOT / "tools").glob("*.py")]
+    for script in scripts:
+        if script.stem == "render_example_places":  # makes the example pictures of a checkout
+            continue
+        module, _, name = installed.pop(f"patchnetvlad-{script.stem.replace('_', '-')}").partition(":")
+        assert name == script.stem and callable(getattr(import_module(module), name))
+        assert f"from {module} import {name}\n" in script.read_text()
+    assert not installed
