@@ -86,6 +86,7 @@ def test_a_whole_run_with_random_weights(tmp_path, capsys, backbone):
         "feature_match.patchweights2use=1",
         "feature_match.matcher=RANSAC",
         "feature_match.n_values_all=1,3",
+        "feature_match.rerank_top=3",
         "train.num_clusters=4",
         "train.pretrained=none",
     ]
