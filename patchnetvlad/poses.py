@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.result_files import read_lines
 
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))  # metres and degrees of the visual localisation benchmark
 _RECORDS = "sensors/records_data/"  # Kapture's folder of pictures, below which it counts names
@@ -123,7 +124,7 @@ def read_poses(path: Path) -> dict[str, Pose]:
     if path.name == "images.txt":
         return _read_colmap_text(path)
     poses: dict[str, Pose] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = line.split()
         _add(poses, path, number, fields[0], fields[1:])
     return poses
@@ -221,7 +222,7 @@ def _read_colmap_binary(path: Path) -> dict[str, Pose]:
 
 
 def _kapture_rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
-    rows = [(number, [field.strip() for field in line.split(",")]) for number, line in _lines(path)]
+    rows = [(number, [field.strip() for field in line.split(",")]) for number, line in read_lines(path)]
     for number, fields in rows:
         if len(fields) != columns:
             raise UserError(f"{path}: line {number}: expected {columns} columns, not {len(fields)}")
@@ -241,14 +242,3 @@ def _pose(path: Path, number: int, values: Sequence[str | float]) -> Pose:
     except (ValueError, AssertionError) as error:
         raise UserError(f"{path}: line {number}: expected qw qx qy qz tx ty tz, seven numbers") from error
     return Pose(numbers[:4] / np.linalg.norm(numbers[:4]), numbers[4:])
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8") from error
-    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]

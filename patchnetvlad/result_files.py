@@ -84,7 +84,7 @@ def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool
     """
     rows: list[list[str]] = []
     if append and path.exists():
-        rows = [line.split() for _, line in _read_lines(path)]
+        rows = [line.split() for _, line in read_lines(path)]
     rankings = list(rankings)
     query_key = _key_table(path, dict.fromkeys(ranking.query for ranking in rankings))
     database_key = _key_table(path, dict.fromkeys(name for ranking in rankings for name in ranking.database))
@@ -110,7 +110,7 @@ def read_pairs(path: Path) -> list[Ranking]:
     found: dict[str, list[tuple[float, str]]] = {}
     kapture: bool | None = None
     columns = 0
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         if kapture is None:
             # hloc: two names and a space. A Kapture line has a comma after its first name.
             words = line.split()
@@ -257,7 +257,7 @@ def _key_table(path: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: key for key, name in name_of.items()}
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines that are neither blank nor comments."""
     try:
         text = path.read_text(encoding="utf-8-sig")
