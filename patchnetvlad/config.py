@@ -86,6 +86,9 @@ class FeatureMatchConfig:
     index: str = setting("Flat", some_text())  # kind of search index; Flat is exact
     # Patch descriptors are read from the store, or made when a candidate needs them.
     local_features: str = setting("stored", choice("stored", "on_demand"))
+    # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
+    # by the faster of these.
+    similarity: str = setting("auto", choice("auto", "float32", "int8"))
     cache_gb: float = setting(4.0, real(0))  # GB of patch descriptors kept in memory
 
 

@@ -1,25 +1,34 @@
 """The types that carry descriptors from the model to the store and on to matching."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_rounding import Role, RoundedPatches, round_patches
 
 
 @dataclass(frozen=True)
 class PatchFeatures:
     """Patch descriptors of one picture.
 
-    descriptors: one P×D tensor of unit rows for each patch size; grids: where these patches lie, in the same order.
+    descriptors: one P×D tensor of unit rows for each patch size; grids: where these patches lie, in the same order;
+    rounded: the same descriptors in 8 bits where matching is to use them, otherwise empty.
     """
 
     descriptors: tuple[Tensor, ...]
     grids: tuple[PatchGrid, ...]
+    rounded: tuple[RoundedPatches, ...] = ()
+
+    def round_as(self, role: Role) -> "PatchFeatures":
+        """With 8-bit descriptors beside the others, for pictures on the CPU in the role of query or reference."""
+        return replace(self, rounded=tuple(round_patches(some, role) for some in self.descriptors))
 
     def to(self, device: torch.device) -> "PatchFeatures":
-        """The same on another device."""
+        """The same on another device, where there are no 8-bit descriptors."""
+        if all(some.device == device for some in self.descriptors):
+            return self
         return PatchFeatures(tuple(some.to(device) for some in self.descriptors), self.grids)
 
 

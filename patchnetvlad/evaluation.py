@@ -3,15 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from patchnetvlad.config import Config
 from patchnetvlad.extraction import expected_header
@@ -25,7 +22,8 @@ from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
 from patchnetvlad.recall import Recall
 from patchnetvlad.report import write_report
-from patchnetvlad.reranking import RankingScores, collect_scores, find_matcher, reorder, rerank
+from patchnetvlad.reranking import RankingScores, find_matcher
+from patchnetvlad.reranking_run import rerank_queries
 from patchnetvlad.result_files import (
     Ranking,
     name_rankings,
@@ -42,8 +40,6 @@ from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
-SCORING_THREADS = 2  # score while the next candidates are matched
 RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages in result files
 FORMATS: dict[str, tuple[str, Callable[[Path, list[Ranking]], None]]] = {  # format: end of the file name, writer
     "kapture": ("predictions.txt", write_kapture_pairs),
@@ -125,7 +121,7 @@ def evaluate(
             index_patches: PatchSource = index_store
             if config.feature_match.local_features == "on_demand":
                 query_patches, index_patches = _on_demand(config, queries, database, device, progress)
-            stages[RERANKING], scores = _rerank_all(
+            stages[RERANKING], scores = rerank_queries(
                 config, retrieved.indices, query_patches, index_patches, device, progress
             )
             if report_unit is not None:
@@ -237,37 +233,6 @@ def _on_demand(
         OnDemandPatches(model, queries, size, options.cache_gb / 8),
         OnDemandPatches(model, database, size, options.cache_gb),
     )
-
-
-def _rerank_all(
-    config: Config,
-    retrieved: NDArray[np.int64],
-    queries: PatchSource,
-    database: PatchSource,
-    device: torch.device,
-    progress: bool,
-) -> tuple[NDArray[np.int64], RankingScores]:
-    """Re-rank the first rerank_top candidates of every query."""
-    options = config.feature_match
-    matcher = find_matcher(options.matcher)
-    top = options.rerank_top or max(options.n_values_all)
-    heads = [row[row >= 0].tolist() for row in retrieved[:, :top]]
-    database.prefetch(chain.from_iterable(heads))
-    queries.prefetch(range(len(heads)))
-    batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
-    rerankings = []
-    started = time.perf_counter()
-    with ThreadPoolExecutor(SCORING_THREADS) as executor:
-        for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
-            query = queries.patches(row).to(device)
-            candidates = (database.patches(index) for index in head)
-            rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size, executor))
-    pairs = sum(map(len, heads))
-    seconds = time.perf_counter() - started
-    logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
-    ranking = np.stack([reorder(row, result.order) for row, result in zip(retrieved, rerankings, strict=True)])
-    scores = collect_scores(retrieved, rerankings, config.global_params.patch_sizes, options.matcher)
-    return ranking, scores
 
 
 def _write(

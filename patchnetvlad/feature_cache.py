@@ -99,6 +99,12 @@ class PictureCache:
             self._next = None
             self._schedule()
 
+    def forget(self) -> None:
+        """Drop what is held: pictures are to be read anew."""
+        with self._lock:
+            self._held.clear()
+            self._held_bytes = 0
+
     def close(self) -> None:
         """Stop reading ahead and forget everything."""
         with self._lock:

@@ -13,6 +13,7 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_rounding import Role
 
 
 class PatchSource(Protocol):
@@ -20,6 +21,10 @@ class PatchSource(Protocol):
 
     def patches(self, index: int) -> PatchFeatures:
         """Patch descriptors of one picture, float32."""
+        ...
+
+    def round_as(self, role: Role) -> None:
+        """Give 8-bit descriptors too, in the role of query or reference."""
         ...
 
     def prefetch(self, indices: Iterable[int]) -> None:
@@ -37,13 +42,19 @@ class OnDemandPatches:
         self._model = model
         self._pictures = pictures
         self._settings = size
+        self._role: Role | None = None
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
         self._cache = PictureCache(self._describe, lambda index: 0, int(cache_gb * 1e9))
 
     def patches(self, index: int) -> PatchFeatures:
         """Patch descriptors of one picture, float32, on the CPU."""
         arrays = self._cache.get(index)
-        return PatchFeatures(tuple(torch.from_numpy(array) for array in arrays), self._grids[index])
+        features = PatchFeatures(tuple(torch.from_numpy(array) for array in arrays), self._grids[index])
+        return features if self._role is None else features.round_as(self._role)
+
+    def round_as(self, role: Role) -> None:
+        """Give 8-bit descriptors too; they are made at every `patches`, in far less time than the picture took."""
+        self._role = role
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing: describing ahead would take the processor from matching."""

@@ -1,5 +1,7 @@
 """Spatial scores of a query's candidates, fused over patch sizes into one ranking (paper sections 3.4 and 3.5)."""
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_rounding import products_are_exact
 from patchnetvlad.ransac import ransac_score
 from patchnetvlad.rapid_spatial import rapid_spatial_score
+from patchnetvlad.rounded_matching import rounded_mutual_matches
 from patchnetvlad.scores import Score
 
+_SHORTEST_ROUNDED = 256  # dimensions below which 8-bit products gain nothing
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
 Matcher = Callable[[Matches, PatchGrid, PatchGrid], Score]
@@ -76,11 +81,41 @@ class RankingScores:
 
 def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
     """Match and score two pictures at every patch size; their grids may differ."""
-    matches = tuple(
-        mutual_matches(query_patches, reference_patches)
-        for query_patches, reference_patches in zip(query.descriptors, reference.descriptors, strict=True)
-    )
+    matches = match_pair(query, reference)
     return PairScore(_score(matches, query.grids, reference.grids, matcher), matches)
+
+
+def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches, ...]:
+    """Mutual matches of two pictures at every patch size, by 8-bit products where both have them."""
+    pairs = list(zip(query.descriptors, reference.descriptors, strict=True))
+    if query.rounded and reference.rounded:
+        rounded = zip(query.rounded, reference.rounded, strict=True)
+        return tuple(rounded_mutual_matches(*rows, *eight) for rows, eight in zip(pairs, rounded, strict=True))
+    return tuple(mutual_matches(*rows) for rows in pairs)
+
+
+def uses_rounding(similarity: str, query: PatchFeatures, reference: PatchFeatures) -> bool:
+    """Whether a run matches by 8-bit products; "auto" tries both ways on these two pictures, on this machine."""
+    if similarity == "float32":
+        return False
+    possible = query.descriptors[0].device.type == "cpu" and products_are_exact()
+    if similarity == "int8" and not possible:
+        raise UserError(
+            "[feature_match] similarity = int8: this device does not multiply 8-bit numbers exactly (auto takes what "
+            "suits it)"
+        )
+    if similarity == "int8":
+        return True
+    if not possible or query.descriptors[0].shape[1] < _SHORTEST_ROUNDED:
+        return False
+    rounded = query.round_as("query"), reference.round_as("reference")
+    seconds = {True: math.inf, False: math.inf}
+    for _ in range(3):
+        for way, (first, second) in ((True, rounded), (False, (query, reference))):
+            started = time.perf_counter()
+            match_pair(first, second)
+            seconds[way] = min(seconds[way], time.perf_counter() - started)
+    return seconds[True] < seconds[False]
 
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:
@@ -170,10 +205,7 @@ def _match_all(
     stream = iter(candidates)
     while batch := list(islice(stream, batch_size)):
         if len(batch) == 1:
-            matches = [
-                [mutual_matches(patches, other.to(patches.device))]
-                for patches, other in zip(query.descriptors, batch[0].descriptors, strict=True)
-            ]
+            matches = [[found] for found in match_pair(query, batch[0].to(query.descriptors[0].device))]
         else:
             matches = [
                 _match_batch(patches, [candidate.descriptors[scale] for candidate in batch])

@@ -98,6 +98,16 @@ def test_on_demand_equals_stored(small_model, features, tmp_path):
     np.testing.assert_allclose(stored["per_scale"], made["per_scale"])
 
 
+@pytest.mark.parametrize("source", ["stored", "on_demand"])
+def test_8_bit_products_change_nothing(small_model, features, tmp_path, source):
+    options = ["--set", f"feature_match.local_features={source}", "--set", "feature_match.similarity=int8"]
+    assert match(small_model, features, tmp_path / "rounded", *options) == 0
+    assert match(small_model, features, tmp_path / "float", "--set", "feature_match.similarity=float32") == 0
+    rounded, exact = (np.load(tmp_path / name / "scores.npz") for name in ("rounded", "float"))
+    np.testing.assert_array_equal(rounded["per_scale"], exact["per_scale"])
+    assert "8-bit products" in (tmp_path / "rounded/match.log").read_text()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, dtype):
     options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]

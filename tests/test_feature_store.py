@@ -27,6 +27,7 @@ from patchnetvlad.feature_files import decode, encode
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import unique_feature_names
 from patchnetvlad.patch_grid import EncoderGeometry
+from patchnetvlad.patch_rounding import round_patches
 
 MAP_SIZE = (5, 7)
 NAMES = ("night/a.jpg", "day/a.jpg", "day/b.jpg")
@@ -923,3 +924,15 @@ def test_a_failed_read_is_told_and_may_be_tried_again():
         cache.get(0)
     assert len(cache.get(0)[0]) == 4 and cache.statistics.reads == 1
     cache.close()
+
+
+def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_path):
+    with big_store(tmp_path, 2, 4, dtype="float16") as store:
+        assert store.patches(0).rounded == ()
+        store.round_as("reference")
+        features = store.patches(0)
+        for rows, rounded in zip(features.descriptors, features.rounded, strict=True):
+            expected = round_patches(rows, "reference")
+            assert torch.equal(rounded.levels, expected.levels)
+            assert torch.equal(rounded.scale, expected.scale) and torch.equal(rounded.norm, expected.norm)
+        assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 8)

@@ -124,3 +124,14 @@ def test_torch_hub(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "['place_recognizer', 'place_model']" in done.stdout
     assert "1 torch.Size([2, 1024])" in done.stdout
+
+
+def test_8_bit_products_give_the_same_answers(tmp_path):
+    answers = []
+    for similarity in ("float32", "int8"):
+        chosen = [*overrides(tmp_path), f"feature_match.similarity={similarity}"]
+        places = PlaceRecognizer.load(overrides=chosen)
+        database = places.database([OTHER, SAME])
+        answers.append(database.query(QUERY, top=2))
+        assert bool(database.pictures[0].patches.rounded) == (similarity == "int8")
+    assert answers[0] == answers[1]

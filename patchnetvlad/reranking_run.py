@@ -1,0 +1,67 @@
+"""Re-rank the candidates of every query of a run, from wherever their patches come."""
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from patchnetvlad.config import Config
+from patchnetvlad.patch_sources import PatchSource
+from patchnetvlad.reranking import (
+    RankingScores,
+    collect_scores,
+    find_matcher,
+    reorder,
+    rerank,
+    uses_rounding,
+)
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
+SCORING_THREADS = 2  # score while the next candidates are matched
+
+
+def rerank_queries(
+    config: Config,
+    retrieved: NDArray[np.int64],
+    queries: PatchSource,
+    database: PatchSource,
+    device: torch.device,
+    progress: bool = False,
+) -> tuple[NDArray[np.int64], RankingScores]:
+    """Rankings nQ×k in which the first rerank_top candidates of every query are re-ranked, and their scores.
+
+    retrieved: nQ×k database rows, best first, −1 where there are fewer.
+    """
+    options = config.feature_match
+    matcher = find_matcher(options.matcher)
+    top = options.rerank_top or max(options.n_values_all)
+    heads = [row[row >= 0].tolist() for row in retrieved[:, :top]]
+    first = next((row for row, head in enumerate(heads) if head), None)
+    if first is not None:
+        pair = queries.patches(first).to(device), database.patches(heads[first][0])
+        if uses_rounding(options.similarity, *pair):
+            logger.info("similarities by 8-bit products, checked in float32")
+            queries.round_as("query")
+            database.round_as("reference")
+    database.prefetch(chain.from_iterable(heads))
+    queries.prefetch(range(len(heads)))
+    batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
+    rerankings = []
+    started = time.perf_counter()
+    with ThreadPoolExecutor(SCORING_THREADS) as executor:
+        for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
+            query = queries.patches(row).to(device)
+            candidates = (database.patches(index) for index in head)
+            rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size, executor))
+    pairs = sum(map(len, heads))
+    seconds = time.perf_counter() - started
+    logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
+    ranking = np.stack([reorder(row, result.order) for row, result in zip(retrieved, rerankings, strict=True)])
+    return ranking, collect_scores(retrieved, rerankings, config.global_params.patch_sizes, options.matcher)

@@ -1,0 +1,145 @@
+"""8-bit products give the float32 matches, within a bound that holds."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from patchnetvlad import rounded_matching
+from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.errors import UserError
+from patchnetvlad.matching import mutual_matches
+from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.patch_rounding import products_are_exact, round_patches, rounded_bytes, similarity_errors
+from patchnetvlad.reranking import match_pair, uses_rounding
+from patchnetvlad.rounded_matching import rounded_mutual_matches
+
+
+def overlapping_patches(count, dims, seed, common=None):
+    """Rows that change slowly, as those of neighbouring windows do; ``common`` adds rows that both pictures share."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(count, dims, generator=generator)
+    rows = torch.stack([steps[max(0, i - 4) : i + 1].sum(dim=0) for i in range(count)])
+    if common is not None:
+        rows += common
+    return F.normalize(rows, dim=1)
+
+
+def both_ways(query, reference):
+    rounded = rounded_mutual_matches(
+        query, reference, round_patches(query, "query"), round_patches(reference, "reference")
+    )
+    return rounded, mutual_matches(query, reference)
+
+
+def assert_equal(first, second):
+    assert torch.equal(first.query, second.query)
+    assert torch.equal(first.reference, second.reference)
+
+
+@pytest.mark.parametrize("dims", [16, 100, 513, 4096])
+@pytest.mark.parametrize("shared", [False, True])
+def test_matches_are_those_of_float32(dims, shared, monkeypatch):
+    monkeypatch.setattr(rounded_matching, "DOUBTFUL", 1.0)  # never take the way out
+    common = overlapping_patches(120, dims, 7) * 10 * math.sqrt(dims) if shared else None
+    query = overlapping_patches(120, dims, 1, common)
+    reference = overlapping_patches(90, dims, 2, None if common is None else common[:90])
+    rounded, exact = both_ways(query, reference)
+    assert len(exact) > (80 if shared else 5)
+    assert_equal(rounded, exact)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
+def test_ties_go_to_the_first_index(data, query_rows, reference_rows, dims):
+    few_values = st.integers(-1, 1)
+    query, reference = (
+        torch.from_numpy(data.draw(arrays("float32", (rows, dims), elements=few_values)))
+        for rows in (query_rows, reference_rows)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounded_matching, "DOUBTFUL", 1.0)
+        assert_equal(*both_ways(query, reference))
+
+
+def test_a_flood_of_doubts_goes_to_float32(monkeypatch):
+    rows = F.normalize(torch.ones(40, 64) + 1e-4 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+    called = []
+    monkeypatch.setattr(rounded_matching, "mutual_matches", lambda *pair: called.append(pair) or mutual_matches(*pair))
+    assert_equal(*both_ways(rows, rows.flip(0)))
+    assert len(called) == 1
+
+
+def test_empty_pictures_have_no_matches():
+    some, none = torch.ones(3, 4), torch.empty(0, 4)
+    for query, reference in ((some, none), (none, some), (none, none)):
+        assert len(both_ways(query, reference)[0]) == 0
+
+
+def test_errors_stay_within_their_bound_and_have_mean_zero():
+    query, reference = overlapping_patches(400, 2048, 3), overlapping_patches(300, 2048, 4)
+    first, second = round_patches(query, "query"), round_patches(reference, "reference")
+    exact = query.double() @ reference.double().T
+    approximate = (first.levels.double() * first.scale[:, None]) @ (second.levels.double() * second.scale[:, None]).T
+    error = approximate - exact
+    row, column = similarity_errors(first, second)
+    assert (error.abs() <= row[:, None]).all() and (error.abs() <= column).all()
+    assert row.max() < 0.4 * math.sqrt(2048) * first.scale.max()  # far below the lengths' bound
+    assert abs(error.mean()) < 0.02 * row.mean()
+    assert error.std() > 0.05 * row.mean()
+
+
+def test_rounding_uses_the_whole_range_and_no_more():
+    rows = torch.tensor([[1.0, -1.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    rounded = round_patches(rows, "query")
+    assert rounded.levels[0, :3].tolist() == [126, -126, 0]
+    assert rounded.levels[0, 3] in (63,)
+    assert rounded.levels[1].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(rounded.norm, torch.tensor([1.5, 0.0]))
+    parts = (rounded.levels, rounded.scale, rounded.norm)
+    assert sum(part.numel() * part.element_size() for part in parts) == rounded_bytes(2, 4)
+
+
+def test_query_and_reference_are_rounded_independently():
+    rows = overlapping_patches(20, 512, 5)
+    first, again, other = (round_patches(rows, role) for role in ("query", "query", "reference"))
+    assert torch.equal(first.levels, again.levels)
+    assert 0.2 < (first.levels != other.levels).float().mean() < 0.8
+
+
+def features(rows):
+    geometry = EncoderGeometry(16, 196, 90)
+    return PatchFeatures((rows,), (PatchGrid(1, len(rows), 1, 1, geometry),))
+
+
+def test_pictures_match_alike_with_and_without_rounding():
+    query, reference = features(overlapping_patches(60, 256, 1)), features(overlapping_patches(60, 256, 2))
+    rounded = match_pair(query.round_as("query"), reference.round_as("reference"))
+    assert_equal(rounded[0], match_pair(query, reference)[0])
+
+
+def test_a_processor_that_saturates_is_found_out(monkeypatch):
+    assert isinstance(products_are_exact(), bool)
+    products = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *pair: products(*pair).clamp(max=2_000_000))
+    products_are_exact.cache_clear()
+    try:
+        rows = features(torch.eye(512))
+        assert not products_are_exact() and not uses_rounding("auto", rows, rows)
+        with pytest.raises(UserError, match="similarity = int8"):
+            uses_rounding("int8", rows, rows)
+    finally:
+        products_are_exact.cache_clear()
+
+
+def test_who_decides_how_similarities_are_made():
+    short, long = features(torch.eye(8)), features(F.normalize(torch.ones(8, 512), dim=1))
+    assert not uses_rounding("float32", long, long)
+    if products_are_exact():
+        assert uses_rounding("int8", short, short)
+    assert not uses_rounding("auto", short, short)
+    assert isinstance(uses_rounding("auto", long, long), bool)
