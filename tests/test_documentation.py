@@ -74,6 +74,7 @@ def run_script(script: str, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
     from patchnetvlad import commands, encoders, reranking
@@ -96,10 +97,18 @@ def test_page_runs_as_written(page, small_builtin, monkeypatch):
     assert any(path.is_file() for folder in ("demo", "results") for path in (small_builtin / folder).rglob("*"))
 
 
+def headings(page: Path) -> list[str]:
+    """As links name them: small letters, hyphens for blanks, no other marks."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found]
+
+
 def test_every_link_of_the_pages_leads_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        for target, _, heading in re.findall(r"\]\(([^)#]+)(#([^)]+))?\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+            if heading:
+                assert heading in headings(page.parent / target), f"{page.name}: {target}#{heading}"
 
 
 def test_every_page_is_linked_from_the_readme():
