@@ -18,7 +18,9 @@ DATA_FOLDERS = {
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
 TRAINING_SCRIPTS = ["train", "add_pca"]
 TOOLS = {  # module of the package: its commands
-    "tool_commands": ["demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls"],
+    "tool_commands": [
+        *("demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"),
+    ],
     "training_commands": [*TRAINING_SCRIPTS, "render_msls"],
     "dataset_commands": ["make_dataset", "measure", "reproduce"],
     "place_commands": ["evaluate_poses", "locate"],

@@ -12,29 +12,30 @@ from patchnetvlad.hloc_export import write_hloc_descriptors
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.locations import require_file
 from patchnetvlad.onnx_export import export_onnx as to_onnx
+from patchnetvlad.onnx_export import export_script as to_script
 from patchnetvlad.onnx_export import export_torch as to_torch
 from patchnetvlad.weights import load_model
 
-EXPORTS = {".onnx": to_onnx, ".pt2": to_torch}  # by the file's ending
+EXPORTS = {".onnx": to_onnx, ".pt2": to_torch, ".pt": to_script}  # by the file's ending
 
 
 def export_onnx(arguments: Sequence[str] | None = None) -> int:
-    """Write the model as ONNX or as a torch.export archive."""
+    """Write the model as ONNX, as a torch.export archive or as TorchScript."""
     parser = Parser(
         "Write encoder, pooling and WPCA, for global and patch descriptors, as an ONNX file (by the ending .pt2, as a "
-        "torch.export archive). Input: RGB pictures with values 0 to 1, any number at once. The result is compared "
-        "with torch, and both are timed.",
+        "torch.export archive, by .pt, as TorchScript). Input: RGB pictures with values 0 to 1, any number at once. "
+        "The result is compared with torch, and both are timed.",
         "export_onnx.py",
     )
     parser.add_config_options("builtin.ini")
-    parser.add_argument("--output_path", required=True, metavar="FILE", help="file to write (.onnx or .pt2)")
+    parser.add_argument("--output_path", required=True, metavar="FILE", help="file to write (.onnx, .pt2 or .pt)")
     parser.add_argument("--dynamic_size", action="store_true", help="accept pictures of any size, not only the INI's")
 
     def command(args: argparse.Namespace) -> None:
         config = command_line.configuration(args)
         size, path = config.feature_extract, Path(args.output_path)
         if path.suffix not in EXPORTS:
-            raise UserError(f"--output_path {path}: must end in {' or '.join(EXPORTS)}")
+            raise UserError(f"--output_path {path}: must end in {', '.join(EXPORTS)}")
         if min(size.imageresizeh, size.imageresizew) <= 0:
             raise UserError("[feature_extract] imageresizeh, imageresizew: a size is needed (with --dynamic_size too)")
         model, _ = load_model(config)

@@ -1,9 +1,10 @@
-"""The model for other runtimes: ONNX and torch.export files of encoder, pooling and WPCA, checked against torch."""
+"""The model for other runtimes: ONNX, torch.export and TorchScript files of encoder, pooling and WPCA, checked."""
 
 import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,17 +115,37 @@ def export_torch(
     model: PlaceModel, height: int, width: int, path: Path, dynamic_size: bool = False
 ) -> list[ExportCheck]:
     """The same as a torch.export archive (.pt2), which torch.export.load reads without this package."""
-    exportable = ExportableModel(model).eval()
+    # Archives cannot hold weights in channels last, as VGG16 has them
+    exportable = ExportableModel(deepcopy(model)).eval().to(memory_format=torch.contiguous_format)
     program = _program(exportable, height, width, dynamic_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
+    return _check(exportable, _in_torch(torch.export.load(path).module()), height, width, dynamic_size)
 
+
+def export_script(
+    model: PlaceModel, height: int, width: int, path: Path, dynamic_size: bool = False
+) -> list[ExportCheck]:
+    """The same as TorchScript (.pt), which torch.jit.load and C++ read; pictures of any size fit in any case.
+
+    It is traced: torch.jit.script cannot compile the model. One picture is the example, because RootSIFT parts a batch
+    into its pictures, and a trace would keep their number.
+    """
+    exportable = ExportableModel(model).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # newer torch calls TorchScript deprecated; others hint at sizes, checked below
+        torch.jit.save(torch.jit.trace(exportable, torch.rand(1, 3, height, width)), path)
+        loaded = torch.jit.load(path)
+    return _check(exportable, _in_torch(loaded), height, width, dynamic_size=True)
+
+
+def _in_torch(loaded: Callable[[Tensor], tuple[Tensor, ...]]) -> Run:
     def run(pictures: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
             return [output.numpy() for output in loaded(torch.from_numpy(pictures))]
 
-    return _check(exportable, run, height, width, dynamic_size)
+    return run
 
 
 def _program(exportable: ExportableModel, height: int, width: int, dynamic_size: bool) -> torch.export.ExportedProgram:
@@ -137,7 +158,7 @@ def _program(exportable: ExportableModel, height: int, width: int, dynamic_size:
 
 
 def _check(exportable: ExportableModel, run: Run, height: int, width: int, dynamic_size: bool) -> list[ExportCheck]:
-    """Compare on random pictures of a few shapes; raises UserError beyond TOLERANCE."""
+    """Compare on random pictures of a few shapes; raises UserError beyond TOLERANCE, or when one is not taken."""
     shapes = [(1, 3, height, width), (3, 3, height, width)]
     if dynamic_size:
         shapes.append((2, 3, height + 3 * 16, width + 5))
@@ -153,7 +174,11 @@ def _check(exportable: ExportableModel, run: Run, height: int, width: int, dynam
         started = time.perf_counter()
         described = exportable.model.describe(torch.from_numpy(normalised))
         torch_seconds = time.perf_counter() - started
-        run(pictures)
+        try:
+            run(pictures)
+        except AssertionError as error:  # torch.export guards what its graph holds for
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the export does not take pictures {shape}: {reason} (export one size)") from error
         started = time.perf_counter()
         outputs = run(pictures)
         exported_seconds = time.perf_counter() - started

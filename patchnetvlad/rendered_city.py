@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
+
+MATCH_RADIUS = 25.0  # metres
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,26 @@ def city_geometry(city: City, size: Size = (640, 480)) -> dict[str, object]:
         if view.place == query.place
     ]
     return {"size": list(size), "pictures": pictures, "pairs": pairs}
+
+
+def write_city(city: City, root: Path, name: str = "example", size: Size = (640, 480), quality: int = 85) -> Path:
+    """Write a city's pictures and geometry.json to root/{name}_images, and its lists and ground truth beside them.
+
+    Returns the folder of the pictures.
+    """
+    pictures = root / f"{name}_images"
+    for view in (*city.database, *city.queries):
+        path = pictures / view.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        city.render(view, size).save(path, quality=quality, optimize=True)
+    geometry = city_geometry(city, size)
+    (pictures / "geometry.json").write_text(json.dumps(geometry, indent=1) + "\n", encoding="utf-8")
+    lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
+    lists.mkdir(exist_ok=True)
+    truth.mkdir(exist_ok=True)
+    for kind, views in (("index", city.database), ("query", city.queries)):
+        lines = "".join(f"{view.name}\n" for view in views)
+        (lists / f"{name}_imageNames_{kind}.txt").write_text(lines, encoding="utf-8")
+    positions = [np.array([(v.east, v.north) for v in views]) for views in (city.queries, city.database)]
+    np.savez(truth / f"{name}.npz", utmQ=positions[0], utmDb=positions[1], posDistThr=MATCH_RADIUS)
+    return pictures

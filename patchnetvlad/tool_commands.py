@@ -9,10 +9,12 @@ from patchnetvlad import command_line
 from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.command_line import Parser
 from patchnetvlad.commands import feature_extract, feature_match, match_two
+from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.images import require_readable
 from patchnetvlad.locations import require_file, shipped_folder
 from patchnetvlad.model_fitting import fit_model as fit
+from patchnetvlad.rendered_city import make_city, write_city
 from patchnetvlad.result_files import read_pairs, write_msls_predictions
 
 logger = logging.getLogger(__name__)
@@ -120,5 +122,31 @@ def convert_kapture_to_msls(arguments: Sequence[str] | None = None) -> int:
         rankings = read_pairs(Path(args.kapture))
         write_msls_predictions(Path(args.msls), rankings, args.append)
         print(f"predictions of {len(rankings)} queries in {args.msls}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def render_example_places(arguments: Sequence[str] | None = None) -> int:
+    """Render example pictures with their lists, ground truth and geometry."""
+    parser = Parser(
+        "Render pictures of invented places, with image lists, ground truth and the homographies between views.",
+        "render_example_places.py",
+    )
+    parser.add_argument("--root", default=".", metavar="DIR", help="gets NAME_images and the dataset_* folders")
+    parser.add_argument("--name", default="example", metavar="NAME", help="name of the set")
+    parser.add_argument("--places", type=int, default=12, metavar="N", help="number of places")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another number is another city")
+    parser.add_argument("--width", type=int, default=640, help="width of the pictures in pixels")
+    parser.add_argument("--height", type=int, default=480, help="height of the pictures in pixels")
+    parser.add_argument("--quality", type=int, default=85, metavar="Q", help="of the JPEG files, 1 to 95")
+
+    def command(args: argparse.Namespace) -> None:
+        if min(args.width, args.height) < 32 or not 1 <= args.quality <= 95:
+            raise UserError("--width and --height must be 32 or more, --quality 1 to 95")
+        if args.places < 1 or args.seed < 0:
+            raise UserError("--places must be 1 or more, --seed 0 or more")
+        city = make_city(args.places, seed=args.seed, look_alikes=min(2, args.places - 1), scale=args.width / 10)
+        pictures = write_city(city, Path(args.root), args.name, (args.width, args.height), args.quality)
+        print(f"{len(city.database)} database pictures and {len(city.queries)} queries in {pictures}")
 
     return command_line.run(parser, command, arguments)

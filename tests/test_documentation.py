@@ -1,8 +1,9 @@
 """What the documentation says to type works as written: commands, Python and the notebook, with the bundled model."""
 
+import os
 import re
 import runpy
-import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from patchnetvlad.locations import find_file
 
 ROOT = Path(__file__).parent.parent
 MODEL = "builtin_WPCA512.pth.tar"
-PAGES = ("match_two", "extract_and_match", "python_api", "add_an_encoder", "add_a_matcher")
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -41,43 +42,78 @@ def small_builtin(checkout: Path) -> Path:
 
 
 def run_commands(text: str) -> None:
-    """Each line must be `python SCRIPT …` and end well; scripts run in this process, which spares their imports."""
-    for line in text.replace("\\\n", " ").splitlines():
-        program, script, *arguments = shlex.split(line)
-        assert program == "python", line
-        before = sys.argv
-        sys.argv = [script, *arguments]
-        try:
-            with pytest.raises(SystemExit) as ended:
-                runpy.run_path(script, run_name="__main__")
-        finally:
-            sys.argv = before
-        assert ended.value.code == 0, line
+    """A block in bash, which stops at the first error; what it gives to `python` runs in this process.
+
+    That spares the imports of a process each. `make` lines are left out: they build an environment of their own.
+    """
+    (asked, asking), (answered, answering) = os.pipe(), os.pipe()
+    python = f"python() {{ printf '%s\\n' $# \"$@\" >&{asking}; read -r status <&{answered}; return $status; }}"
+    script = "\n".join(["set -eu", python, re.sub(r"(?m)^make .*$", "", text)])
+    with (
+        subprocess.Popen(["bash", "-c", script], pass_fds=(asking, answered)) as shell,
+        os.fdopen(asked, encoding="utf-8") as questions,
+        os.fdopen(answering, "w", encoding="utf-8") as answers,
+    ):
+        os.close(asking)
+        os.close(answered)
+        while count := questions.readline():
+            words = [questions.readline().removesuffix("\n") for _ in range(int(count))]
+            print(run_script(*words), file=answers, flush=True)
+    assert shell.returncode == 0, text
 
 
-@pytest.mark.parametrize("page", PAGES)
+def run_script(script: str, *arguments: str) -> int:
+    """The exit status of `python SCRIPT ARGUMENTS`."""
+    before = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        sys.argv = before
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
-    from patchnetvlad import encoders, reranking
+    from patchnetvlad import commands, encoders, reranking
 
     # Pages add to these tables
     for table in (encoders.ENCODERS, reranking.MATCHERS):
         for key in list(table):
             monkeypatch.setitem(table, key, table[key])
-    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
-    assert blocks
+    monkeypatch.setattr(commands, "window", lambda: lambda frame: None)  # there is no screen
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert {"bash", "python"} & {language for language, _ in blocks}
     names: dict[str, object] = {"__name__": "page"}
     for language, text in blocks:
         if language == "bash":
             run_commands(text)
+        elif language == "python":
+            exec(compile(text, page.name, "exec"), names)
         else:
-            exec(compile(text, f"{page}.md", "exec"), names)
-    assert any((small_builtin / "results").rglob("*"))
+            assert language == "text", "only what cannot run here is not run"
+    assert any(path.is_file() for folder in ("demo", "results") for path in (small_builtin / folder).rglob("*"))
+
+
+def headings(page: Path) -> list[str]:
+    """As links name them: small letters, hyphens for blanks, no other marks."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found]
 
 
 def test_every_link_of_the_pages_leads_somewhere():
-    for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for page in PAGES:
+        for target, _, heading in re.findall(r"\]\(([^)#]+)(#([^)]+))?\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+            if heading:
+                assert heading in headings(page.parent / target), f"{page.name}: {target}#{heading}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[^)#]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {(ROOT / target) for target in linked} == set(PAGES[1:])
 
 
 def test_notebook_runs_with_the_bundled_model(checkout, monkeypatch):

@@ -1,4 +1,4 @@
-"""ONNX, torch.export and hloc files of a tiny model, read back by the runtimes they are for."""
+"""ONNX, torch.export, TorchScript and hloc files of a tiny model, read back by the runtimes they are for."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from patchnetvlad.export_commands import export_hloc, export_onnx
 from patchnetvlad.hloc_export import write_hloc_descriptors
 from patchnetvlad.images import read_image
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.onnx_export import ExportableModel
+from patchnetvlad.onnx_export import ExportableModel, export_script, export_torch
 from patchnetvlad.recognizer import PlaceRecognizer
 
 PICTURE = EXAMPLES / "queries" / "query03_0.jpg"
@@ -52,25 +52,63 @@ def test_onnx_describes_as_the_recognizer_does(tmp_path, capsys, dynamic):
                 np.testing.assert_allclose(output[-1], reference.numpy(), atol=2e-4)
 
 
-def test_torch_export_runs_without_this_package(tmp_path):
-    options, path = tiny_model(tmp_path), tmp_path / "model.pt2"
-    assert export_onnx([*options, "--output_path", str(path), "-q"]) == 0
-    np.save(tmp_path / "picture.npy", rgb(120, 160))
+@pytest.mark.parametrize("load", ["torch.export.load('model.pt2').module()", "torch.jit.load('model.pt')"])
+def test_torch_runs_its_files_without_this_package(tmp_path, load):
+    options, path = tiny_model(tmp_path), tmp_path / load.split("'")[1]
+    sizes = [(120, 160), (96, 208)]
+    assert export_onnx([*options, "--output_path", str(path), "--dynamic_size", "-q"]) == 0
+    for height, width in sizes:
+        np.save(tmp_path / f"pictures_{height}.npy", rgb(height, width).repeat(3, axis=0))
     program = (
-        "import sys, numpy as np, torch\n"
-        "model = torch.export.load('model.pt2').module()\n"
-        "outputs = model(torch.from_numpy(np.load('picture.npy')))\n"
+        f"import sys, numpy as np, torch\nmodel = {load}\n"
+        "for height in (120, 96):\n"
+        "    pictures = torch.from_numpy(np.load(f'pictures_{height}.npy'))\n"
+        "    for count in (1, 3):\n"
+        "        outputs = model(pictures[:count])\n"
+        "        np.savez(f'{height}_{count}', *(output.detach().numpy() for output in outputs))\n"
         "assert 'patchnetvlad' not in sys.modules\n"
-        "np.save('global.npy', outputs[0].detach().numpy())\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    recognizer = PlaceRecognizer.load(overrides=options[3::2])
-    (expected,) = recognizer.describe(torch.from_numpy(rgb(120, 160)[0]))
-    np.testing.assert_allclose(np.load(tmp_path / "global.npy")[0], expected.global_.numpy(), atol=2e-4)
+    for height, width in sizes:
+        own_size = [f"feature_extract.imageresizeh={height}", f"feature_extract.imageresizew={width}"]
+        own_size += [item.replace("extract", "match") for item in own_size]
+        recognizer = PlaceRecognizer.load(overrides=[*options[3::2], *own_size])
+        (expected,) = recognizer.describe(torch.from_numpy(rgb(height, width)[0]))
+        for count in (1, 3):
+            with np.load(tmp_path / f"{height}_{count}.npz") as outputs:
+                references = (expected.global_, *expected.patches.descriptors)
+                for output, reference in zip(outputs.values(), references, strict=True):
+                    assert output.shape == (count, *reference.shape)
+                    np.testing.assert_allclose(output[-1], reference.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_torch, "model.pt2"), (export_script, "model.pt")])
+def test_a_convolutional_encoder_is_exported_to_torch(tmp_path, export, name):
+    torch.manual_seed(0)
+    model = PlaceModel("vgg16", "patchnetvlad", 4, 8, (1,), (1,)).eval()
+    checks = export(model, 48, 64, tmp_path / name, dynamic_size=True)
+    assert [check.shape for check in checks] == [(1, 3, 48, 64), (3, 3, 48, 64), (2, 3, 96, 69)]
+
+
+def test_a_torch_export_that_takes_one_size_only_is_said(tmp_path, capsys, monkeypatch):
+    export, one_size = torch.export.export, ({0: torch.export.Dim.DYNAMIC},)
+    monkeypatch.setattr("torch.export.export", lambda *given, **options: export(*given, dynamic_shapes=one_size))
+    command = [*tiny_model(tmp_path), "--output_path", str(tmp_path / "model.pt2"), "-q", "--dynamic_size"]
+    assert export_onnx(command) == 2
+    assert "the export does not take pictures (2, 3, 168, 165)" in capsys.readouterr().err
+
+
+def test_a_torch_export_of_one_size_refuses_another(tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export_onnx([*tiny_model(tmp_path), "--output_path", str(path), "-q"]) == 0
+    model = torch.export.load(path).module()
+    assert model(torch.zeros(5, 3, 120, 160))[0].shape[0] == 5
+    with pytest.raises((AssertionError, RuntimeError)):  # torch's versions differ
+        model(torch.zeros(1, 3, 96, 208))
 
 
 @pytest.mark.parametrize("pooling", ["patchnetvlad", "netvlad", "max", "avg"])
@@ -91,7 +129,7 @@ def test_the_graph_computes_what_the_model_does(pooling):
 def test_wrong_ending_and_no_size_are_refused(tmp_path, capsys):
     options = tiny_model(tmp_path)
     assert export_onnx([*options, "--output_path", str(tmp_path / "model.bin")]) == 2
-    assert "must end in .onnx or .pt2" in capsys.readouterr().err
+    assert "must end in .onnx, .pt2, .pt" in capsys.readouterr().err
     own = [item for key in ("extract", "match") for item in ("--set", f"feature_{key}.imageresizew=0")]
     assert export_onnx([*options, *own, "--output_path", str(tmp_path / "model.onnx")]) == 2
 

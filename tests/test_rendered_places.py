@@ -10,8 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.rendered_city import City, city_geometry, make_city
 from patchnetvlad.rendered_places import Camera, Condition, Place, Size, facade_homography, facade_mask, render_place
+from patchnetvlad.tool_commands import render_example_places
 
 ROOT = Path(__file__).parent.parent
 SMALL = (160, 120)
@@ -170,6 +172,28 @@ def test_shipped_picture_is_what_the_renderer_makes(city: City) -> None:
     assert shipped.shape == rendered.shape == (480, 640, 3)
     assert np.abs(shipped - rendered).mean() < 5
     assert correlation(shipped, rendered) > 0.98
+
+
+def test_command_writes_a_set_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--width", "96", "--height", "72", "-q"]
+    assert render_example_places(["--root", str(tmp_path), "--name", "tiny", "--places", "2", *size]) == 0
+    assert capsys.readouterr().out == f"5 database pictures and 3 queries in {tmp_path / 'tiny_images'}\n"
+    counts = {}
+    for kind in ("index", "query"):
+        names = (tmp_path / f"dataset_imagenames/tiny_imageNames_{kind}.txt").read_text("utf-8").split()
+        counts[kind] = len(names)
+        for name in names:
+            with Image.open(tmp_path / "tiny_images" / name) as picture:
+                assert picture.size == (96, 72)
+    truth = read_ground_truth(tmp_path / "dataset_gt_files/tiny.npz", counts["query"], counts["index"])
+    assert truth.radius == 25 and all(map(len, truth.positives()))
+    assert set(json.loads((tmp_path / "tiny_images/geometry.json").read_text())) == {"size", "pictures", "pairs"}
+
+
+@pytest.mark.parametrize("wrong", [["--width", "8"], ["--quality", "0"], ["--places", "0"], ["--seed", "-1"]])
+def test_command_refuses_what_cannot_be_drawn(tmp_path: Path, wrong: list[str]) -> None:
+    assert render_example_places(["--root", str(tmp_path), *wrong]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_example_pictures_are_small() -> None:

@@ -159,8 +159,6 @@ def test_every_script_is_installed_under_its_name(monkeypatch):
     installed = dict(line.split(" = ") for line in described["entry_points"]["console_scripts"])
     scripts = [*(ROOT / name for name in described["scripts"]), *(ROOT / "tools").glob("*.py")]
     for script in scripts:
-        if script.stem == "render_example_places":  # makes the example pictures of a checkout
-            continue
         module, _, name = installed.pop(f"patchnetvlad-{script.stem.replace('_', '-')}").partition(":")
         assert name == script.stem and callable(getattr(import_module(module), name))
         assert f"from {module} import {name}\n" in script.read_text()

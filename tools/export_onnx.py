@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the model as ONNX or as a torch.export archive."""
+"""Write the model as ONNX, as a torch.export archive or as TorchScript."""
 
 import sys
 
