@@ -1,33 +1,210 @@
-"""Spatial score by a homography between matched patches (paper section 3.4)."""
+"""Spatial score by a homography between matched patches (paper section 3.4), for many pairs at once."""
 
-import cv2
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from patchnetvlad.homographies import Quads, four_point_homographies, possible_quads, refine_homographies
 from patchnetvlad.matching import Matches
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.scores import Score
 
 TOLERANCE = 1.5  # reprojection threshold in patch pitches
-_FEWEST = 4  # matches that determine a homography
+SAMPLE = 4  # matches that determine a homography
+MODELS = 2000  # homographies tried at most
+CONFIDENCE = 0.995  # of having drawn one sample of inliers alone, at which the search stops
+BLOCKS = (128, 4096, 8192, 8192)  # samples drawn at a time; most samples of unrelated pictures are impossible
+KEPT = 0.9  # share of the inliers that a refined homography must keep to take the place of the sampled one
+# Models × matches computed at a time: what fits into a processor's cache, or a share of an accelerator's memory.
+CACHE_NUMBERS, DEVICE_NUMBERS = 1 << 17, 1 << 28
 
 
 def ransac_score(matches: Matches, query_grid: PatchGrid, reference_grid: PatchGrid) -> Score:
     """Inliers of the best homography from reference to query patch centres, divided by all query patches: 0..1.
 
     An inlier is reprojected within 1.5 patch pitches (1.5·16·s pixels for VGG16 at stride s) of its query centre.
-    Fewer than four matches, or matches that no homography fits, score 0 without inliers. The result depends on the
-    matches alone: OpenCV's RANSAC starts from a seed of its own on every call.
+    Fewer than four matches, or matches that no homography fits, score 0 without inliers. Draws, rejects, counts and
+    stops as OpenCV's RANSAC does, from the same seed, so that scores agree with the published ones.
     """
-    nothing = Score(0.0, torch.zeros(len(matches), dtype=torch.bool))
-    if len(matches) < _FEWEST:
-        return nothing
-    homography, mask = cv2.findHomography(
-        reference_grid.centers()[matches.reference].numpy(),
-        query_grid.centers()[matches.query].numpy(),
-        cv2.RANSAC,
-        TOLERANCE * query_grid.pitch_pixels,
+    return ransac_scores([matches], [query_grid], [reference_grid], torch.device("cpu"))[0]
+
+
+def ransac_scores(
+    matches: Sequence[Matches],
+    query_grids: Sequence[PatchGrid],
+    reference_grids: Sequence[PatchGrid],
+    device: torch.device,
+) -> list[Score]:
+    """`ransac_score` of many pairs, whose homographies are sought together on a device."""
+    scores = [Score(0.0, torch.zeros(len(found), dtype=torch.bool)) for found in matches]
+    able = [index for index, found in enumerate(matches) if len(found) >= SAMPLE]
+    if not able:
+        return scores
+    source, target = (
+        pad_sequence(
+            [grids[index].centers()[getattr(matches[index], side)] / query_grids[index].pitch_pixels for index in able],
+            batch_first=True,
+        ).to(device)
+        for grids, side in ((reference_grids, "reference"), (query_grids, "query"))
+    )  # B×M×2 in pitches of the query
+    counts = torch.tensor([len(matches[index]) for index in able], device=device)
+    inliers, homographies = (found.cpu() for found in consensus(source, target, counts, TOLERANCE))
+    for index, mask, homography in zip(able, inliers, homographies, strict=True):
+        mask = mask[: len(matches[index])].clone()
+        if not mask.any():
+            continue
+        pitch = query_grids[index].pitch_pixels
+        pixels = homography * homography.new_tensor([[1, 1, pitch], [1, 1, pitch], [1 / pitch, 1 / pitch, 1]])
+        scores[index] = Score(int(mask.sum()) / len(query_grids[index]), mask, pixels / pixels[2, 2])
+    return scores
+
+
+def consensus(source: Tensor, target: Tensor, counts: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The largest sets of matches that one homography explains (RANSAC).
+
+    source, target: B×M×2, of which the first counts (B, ≥ 4) are matches. Returns inliers, bool B×M, and homographies
+    from source to target, float64 B×3×3, refined on them; without inliers where every sample was impossible. An
+    inlier's projection lies within the tolerance of its target, in the unit of the points, which should be of order 1
+    to 100.
+    """
+    residuals = _Residuals.of(source, target, counts, tolerance)
+    batch = len(source)
+    best = torch.full((batch,), SAMPLE - 1, device=source.device)  # inliers of the best so far
+    tried = torch.zeros_like(best)
+    homographies = torch.zeros(batch, 3, 3, dtype=torch.float64, device=source.device)
+    searching = torch.arange(batch, device=source.device)
+    first = 0
+    for size in BLOCKS:
+        some = counts[searching]
+        samples = _samples(some, first, first + size)  # 4×b×n
+        models, number = _possible_models(source[searching], target[searching], samples, MODELS - tried[searching])
+        explained = residuals.rows(searching).count_explained(models)  # b×m
+        place = torch.arange(1, 1 + models.shape[1], device=source.device)
+        explained = explained.masked_fill(place > number[:, None], 0)
+        # The search ends at the model after which enough have been tried, given the best until then
+        running = torch.maximum(explained.cummax(dim=1).values, best[searching, None])
+        ended = tried[searching, None] + place >= _models_needed(running / some[:, None])
+        before_end = ended.cumsum(dim=1) - ended.long() == 0
+        most, which = explained.masked_fill(~before_end, 0).max(dim=1)
+        better = most > best[searching]
+        improved = searching[better]
+        best[improved] = most[better]
+        homographies[improved] = models[better, which[better]]
+        tried[searching] += number
+        searching = searching[~(ended & (place <= number[:, None])).any(dim=1)]
+        if len(searching) == 0:
+            break
+        first += size
+    inliers = residuals.explained(homographies[:, None])[:, 0]  # a homography of zeros explains nothing
+    refined = refine_homographies(source, target, inliers, homographies)
+    explained = residuals.explained(refined[:, None])[:, 0]
+    better = (best >= SAMPLE) & (explained.sum(dim=1) >= KEPT * inliers.sum(dim=1))
+    return (
+        torch.where(better[:, None], explained, inliers),
+        torch.where(better[:, None, None], refined, homographies),
     )
-    if homography is None:
-        return nothing
-    inliers = torch.from_numpy(mask[:, 0].astype(bool))
-    return Score(int(inliers.sum()) / len(query_grid), inliers, torch.from_numpy(homography))
+
+
+class _Residuals(NamedTuple):
+    """What decides whether a homography explains a match, as matrix products with its entries.
+
+    With its rows a, b, w, the source p and the target (u, v) that is (a·p − u w·p)² + (b·p − v w·p)² < (t w·p)².
+    Padding is 0 throughout, so that nothing explains it.
+    """
+
+    across: Tensor  # B×6×M: p and −u p
+    down: Tensor  # B×6×M: p and −v p
+    depth: Tensor  # B×3×M: t p
+
+    @classmethod
+    def of(cls, source: Tensor, target: Tensor, counts: Tensor, tolerance: float) -> "_Residuals":
+        x, y = source.float().unbind(dim=2)
+        u, v = target.float().unbind(dim=2)
+        valid = torch.arange(x.shape[1], device=x.device) < counts[:, None]
+        point = torch.stack([x, y, torch.ones_like(x)], dim=1) * valid[:, None]  # B×3×M
+        across, down = (torch.cat([point, -to[:, None] * point], dim=1) for to in (u, v))
+        return cls(across, down, tolerance * point)
+
+    def rows(self, rows: Tensor) -> "_Residuals":
+        """Those of some pairs."""
+        return _Residuals(self.across[rows], self.down[rows], self.depth[rows])
+
+    def explained(self, models: Tensor) -> Tensor:
+        """B×n×3×3 → bool B×n×M."""
+        a, b, w = models.float().unbind(dim=2)  # B×n×3 each
+        across = torch.bmm(torch.cat([a, w], dim=2), self.across)
+        down = torch.bmm(torch.cat([b, w], dim=2), self.down)
+        depth = torch.bmm(w, self.depth)
+        return across.square_().addcmul_(down, down).addcmul_(depth, depth, value=-1) < 0
+
+    def count_explained(self, models: Tensor) -> Tensor:
+        """B×n×3×3 → B×n, how many matches each explains."""
+        numbers = CACHE_NUMBERS if models.device.type == "cpu" else DEVICE_NUMBERS
+        step = max(1, numbers // (self.depth.shape[0] * self.depth.shape[2]))
+        parts = [part.sum(dim=2) for part in map(self.explained, models.split(step, dim=1))]
+        return torch.cat(parts, dim=1)
+
+
+def _possible_models(source: Tensor, target: Tensor, samples: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Homographies of the first possible samples (4×B×n) of each pair, at most ``most`` (B,): B×m×3×3, m ≥ 1, of
+    which the first number (B,) count."""
+    quads = [_quads(points, samples) for points in (source, target)]
+    possible = possible_quads(*quads)  # B×n
+    place = possible.cumsum(dim=1)  # among the possible, from 1
+    possible &= place <= most[:, None]
+    number = possible.sum(dim=1)
+    order = place.new_zeros(len(place), max(1, int(number.max())))
+    pair, sample = possible.nonzero(as_tuple=True)
+    order[pair, place[pair, sample] - 1] = sample
+    chosen = samples.gather(2, order.expand(SAMPLE, -1, -1))
+    return four_point_homographies(*(_quads(points, chosen) for points in (source, target))), number
+
+
+def _quads(points: Tensor, samples: Tensor) -> Quads:
+    """Points B×M×2 of samples 4×B×n."""
+    x, y = (coordinate.expand(SAMPLE, -1, -1).gather(2, samples) for coordinate in points.unbind(dim=2))
+    return Quads(x, y)
+
+
+def _models_needed(share: Tensor) -> Tensor:
+    """Samples until one of inliers alone has been drawn with CONFIDENCE, at most MODELS, for shares of inliers."""
+    miss = (1 - share.double() ** SAMPLE).clamp(1e-300, 1 - 1e-15)
+    return (math.log(1 - CONFIDENCE) / miss.log()).clamp(max=MODELS)
+
+
+def _samples(counts: Tensor, first: int, last: int) -> Tensor:
+    """Samples of four different matches out of counts (B,), the first-th to the last-th that are ever drawn: 4×B×n."""
+    drawn = [_all_samples(count)[:, first:last] for count in counts.tolist()]
+    return torch.stack(drawn, dim=1).to(counts.device, torch.int64)
+
+
+@lru_cache(maxsize=256)
+def _all_samples(count: int) -> Tensor:
+    """Samples of four different matches out of count, as many as are ever drawn: int32 4×n."""
+    samples: list[tuple[int, ...]] = []
+    sample: list[int] = []
+    for match in (_random_numbers() % count).tolist():
+        if match not in sample:
+            sample.append(match)
+            if len(sample) == SAMPLE:
+                samples.append(tuple(sample))
+                sample = []
+    return torch.tensor(samples, dtype=torch.int32).T[:, : sum(BLOCKS)].contiguous()
+
+
+@lru_cache(maxsize=1)
+def _random_numbers() -> NDArray[np.uint32]:
+    """What OpenCV's generator, multiply-with-carry, yields from its RANSAC's seed; enough for samples of few matches,
+    in which numbers repeat."""
+    state, numbers = (1 << 64) - 1, []
+    for _ in range(3 * SAMPLE * sum(BLOCKS)):
+        state = (state & 0xFFFFFFFF) * 4164903690 + (state >> 32)
+        numbers.append(state & 0xFFFFFFFF)
+    return np.array(numbers, dtype=np.uint32)

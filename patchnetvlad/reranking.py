@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,7 +17,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import products_are_exact
-from patchnetvlad.ransac import ransac_score
+from patchnetvlad.ransac import ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.rounded_matching import rounded_mutual_matches
 from patchnetvlad.scores import Score
@@ -29,10 +28,15 @@ _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores wo
 Matcher = Callable[[Matches, PatchGrid, PatchGrid], Score]
 """Matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement."""
 
+ManyMatcher = Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]]
+"""The same for many pairs together, computed on a device."""
+
 MATCHERS: dict[str, Matcher] = {
     "RANSAC": ransac_score,
     "spatialApproximator": rapid_spatial_score,
 }
+
+TOGETHER: dict[Matcher, ManyMatcher] = {ransac_score: ransac_scores}  # for matchers that gain by it
 
 
 def find_matcher(name: str) -> Matcher:
@@ -82,7 +86,8 @@ class RankingScores:
 def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
     """Match and score two pictures at every patch size; their grids may differ."""
     matches = match_pair(query, reference)
-    return PairScore(_score(matches, query.grids, reference.grids, matcher), matches)
+    (scores,) = _score_all(query, [reference.grids], [matches], matcher)
+    return PairScore(scores, matches)
 
 
 def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches, ...]:
@@ -147,22 +152,18 @@ def rerank(
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
-    executor: Executor | None = None,
 ) -> Reranking:
     """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
-    candidates is consumed once and no more than two batches are held, so they may come from disk one by one.
-    batch_size: candidates matched in one go on the query's device; 1 suits the CPU, more suits an accelerator.
-    executor: threads that score while the next candidates are matched (OpenCV releases the interpreter lock).
+    candidates is consumed once and no more than a batch is held, so they may come from disk one by one.
+    batch_size: candidates matched and scored in one go on the query's device; 1 suits the CPU, more an accelerator.
     """
-    pending: list[Future[tuple[Score, ...]] | tuple[Score, ...]] = []
-    for candidate_grids, matches in _match_all(query, candidates, batch_size):
-        if executor is None:
-            pending.append(_score(matches, query.grids, candidate_grids, matcher))
-        else:
-            pending.append(executor.submit(_score, matches, query.grids, candidate_grids, matcher))
-    per_candidate = [item.result() if isinstance(item, Future) else item for item in pending]
-    values = [[score.value for score in scores] for scores in per_candidate]
+    values: list[list[float]] = []
+    stream = iter(candidates)
+    while batch := list(islice(stream, batch_size)):
+        matches = _match_all(query, batch)
+        scored = _score_all(query, [candidate.grids for candidate in batch], matches, matcher)
+        values += [[score.value for score in scores] for scores in scored]
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
@@ -189,30 +190,33 @@ def collect_scores(
     return RankingScores(tuple(patch_sizes), matcher, indices, fused, per_scale)
 
 
-def _score(
-    matches: Sequence[Matches],
-    query_grids: Sequence[PatchGrid],
-    reference_grids: Sequence[PatchGrid],
+def _score_all(
+    query: PatchFeatures,
+    reference_grids: Sequence[tuple[PatchGrid, ...]],
+    matches: Sequence[tuple[Matches, ...]],
     matcher: Matcher,
-) -> tuple[Score, ...]:
-    return tuple(map(matcher, matches, query_grids, reference_grids))
+) -> list[tuple[Score, ...]]:
+    """Scores of some references, one for each patch size."""
+    sizes = len(query.grids)
+    found = [one for some in matches for one in some]
+    others = [grid for grids in reference_grids for grid in grids]
+    own = list(query.grids) * len(matches)
+    if matcher in TOGETHER and found:
+        scores = TOGETHER[matcher](found, own, others, query.descriptors[0].device)
+    else:
+        scores = [matcher(*pair) for pair in zip(found, own, others, strict=True)]
+    return [tuple(scores[first : first + sizes]) for first in range(0, len(scores), sizes)]
 
 
-def _match_all(
-    query: PatchFeatures, candidates: Iterable[PatchFeatures], batch_size: int
-) -> Iterator[tuple[tuple[PatchGrid, ...], tuple[Matches, ...]]]:
-    """Grids and matches of each candidate, one for each patch size."""
-    stream = iter(candidates)
-    while batch := list(islice(stream, batch_size)):
-        if len(batch) == 1:
-            matches = [[found] for found in match_pair(query, batch[0].to(query.descriptors[0].device))]
-        else:
-            matches = [
-                _match_batch(patches, [candidate.descriptors[scale] for candidate in batch])
-                for scale, patches in enumerate(query.descriptors)
-            ]
-        for candidate, candidate_matches in zip(batch, zip(*matches, strict=True), strict=True):
-            yield candidate.grids, candidate_matches
+def _match_all(query: PatchFeatures, batch: Sequence[PatchFeatures]) -> list[tuple[Matches, ...]]:
+    """Matches of each candidate, one for each patch size."""
+    if len(batch) == 1:
+        return [match_pair(query, batch[0].to(query.descriptors[0].device))]
+    by_size = [
+        _match_batch(patches, [candidate.descriptors[scale] for candidate in batch])
+        for scale, patches in enumerate(query.descriptors)
+    ]
+    return list(zip(*by_size, strict=True))
 
 
 def _match_batch(query: Tensor, references: Sequence[Tensor]) -> list[Matches]:

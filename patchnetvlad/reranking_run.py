@@ -2,7 +2,6 @@
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -24,7 +23,6 @@ from patchnetvlad.reranking import (
 logger = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
-SCORING_THREADS = 2  # score while the next candidates are matched
 
 
 def rerank_queries(
@@ -55,11 +53,10 @@ def rerank_queries(
     batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
     rerankings = []
     started = time.perf_counter()
-    with ThreadPoolExecutor(SCORING_THREADS) as executor:
-        for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
-            query = queries.patches(row).to(device)
-            candidates = (database.patches(index) for index in head)
-            rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size, executor))
+    for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
+        query = queries.patches(row).to(device)
+        candidates = (database.patches(index) for index in head)
+        rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size))
     pairs = sum(map(len, heads))
     seconds = time.perf_counter() - started
     logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))

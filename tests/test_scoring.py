@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patchnetvlad.matching import Matches
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.ransac import ransac_score
+from patchnetvlad.ransac import SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.scores import Score
 
@@ -168,3 +168,59 @@ def test_scores_are_finite_and_not_negative(data):
         assert 0 <= result.value < np.inf
         assert len(result.inliers) == count
     assert ransac_score(matches, grid, other).value <= 1
+
+
+def partly_right(grid: PatchGrid, right: int, wrong: int, seed: int) -> Matches:
+    """Matches of which some follow a mild homography, and the others nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    place = grid.centers().double()
+    truth = torch.tensor([[0.9, 0.05, 20.0], [-0.04, 1.05, -8.0], [3e-5, -2e-5, 1.0]], dtype=torch.float64)
+    mapped = torch.cat([place, torch.ones(len(place), 1)], dim=1) @ truth.T
+    nearest = torch.cdist(mapped[:, :2] / mapped[:, 2:], place).argmin(dim=1)
+    reference = torch.randperm(len(grid), generator=generator)[: right + wrong]
+    query = nearest[reference]
+    query[right:] = torch.randint(len(grid), (wrong,), generator=generator)
+    return Matches(query, reference)
+
+
+def opencv_inliers(matches: Matches, grid: PatchGrid) -> int:
+    points = (grid.centers()[side].numpy() for side in (matches.reference, matches.query))
+    _, mask = cv2.findHomography(*points, cv2.RANSAC, TOLERANCE * grid.pitch_pixels)
+    return int(mask.sum())
+
+
+@pytest.mark.parametrize("right,wrong", [(100, 20), (60, 100), (30, 200), (0, 150), (4, 0), (12, 30)])
+def test_ransac_finds_as_many_inliers_as_opencv(right, wrong):
+    grid = PatchGrid(30, 40, 5)
+    differences = []
+    for seed in range(5):
+        matches = partly_right(grid, right, wrong, seed)
+        differences.append(int(ransac_score(matches, grid, grid).inliers.sum()) - opencv_inliers(matches, grid))
+    # OpenCV may lose inliers when it refines its homography; no more than two are lost here.
+    assert min(differences) >= -2
+    assert np.median(np.abs(differences)) <= 2
+
+
+def test_pairs_scored_together_score_as_alone():
+    grids = [PatchGrid(30, 40, 5), PatchGrid(20, 25, 2), PatchGrid(30, 40, 3), PatchGrid(6, 8, 2)]
+    matches = [partly_right(grids[0], 50, 60, 0), partly_right(grids[1], 30, 9, 1), partly_right(grids[2], 0, 90, 2)]
+    matches.append(none_of(3))
+    together = ransac_scores(matches, grids, grids, torch.device("cpu"))
+    for found, grid, score in zip(matches, grids, together, strict=True):
+        alone = ransac_score(found, grid, grid)
+        assert torch.equal(score.inliers, alone.inliers) and score.value == alone.value
+        if alone.homography is not None:
+            torch.testing.assert_close(score.homography, alone.homography)
+    assert ransac_scores([], [], [], torch.device("cpu")) == []
+
+
+def test_a_consensus_is_what_its_homography_explains():
+    grid = PatchGrid(30, 40, 5)
+    matches = partly_right(grid, 80, 40, 3)
+    source, target = (grid.centers()[side][None] / 16 for side in (matches.reference, matches.query))
+    inliers, homography = consensus(source, target, torch.tensor([len(matches)]), TOLERANCE)
+    mapped = torch.cat([source, torch.ones(1, len(matches), 1)], dim=2).double() @ homography.transpose(1, 2)
+    distance = (mapped[..., :2] / mapped[..., 2:] - target).norm(dim=2)
+    clear = (distance - TOLERANCE).abs() > 1e-3
+    assert torch.equal(inliers[clear], (distance < TOLERANCE)[clear])
+    assert int(inliers.sum()) >= 80 > SAMPLE
