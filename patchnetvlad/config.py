@@ -64,6 +64,8 @@ class FeatureExtractConfig:
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
     # Type of the patch descriptors on disk.
     feature_dtype: str = setting("float32", choice("float32", "float16", "int8"))
+    # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact.
+    precision: str = setting("float32", choice("float32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
 
 

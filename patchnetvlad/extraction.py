@@ -83,15 +83,18 @@ def describe_list(
         estimated = False
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
             for indices, batch in batches:
-                began = time.perf_counter()
-                described = model.describe(batch.to(model.device))
-                if not estimated:  # the first batch tells the feature map's size and the speed
-                    seconds = (time.perf_counter() - began) / len(indices) * len(missing)
-                    _announce(folder, header, described.grids, len(missing), seconds)
-                    estimated = True
-                for position, index in enumerate(indices):
-                    writer.write(index, described.global_[position], described.picture(position))
-                bar.update(len(indices))
+                # One picture at a time stays in a processor's cache; an accelerator wants them all
+                step = 1 if model.device.type == "cpu" else len(indices)
+                for first in range(0, len(indices), step):
+                    began = time.perf_counter()
+                    described = model.describe(batch[first : first + step].to(model.device))
+                    if not estimated:  # the first ones tell the feature map's size and the speed
+                        seconds = (time.perf_counter() - began) / step * len(missing)
+                        _announce(folder, header, described.grids, len(missing), seconds)
+                        estimated = True
+                    for position, index in enumerate(indices[first : first + step]):
+                        writer.write(index, described.global_[position], described.picture(position))
+                    bar.update(step)
         writer.finish()
     seconds = time.perf_counter() - started
     logger.info("described %d pictures in %s", len(missing), _duration(seconds))
@@ -138,6 +141,7 @@ def _header(
             "backbone": config.global_params.backbone,
             "vladv2": config.global_params.vladv2,
             "picture_size": resized,
+            "precision": size.precision,
             "exif_rotation": size.exif_rotation,
         },
         names=pictures.names,

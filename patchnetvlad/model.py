@@ -22,7 +22,8 @@ class PlaceModel(nn.Module):
     """A place recognition model.
 
     Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``. ``patch_sizes`` and ``strides``
-    count positions of the feature map; both are empty for a purely global model.
+    count positions of the feature map; both are empty for a purely global model. ``precision`` is that of the encoder
+    and the WPCA product in `describe`: torch.float32 or torch.bfloat16; pooling stays in float32.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class PlaceModel(nn.Module):
         self.output_dims = num_pcs or pooled_dims
         self.patch_sizes = tuple(patch_sizes) if pooling == "patchnetvlad" else ()
         self.strides = tuple(strides) if pooling == "patchnetvlad" else ()
+        self.precision = torch.float32
 
     def add_wpca(self, fit: WPCAFit) -> None:
         """Project to the dimensions of a fit from now on, in place of any projection there was."""
@@ -80,8 +82,9 @@ class PlaceModel(nn.Module):
 
     @torch.inference_mode()
     def describe(self, pictures: Tensor) -> Descriptors:
-        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``."""
-        feature_map = self.encoder(pictures)
+        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``; float32."""
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            feature_map = self.encoder(pictures)
         if not self.patch_sizes:
             return Descriptors(self.whiten(self.pool(feature_map)), (), ())
         assert isinstance(self.pool, NetVLAD)
@@ -95,4 +98,4 @@ class PlaceModel(nn.Module):
         """Pooled descriptors, …×dims, to what the model gives out: through WPCA if there is one, unit rows."""
         if self.WPCA is None:
             return F.normalize(descriptors, dim=-1, eps=EPSILON)
-        return cast(Tensor, self.WPCA(descriptors))
+        return cast(Tensor, self.WPCA(descriptors, self.precision))

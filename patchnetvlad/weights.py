@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from patchnetvlad.checkpoints import Checkpoint, build_model, file_sha256, load_state, read_checkpoint
@@ -38,7 +39,9 @@ def load_model(config: Config) -> tuple[PlaceModel, Checkpoint]:
             "(damaged or replaced? delete both files to fetch it again)"
         )
     logger.info("weights: %s (SHA-256 %s…)", path, checkpoint.sha256[:12])
-    return build_model(checkpoint, config.global_params), checkpoint
+    model = build_model(checkpoint, config.global_params)
+    model.precision = getattr(torch, config.feature_extract.precision)
+    return model, checkpoint
 
 
 def initialise_encoder(model: PlaceModel, config: Config) -> None:

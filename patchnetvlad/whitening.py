@@ -26,6 +26,7 @@ class WPCA(nn.Module):
     def __init__(self, input_dims: int, output_dims: int) -> None:
         super().__init__()
         self.add_module("0", nn.Conv2d(input_dims, output_dims, kernel_size=1))
+        self._reduced: tuple[tuple[object, ...], Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -41,11 +42,23 @@ class WPCA(nn.Module):
     def output_dims(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, descriptors: Tensor) -> Tensor:
-        """…×(K·C) rows to …×D unit rows, in float32."""
+    def forward(self, descriptors: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+        """…×(K·C) rows to …×D unit rows, float32; precision: of the matrix product."""
         with torch.autocast(descriptors.device.type, enabled=False):
-            projected = F.linear(descriptors.float(), self.weight, self.bias)
+            if precision == torch.float32:
+                projected = F.linear(descriptors.float(), self.weight, self.bias)
+            else:
+                product = F.linear(descriptors.to(precision), self._weight_as(precision))
+                projected = product.float() + self.bias
             return F.normalize(projected, dim=-1, eps=EPSILON)
+
+    def _weight_as(self, precision: torch.dtype) -> Tensor:
+        """The weight in another precision, kept until it changes."""
+        weight = self.weight
+        key = (weight.data_ptr(), self.get_parameter("0.weight")._version, weight.device, precision)
+        if self._reduced is None or self._reduced[0] != key:
+            self._reduced = (key, weight.detach().to(precision))
+        return self._reduced[1]
 
     @torch.no_grad()
     def set_fit(self, fit: "WPCAFit") -> None:

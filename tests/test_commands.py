@@ -298,3 +298,12 @@ def test_kapture_to_msls(tmp_path, capsys):
 def test_help_says_the_defaults(script):
     shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "default:" in shown.stdout
+
+
+def test_features_of_another_precision_are_not_mixed_with(small_model, features, tmp_path, capsys):
+    rough = [*small_model, "--set", "feature_extract.precision=bfloat16"]
+    assert extract(rough, QUERY_LIST, tmp_path / "query") == 0
+    rows = [np.load(folder / "query/globalfeats.npy") for folder in (features, tmp_path)]
+    assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
+    assert match(rough, features, tmp_path / "results") == 2
+    assert "precision" in failure(capsys)

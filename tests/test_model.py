@@ -90,3 +90,18 @@ def test_grey_pictures_are_described(tmp_path):
     model = PlaceModel("rootsift", "netvlad", 2).eval()
     described = model.describe(prepare_image(read_image(tmp_path / "grey.png"), 60, 80)[None])
     assert torch.isfinite(described.global_).all()
+
+
+def test_bfloat16_is_close_and_says_so_by_its_rounding(published_model):
+    picture = prepare_image(read_image(DATA / "synthetic/scene_a.png"), 240, 320)[None]
+    exact = published_model.describe(picture)
+    published_model.precision = torch.bfloat16
+    try:
+        rough = published_model.describe(picture)
+    finally:
+        published_model.precision = torch.float32
+    assert rough.global_.dtype == torch.float32
+    for first, second in zip((exact.global_, *exact.patches), (rough.global_, *rough.patches), strict=True):
+        cosines = (first * second).sum(dim=-1)
+        assert cosines.min() > 0.98
+        assert not torch.equal(first, second)

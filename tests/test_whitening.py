@@ -59,3 +59,14 @@ def test_refusals_name_both_numbers():
         fit_wpca(samples, 11)
     with pytest.raises(UserError, match="whitening = 2"):
         fit_wpca(samples, 3, whitening=2)
+
+
+def test_a_reduced_weight_follows_the_weight():
+    generator = torch.Generator().manual_seed(0)
+    layer, rows = WPCA(32, 8), torch.randn(5, 32, generator=generator)
+    with torch.no_grad():
+        before = layer(rows, torch.bfloat16)
+        torch.testing.assert_close(before, layer(rows), atol=0.02, rtol=0)
+        layer.weight.neg_()
+        layer.bias.neg_()
+        torch.testing.assert_close(layer(rows, torch.bfloat16), -before)

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Recall of the bundled model by how patches are stored and how they are scored, on folders of real pictures.
+
+    python benchmarks/recalls.py --dataset_root_dir ROOT --datasets corridor ietower_small --output benchmarks
+
+ROOT holds a folder for each data set, with {name}_imageNames_index.txt, {name}_imageNames_query.txt and {name}.npz;
+writes recalls.json and recalls.md. Pictures are described once; float16 and int8 are made from float32.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from patchnetvlad.config import Config, load_config
+from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
+from patchnetvlad.extraction import describe_list, store_header
+from patchnetvlad.feature_store import FeatureStore, FeatureWriter
+from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.locations import require_file
+from patchnetvlad.matching import Matches
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.ransac import TOLERANCE
+from patchnetvlad.reranking import MATCHERS
+from patchnetvlad.scores import Score
+from patchnetvlad.weights import load_model
+
+PARTS = ("query", "index")
+DTYPES = ("float32", "float16", "int8")
+N_VALUES = (1, 5, 10)
+
+
+def opencv_score(matches: Matches, query_grid: PatchGrid, reference_grid: PatchGrid) -> Score:
+    """RANSAC as OpenCV does it, one pair at a time."""
+    nothing = Score(0.0, torch.zeros(len(matches), dtype=torch.bool))
+    if len(matches) < 4:
+        return nothing
+    points = (reference_grid.centers()[matches.reference].numpy(), query_grid.centers()[matches.query].numpy())
+    homography, mask = cv2.findHomography(*points, cv2.RANSAC, TOLERANCE * query_grid.pitch_pixels)
+    if homography is None:
+        return nothing
+    return Score(int(mask.sum()) / len(query_grid), torch.from_numpy(mask[:, 0].astype(bool)))
+
+
+def stored_as(config: Config, dtype: str) -> Config:
+    return replace(config, feature_extract=replace(config.feature_extract, feature_dtype=dtype))
+
+
+def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
+    """Write the features of both lists in every dtype; returns MB of patch descriptors a picture."""
+    model, checkpoint = load_model(config)
+    megabytes = {}
+    for part in PARTS:
+        pictures = read_image_list(root / f"{root.name}_imageNames_{part}.txt", root)
+        describe_list(model, checkpoint, stored_as(config, "float32"), pictures, work / "float32" / part, progress=True)
+        for dtype in DTYPES:
+            folder = work / dtype / part
+            if dtype != "float32":
+                with FeatureStore.open(work / "float32" / part, pictures.names, pictures.feature_names) as store:
+                    header = store_header(model, checkpoint, stored_as(config, dtype), pictures)
+                    with FeatureWriter(folder, header) as writer:
+                        for index in range(len(pictures)):
+                            writer.write(index, torch.from_numpy(store.global_[index]), store.patches(index))
+                        writer.finish()
+            size = sum(path.stat().st_size for path in folder.glob("patchfeats_*"))
+            megabytes[dtype] = size / len(pictures) / 1e6
+    return megabytes
+
+
+def run(config: Config, root: Path, work: Path, dtype: str, matcher: str) -> Evaluation:
+    config = replace(config, feature_match=replace(config.feature_match, matcher=matcher))
+    lists = [root / f"{root.name}_imageNames_{part}.txt" for part in PARTS]
+    folders = [work / dtype / part for part in PARTS]
+    sources = Sources(root, lists[0], lists[1], folders[0], folders[1], root / f"{root.name}.npz")
+    return evaluate(stored_as(config, dtype), sources, work / "results", torch.device("cpu"), progress=True)
+
+
+def recalls(evaluation: Evaluation, stage: str) -> list[float]:
+    recall = evaluation.recalls[stage]
+    return [round(100 * recall.all_queries[recall.n_values.index(n)], 1) for n in N_VALUES]
+
+
+def agreement(first: Evaluation, second: Evaluation) -> dict[str, float]:
+    """Of the same queries and candidates under two ways of scoring: how often the best is the same, in %, and the mean
+    rank correlation of the fused scores."""
+    assert first.scores is not None and second.scores is not None
+    same = first.scores.indices[:, 0] == second.scores.indices[:, 0]
+    correlations = []
+    for rows in range(len(same)):
+        order = [np.argsort(one.scores.indices[rows]) for one in (first, second) if one.scores is not None]
+        fused = [one.scores.fused[rows] for one in (first, second) if one.scores is not None]
+        correlations.append(float(spearmanr(fused[0][order[0]], fused[1][order[1]]).statistic))
+    return {
+        "same_first": round(100 * float(same.mean()), 1),
+        "rank_correlation": round(float(np.mean(correlations)), 3),
+    }
+
+
+def measure(config: Config, root: Path) -> dict:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        megabytes = extract_all(config, root, work)
+        rows = []
+        spatial = {dtype: run(config, root, work, dtype, "spatialApproximator") for dtype in DTYPES}
+        rows.append({"stage": "retrieval alone", "recalls": recalls(spatial["float32"], RETRIEVAL)})
+        for dtype, evaluation in spatial.items():
+            row = {"stage": f"rapid spatial, {dtype}", "recalls": recalls(evaluation, RERANKING)}
+            rows.append(row | {"megabytes": round(megabytes[dtype], 2)})
+        MATCHERS["OpenCV"] = opencv_score
+        ransac, opencv = (run(config, root, work, "float32", matcher) for matcher in ("RANSAC", "OpenCV"))
+        rows.append({"stage": "RANSAC, float32", "recalls": recalls(ransac, RERANKING)})
+        rows.append({"stage": "RANSAC of OpenCV, float32", "recalls": recalls(opencv, RERANKING)})
+        return {"queries": len(ransac.queries), "rows": rows, "ransac_agreement": agreement(ransac, opencv)}
+
+
+def table(results: dict) -> str:
+    lines = []
+    for name, found in results.items():
+        lines += [f"{name}, {found['queries']} queries:", ""]
+        lines += ["| how | MB a picture | Recall@1 | @5 | @10 |", "|---|---|---|---|---|"]
+        for row in found["rows"]:
+            values = " | ".join(f"{value:.1f}" for value in row["recalls"])
+            lines.append(f"| {row['stage']} | {row.get('megabytes', '')} | {values} |")
+        agree = found["ransac_agreement"]
+        lines += [
+            "",
+            f"RANSAC here and OpenCV's name the same best picture for {agree['same_first']} % of the queries; the mean "
+            f"rank correlation of their candidates is {agree['rank_correlation']}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and write its files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_root_dir", type=Path, required=True)
+    parser.add_argument("--datasets", nargs="+", default=["corridor", "ietower_small"])
+    parser.add_argument("--config_path", default="builtin.ini")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    args = parser.parse_args(arguments)
+    config = load_config(require_file(args.config_path, "configs"))
+    results = {name: measure(config, args.dataset_root_dir / name) for name in args.datasets}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "recalls.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "recalls.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
