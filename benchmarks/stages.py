@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -32,14 +33,14 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader
 from patchnetvlad.images import image_batches, prepare_image, read_image
 from patchnetvlad.locations import require_file, shipped_folder
-from patchnetvlad.matching import mutual_matches
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
-from patchnetvlad.patch_netvlad import patch_descriptors
-from patchnetvlad.reranking import MATCHERS, fuse, rerank
+from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
+from patchnetvlad.reranking import MATCHERS, TOGETHER, fuse, match_pair, rerank
 from patchnetvlad.retrieval import retrieve
 
 REPEATS = 5
+MAP_SIZE = (30, 40)  # of 640×480 pictures
 
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -53,10 +54,27 @@ def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     return float(np.median(times))
 
 
+def least_seconds(work: Callable[[], object], repeats: int = 15) -> float:
+    """Least time of a call: what the machine can do when nothing disturbs it."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def product_rate(rows: int, inner: int, columns: int) -> float:
     """Measured rate of a float32 matrix product of these sizes, in FLOP/s."""
     first, second = torch.randn(rows, inner), torch.randn(inner, columns)
-    return 2 * rows * inner * columns / median_seconds(lambda: first @ second)
+    return 2 * rows * inner * columns / least_seconds(lambda: first @ second)
+
+
+def int8_rate(rows: int, inner: int, columns: int) -> float:
+    """Measured rate of an int8 matrix product of these sizes, in operations a second."""
+    first, second = (torch.randint(-127, 127, (n, inner), dtype=torch.int8) for n in (rows, columns))
+    return 2 * rows * inner * columns / least_seconds(lambda: torch._int_mm(first, second.T))
 
 
 def random_model(config: Config) -> PlaceModel:
@@ -101,12 +119,23 @@ def extraction_stages(config: Config, pictures: list[Path], folder: Path) -> dic
     with FeatureWriter(folder / "whole", header, overwrite=True) as writer:
         started = time.perf_counter()
         for indices, tensors in image_batches(pictures, 480, 640, batch, 2):
-            together = model.describe(tensors)
             for position, index in enumerate(indices):
-                writer.write(index, together.global_[position], together.picture(position))
+                one = model.describe(tensors[position : position + 1])
+                writer.write(index, one.global_[0], one.picture(0))
         writer.finish()
         stages["whole"] = (time.perf_counter() - started) / len(pictures)
+    exact = model.describe(picture)
+    model.precision = torch.bfloat16
+    stages["describe, bfloat16"] = median_seconds(lambda: model.describe(picture), 3)
+    rough = model.describe(picture)
+    stages["cosine, bfloat16"] = min(map(centred_cosine, exact.patches, rough.patches))
     return stages
+
+
+def centred_cosine(exact: torch.Tensor, rough: torch.Tensor) -> float:
+    """Median cosine of descriptors after their common mean, which random weights make large, is taken off."""
+    mean = exact.mean(dim=1, keepdim=True)
+    return float(F.cosine_similarity(exact - mean, rough - mean, dim=-1).median())
 
 
 def store_header(model: PlaceModel, names: list[str]) -> StoreHeader:
@@ -115,16 +144,25 @@ def store_header(model: PlaceModel, names: list[str]) -> StoreHeader:
     )
 
 
-def related_pictures(config: Config, count: int) -> list[PatchFeatures]:
-    """Descriptors with the statistics that matter for time: unit rows, of which a part finds a true counterpart."""
+def overlapping_pictures(config: Config, count: int, dims: int | None = None) -> list[PatchFeatures]:
+    """Descriptors with the statistics that matter for time: patches that overlap are alike, as means of one random
+    field over windows, and similarities spread as those of fully whitened RootSIFT, which half as many directions as
+    dimensions give. Picture 1 shows the place of picture 0, the others are of other places."""
     params = config.global_params
+    dims = dims or params.num_pcs
     model = PlaceModel("vgg16", "patchnetvlad", 16, 0, params.patch_sizes, params.strides)
-    grids = model.grids(30, 40)
+    grids = model.grids(*MAP_SIZE)
     generator = torch.Generator().manual_seed(1)
-    common = [torch.randn(len(grid), params.num_pcs, generator=generator) for grid in grids]
     pictures = []
-    for _ in range(count):
-        rows = [F.normalize(shared + 1.5 * torch.randn(shared.shape, generator=generator), dim=1) for shared in common]
+    directions = torch.randn(dims // 2, dims, generator=generator)
+    shared = torch.randn(*MAP_SIZE, dims // 2, generator=generator)
+    for number in range(count):
+        field = torch.randn(*MAP_SIZE, dims // 2, generator=generator)
+        field = (field + shared if number < 2 else field) @ directions
+        rows = []
+        for size, stride in zip(params.patch_sizes, params.strides, strict=True):
+            sums = window_sums(window_sums(field, size, stride, 1), size, stride, 0)
+            rows.append(F.normalize(sums.flatten(0, 1), dim=1))
         pictures.append(PatchFeatures(tuple(rows), grids))
     return pictures
 
@@ -132,28 +170,46 @@ def related_pictures(config: Config, count: int) -> list[PatchFeatures]:
 @torch.inference_mode()
 def matching_stages(config: Config, folder: Path) -> dict[str, float]:
     """Seconds a pair for each stage, for the whole in memory, and for the plain reference."""
-    pictures = related_pictures(config, 6)
+    pictures = overlapping_pictures(config, 6)
     query, candidates = pictures[0], pictures[1:]
+    rounded_query = query.round_as("query")
+    rounded = [candidate.round_as("reference") for candidate in candidates]
     weights = config.feature_match.patchweights2use
+    name = config.feature_match.matcher
     pairs = [
-        (query.descriptors[scale], candidate.descriptors[scale], grid)
+        (query.descriptors[scale], candidate.descriptors[scale])
         for candidate in candidates
-        for scale, grid in enumerate(query.grids)
+        for scale in range(len(query.grids))
     ]
-    count = len(candidates)
-    found = [mutual_matches(first, second) for first, second, _ in pairs]
-    matcher = MATCHERS[config.feature_match.matcher]
+    count, sizes = len(candidates), len(query.grids)
+    found = [match_pair(query, candidate) for candidate in candidates]
+    for one, (eight, exact) in enumerate(
+        zip([match_pair(rounded_query, candidate) for candidate in rounded], found, strict=True)
+    ):
+        for first, second in zip(eight, exact, strict=True):
+            same = torch.equal(first.query, second.query) and torch.equal(first.reference, second.reference)
+            assert same, f"8-bit products gave other matches for candidate {one}"
+
+    def score(matcher: str) -> None:
+        for matches in found:
+            if MATCHERS[matcher] in TOGETHER:
+                TOGETHER[MATCHERS[matcher]](matches, query.grids, query.grids, torch.device("cpu"))
+            else:
+                for some, grid in zip(matches, query.grids, strict=True):
+                    MATCHERS[matcher](some, grid, grid)
+
     stages = {
-        "similarity": median_seconds(lambda: [first @ second.T for first, second, _ in pairs]) / count,
-        "matches": median_seconds(lambda: [mutual_matches(first, second) for first, second, _ in pairs]) / count,
+        "similarity": median_seconds(lambda: [first @ second.T for first, second in pairs]) / count,
+        "matches": median_seconds(lambda: [match_pair(query, candidate) for candidate in candidates]) / count,
+        "rounding": median_seconds(lambda: [candidate.round_as("reference") for candidate in candidates]) / count,
+        "matches, 8 bits": median_seconds(lambda: [match_pair(rounded_query, other) for other in rounded]) / count,
     }
-    for name, scoring in MATCHERS.items():
-        stages[name] = (
-            median_seconds(lambda: [scoring(m, g, g) for m, (_, _, g) in zip(found, pairs, strict=True)]) / count  # noqa: B023
-        )
-    stages["fusion"] = median_seconds(lambda: fuse(np.random.default_rng(0).random((100, len(weights))), weights))
-    stages["whole"] = median_seconds(lambda: rerank(query, candidates, weights, matcher)) / count
-    stages["reference"] = median_seconds(lambda: [plain_pair(query, other) for other in candidates], 2) / count
+    stages |= {matcher: median_seconds(lambda: score(matcher)) / count for matcher in MATCHERS}  # noqa: B023
+    stages["fusion"] = median_seconds(lambda: fuse(np.random.default_rng(0).random((100, sizes)), weights)) / 100
+    matcher = MATCHERS[name]
+    stages["whole, float32"] = median_seconds(lambda: rerank(query, candidates, weights, matcher)) / count
+    stages["whole, 8 bits"] = median_seconds(lambda: rerank(rounded_query, rounded, weights, matcher)) / count
+    stages["reference"] = median_seconds(lambda: [plain_pair(query, other, name) for other in candidates], 2) / count
     names = [f"p{index}" for index in range(len(pictures))]
     model = PlaceModel("vgg16", "patchnetvlad", 16, 0, config.global_params.patch_sizes, config.global_params.strides)
     header = replace(store_header(model, names), num_dims=config.global_params.num_pcs)
@@ -171,14 +227,21 @@ def matching_stages(config: Config, folder: Path) -> dict[str, float]:
     return stages
 
 
-def plain_pair(query: PatchFeatures, reference: PatchFeatures) -> list[float]:
-    """One pair as the formulas read: distances of unit vectors, arg-min in both directions, a loop over matches."""
+def plain_pair(query: PatchFeatures, reference: PatchFeatures, matcher: str) -> list[float]:
+    """One pair as the formulas read: distances of unit vectors, arg-min in both directions, a loop over matches or
+    OpenCV's homography."""
     scores = []
     for rows, others, grid in zip(query.descriptors, reference.descriptors, query.grids, strict=True):
         distances = (2 - 2 * (rows @ others.T)).clamp(min=0).sqrt()
         forward, backward = distances.argmin(dim=1), distances.argmin(dim=0)
         matched = [(i, int(j)) for i, j in enumerate(forward) if backward[j] == i]
-        indices = grid.indices()
+        indices, centers = grid.indices(), grid.centers()
+        if matcher == "RANSAC":
+            one, other = zip(*matched, strict=True)
+            points = centers[list(other)].numpy(), centers[list(one)].numpy()
+            _, mask = cv2.findHomography(*points, cv2.RANSAC, 1.5 * grid.pitch_pixels)
+            scores.append(float(mask.sum()) / len(grid))
+            continue
         moved = [(indices[j] - indices[i]).tolist() for i, j in matched]
         mean = np.mean(moved, axis=0) if moved else np.zeros(2)
         total = sum(
@@ -186,6 +249,36 @@ def plain_pair(query: PatchFeatures, reference: PatchFeatures) -> list[float]:
         )
         scores.append(float(total) / len(grid))
     return scores
+
+
+@torch.inference_mode()
+def curves(pictures: list[Path]) -> dict[str, dict[str, float]]:
+    """How time grows: seconds to extract n pictures, to re-rank n candidates of a query, to match a pair of n
+    dimensions."""
+    speed, performance = (load_config(require_file(f"{name}.ini", "configs")) for name in ("speed", "performance"))
+    model = random_model(speed)
+
+    def extract(count: int) -> None:
+        for _, tensors in image_batches((pictures * count)[:count], 480, 640, 1, 2):
+            model.describe(tensors)
+
+    query, *others = overlapping_pictures(speed, 11)
+    weights, matcher = speed.feature_match.patchweights2use, MATCHERS[speed.feature_match.matcher]
+    by_dims, by_dims_rounded = {}, {}
+    for dims in (128, 256, 512, 1024, 2048, 4096):
+        pair = overlapping_pictures(performance, 3, dims)[1:]
+        rounded = pair[0].round_as("query"), pair[1].round_as("reference")
+        by_dims[str(dims)] = median_seconds(lambda: match_pair(*pair))  # noqa: B023
+        by_dims_rounded[str(dims)] = median_seconds(lambda: match_pair(*rounded))  # noqa: B023
+    return {
+        "pictures": {str(n): median_seconds(lambda: extract(n), 2) for n in (1, 2, 5, 10)},  # noqa: B023
+        "candidates": {
+            str(n): median_seconds(lambda: rerank(query, (others * n)[:n], weights, matcher), 3)  # noqa: B023
+            for n in (1, 5, 10, 25, 50, 100)
+        },
+        "dimensions, float32": by_dims,
+        "dimensions, 8 bits": by_dims_rounded,
+    }
 
 
 def retrieval_times(dims: int, sizes: list[int]) -> dict[int, float]:
@@ -240,31 +333,55 @@ def machine() -> dict[str, str | int]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Stages of each preset as stacked bars, beside the floor of its matrix products."""
+    """Stages of each preset as stacked bars beside the floor of its matrix products, and how time grows."""
     presets = list(results["presets"])
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
+    (first, second, third), (fourth, fifth, sixth) = figure.subplots(2, 3)
     kinds = [
-        ("extraction", ("encode", "pool", "wpca"), "a picture"),
-        ("matching", ("matches", "scoring"), "a pair"),
+        (first, "extraction", ("encode", "pool", "wpca"), "whole", 1, "seconds a picture"),
+        (second, "matching", ("matches, 8 bits", "scoring"), "whole, 8 bits", 1000, "milliseconds a pair"),
     ]
-    for axes, (kind, stages, unit) in zip(figure.subplots(1, 2), kinds, strict=True):
+    for axes, kind, stages, whole, scale, unit in kinds:
         left = np.zeros(len(presets))
         for stage, colour in zip(stages, ("#3b6ea8", "#e0a030", "#5aa469"), strict=False):
-            values = np.array([results["presets"][name][kind][stage] for name in presets]) * 1000
+            values = np.array([results["presets"][name][kind][stage] for name in presets]) * scale
             axes.barh(presets, values, left=left, label=stage, color=colour)
             left += values
-        whole = [results["presets"][name][kind]["whole"] * 1000 for name in presets]
-        axes.plot(whole, presets, "k|", markersize=18, markeredgewidth=2, label="whole, overlapped")
-        floor = [results["presets"][name][kind]["floor"] * 1000 for name in presets]
-        axes.plot(floor, presets, "r|", markersize=18, markeredgewidth=2, label="floor")
-        axes.set_xlabel(f"milliseconds {unit}")
+        for column, mark, label in (
+            (whole, "k|", "whole"),
+            ("reference", "b|", "plain"),
+            ("floor", "r|", "float32 floor"),
+        ):
+            times = [results["presets"][name][kind].get(column) for name in presets]
+            if None not in times:
+                axes.plot(np.array(times) * scale, presets, mark, markersize=22, markeredgewidth=2, label=label)
+        axes.set_xlabel(unit)
+        axes.set_title(kind)
         if kind == "matching":
             axes.set_xscale("log")
+        axes.margins(y=0.25)
         axes.invert_yaxis()
-        axes.legend(fontsize=7, frameon=False)
-        axes.set_title(kind)
-    figure.savefig(path, dpi=150)
+        axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+    def line(axes: Axes, times: dict[str, float], label: str = "", scale: float = 1.0) -> None:
+        axes.plot([int(n) for n in times], [scale * seconds for seconds in times.values()], "o-", label=label)
+
+    grown = results["curves"]
+    line(third, grown["pictures"])
+    third.set(title="extraction, speed.ini", xlabel="pictures", ylabel="seconds", ylim=(0, None))
+    line(fourth, grown["candidates"])
+    fourth.set(title="re-ranking, speed.ini", xlabel="candidates", ylabel="seconds a query", ylim=(0, None))
+    line(fifth, grown["dimensions, float32"], "float32", 1000)
+    line(fifth, grown["dimensions, 8 bits"], "8 bits, checked", 1000)
+    fifth.set(title="matches, patches 2, 5, 8", xlabel="dimensions", ylabel="milliseconds a pair", ylim=(0, None))
+    fifth.legend(frameon=False)
+    line(sixth, results["retrieval"], scale=1000)
+    sixth.set(title="exact retrieval, 512 dimensions", xlabel="pictures", ylabel="milliseconds a query")
+    sixth.set(xscale="log", yscale="log")
+    for axes in (third, fourth, fifth, sixth):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def table(results: dict) -> str:
@@ -273,7 +390,7 @@ def table(results: dict) -> str:
     versions = ", ".join(f"{key} {who[key]}" for key in ("patchnetvlad", "torch", "numpy", "opencv", "faiss"))
     lines = [
         f"{who['processor']}, {who['cores']} cores, {who['threads']} threads; {versions}.",
-        f"Matrix product in float32: {results['gflops']:.0f} GFLOP/s.",
+        f"Matrix product: {results['gflops']:.0f} GFLOP/s in float32, {results['gops_int8']:.0f} GOP/s in int8.",
         "",
     ]
     for kind, unit, scale in (("extraction", "seconds a picture", 1.0), ("matching", "milliseconds a pair", 1000.0)):
@@ -289,6 +406,17 @@ def table(results: dict) -> str:
     lines.append("| pictures | " + " | ".join(f"{int(size):,}" for size in sizes) + " |")
     lines.append("|---" * (len(sizes) + 1) + "|")
     lines.append("| time | " + " | ".join(f"{1000 * seconds:.3g}" for seconds in sizes.values()) + " |")
+    units = {
+        "pictures": "Extraction with speed.ini, seconds for so many pictures",
+        "candidates": "Re-ranking with speed.ini, milliseconds a query for so many candidates",
+        "dimensions, float32": "Matches at patch sizes 2, 5, 8 in float32, milliseconds a pair by dimensions",
+        "dimensions, 8 bits": "The same by 8-bit products, checked in float32",
+    }
+    for name, title in units.items():
+        times = results["curves"][name]
+        scale = 1 if name == "pictures" else 1000
+        lines += ["", f"{title}:", "", "| " + " | ".join(times) + " |", "|---" * len(times) + "|"]
+        lines.append("| " + " | ".join(f"{scale * seconds:.3g}" for seconds in times.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -302,6 +430,7 @@ def main() -> None:
     args = parser.parse_args()
     rate = product_rate(1131, 4096, 1131)
     results: dict = {"machine": machine(), "gflops": rate / 1e9, "presets": {}}
+    results["gops_int8"] = int8_rate(1131, 4096, 1131) / 1e9
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with synthetic_pictures(folder / "pictures", args.pictures) as pictures:
@@ -315,6 +444,7 @@ def main() -> None:
                 matching["floor"] = floor["similarity"]
                 results["presets"][preset] = {"extraction": extraction, "matching": matching}
                 print(preset, json.dumps(results["presets"][preset], indent=1), flush=True)
+            results["curves"] = curves(pictures)
     results["retrieval"] = {str(size): value for size, value in retrieval_times(512, args.database_sizes).items()}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "stages.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -23,7 +23,7 @@ PATCH_GLOB = "patchfeats_psize*_*.npy"
 # Not made from the feature name, which may already fill what a file system allows.
 _TEMPORARY_NAME = ".writing.npy.tmp"
 
-# Below this the factor 127/maxabs leaves float32; next to unit rows it is zero.
+# Below this the factor 127²/maxabs leaves float32; next to unit rows it is zero.
 _SMALLEST_MAXABS = 1e-30
 
 
@@ -42,8 +42,9 @@ def patch_file_name(patch_size: int, feature_name: str) -> str:
 def encode(descriptors: Tensor, dtype: str) -> StoredArray:
     """P×D descriptors as float32, float16 or int8, on the CPU; without a copy where they already are.
 
-    int8 is symmetric, with one scale for the whole tensor: value = integer · max|descriptors| / 127, rounded to
-    nearest. Raises ValueError for NaN or infinity.
+    int8 keeps square roots, so that small numbers, which most are, get the finer steps: with the scale
+    max|descriptors| / 127² of the whole tensor, value = integer · |integer| · scale, rounded to the nearest root.
+    Raises ValueError for NaN or infinity.
     """
     descriptors = descriptors.detach()
     maxabs = _largest_magnitude(descriptors)
@@ -54,8 +55,9 @@ def encode(descriptors: Tensor, dtype: str) -> StoredArray:
         if maxabs < _SMALLEST_MAXABS:
             scale, descriptors = 0.0, torch.zeros_like(descriptors, dtype=torch.int8)
         else:
-            scale = maxabs / 127
-            descriptors = (descriptors.to(torch.float32) * (127 / maxabs)).round_().to(torch.int8)
+            scale = maxabs / 127**2
+            roots = (descriptors.to(torch.float32) * (127**2 / maxabs)).abs_().sqrt_()
+            descriptors = roots.copysign_(descriptors).round_().to(torch.int8)
     else:
         descriptors = descriptors.to(getattr(torch, dtype))
     return StoredArray(descriptors.contiguous().cpu().numpy(), scale)
@@ -64,7 +66,7 @@ def encode(descriptors: Tensor, dtype: str) -> StoredArray:
 def decode(stored: StoredArray) -> Tensor:
     """Stored descriptors as a float32 P×D tensor; float32 shares its memory with the array."""
     descriptors = torch.from_numpy(stored.array).to(torch.float32)
-    return descriptors if stored.scale is None else descriptors.mul_(stored.scale)
+    return descriptors if stored.scale is None else descriptors.mul_(descriptors.abs()).mul_(stored.scale)
 
 
 def array_file_bytes(shape: tuple[int, int], dtype: str) -> int:

@@ -55,7 +55,8 @@ class WPCA(nn.Module):
     def _weight_as(self, precision: torch.dtype) -> Tensor:
         """The weight in another precision, kept until it changes."""
         weight = self.weight
-        key = (weight.data_ptr(), self.get_parameter("0.weight")._version, weight.device, precision)
+        version = 0 if weight.is_inference() else weight._version  # counts changes in place
+        key = (weight.data_ptr(), version, weight.device, precision)
         if self._reduced is None or self._reduced[0] != key:
             self._reduced = (key, weight.detach().to(precision))
         return self._reduced[1]
