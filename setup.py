@@ -36,8 +36,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
         "faiss-cpu>=1.8",
