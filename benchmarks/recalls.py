@@ -107,7 +107,7 @@ def measure(config: Config, root: Path) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         megabytes = extract_all(config, root, work)
-        rows = []
+        rows: list[dict] = []
         spatial = {dtype: run(config, root, work, dtype, "spatialApproximator") for dtype in DTYPES}
         rows.append({"stage": "retrieval alone", "recalls": recalls(spatial["float32"], RETRIEVAL)})
         for dtype, evaluation in spatial.items():

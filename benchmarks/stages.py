@@ -45,26 +45,25 @@ NO_TIMES = ("differing matches", "cosine, bfloat16")
 MAP_SIZE = (30, 40)  # of 640×480 pictures
 
 
-def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median time of a call after one that does not count."""
+def seconds_of(work: Callable[[], object], repeats: int) -> list[float]:
+    """Times of some calls after one that does not count."""
     work()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return float(np.median(times))
+    return times
+
+
+def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median time of a call."""
+    return float(np.median(seconds_of(work, repeats)))
 
 
 def least_seconds(work: Callable[[], object], repeats: int = 15) -> float:
     """Least time of a call: what the machine can do when nothing disturbs it."""
-    work()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return min(seconds_of(work, repeats))
 
 
 def product_rate(rows: int, inner: int, columns: int) -> float:

@@ -196,7 +196,9 @@ def _all_samples(count: int) -> Tensor:
             if len(sample) == SAMPLE:
                 samples.append(tuple(sample))
                 sample = []
-    return torch.tensor(samples, dtype=torch.int32).T[:, : sum(BLOCKS)].contiguous()
+                if len(samples) == sum(BLOCKS):
+                    break
+    return torch.tensor(samples, dtype=torch.int32).T.contiguous()
 
 
 @lru_cache(maxsize=1)

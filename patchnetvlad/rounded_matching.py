@@ -37,24 +37,29 @@ def rounded_mutual_matches(
     keep = exact == _largest(exact, rows, len(query))[rows]
     keep &= exact == _largest(exact, columns, len(reference))[columns]
     rows, columns, exact = rows[keep], columns[keep], exact[keep]
-    # What is left is the best of its row and column among the possible pairs. Rivals are all others which, within the
-    # bound, may be better still.
-    for along_row in (True, False):
-        if along_row:
-            near = similarity[rows] >= (exact - row_error[rows])[:, None]
-            pair, rival = near.nonzero(as_tuple=True)
-        else:
-            near = similarity[:, columns] >= exact - column_error[columns]
-            rival, pair = near.nonzero(as_tuple=True)
-        own = (columns if along_row else rows)[pair]
-        pair, rival, own = (some[rival != own] for some in (pair, rival, own))
-        first, second = (rows[pair], rival) if along_row else (rival, columns[pair])
-        rivals = _similarities(query, reference, first, second)
-        better = (rivals > exact[pair]) | ((rivals == exact[pair]) & (rival < own))
-        keep = torch.ones(len(rows), dtype=torch.bool)
-        keep[pair[better]] = False
-        rows, columns, exact = rows[keep], columns[keep], exact[keep]
-    return Matches(rows, columns)
+    # What is left is the best of its row and column among the possible pairs; others may still beat it
+    keep = _unbeaten(similarity, row_error, query, reference, rows, columns, exact)
+    rows, columns, exact = rows[keep], columns[keep], exact[keep]
+    keep = _unbeaten(similarity.T, column_error, reference, query, columns, rows, exact)
+    return Matches(rows[keep], columns[keep])
+
+
+def _unbeaten(
+    similarity: Tensor, error: Tensor, own: Tensor, other: Tensor, rows: Tensor, columns: Tensor, exact: Tensor
+) -> Tensor:
+    """Which of n pairs, of these exact similarities, no other column of their row beats: bool (n,).
+
+    Compared exactly are the columns that may be better within the error (P,) of the approximate similarity, P×P'; of
+    equal ones the first is better.
+    """
+    near = similarity[rows] >= (exact - error[rows])[:, None]
+    pair, rival = near.nonzero(as_tuple=True)
+    pair, rival = (some[rival != columns[pair]] for some in (pair, rival))
+    rivals = _similarities(own, other, rows[pair], rival)
+    better = (rivals > exact[pair]) | ((rivals == exact[pair]) & (rival < columns[pair]))
+    unbeaten = torch.ones(len(rows), dtype=torch.bool)
+    unbeaten[pair[better]] = False
+    return unbeaten
 
 
 def _similarities(query: Tensor, reference: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
