@@ -198,6 +198,7 @@ def test_a_process_that_is_killed_resumes_exactly(trained: TrainedRun, msls: Pat
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    time.sleep(1.1)  # TensorBoard orders event files by the second in their names, then by process number
     (last,) = tmp_path.glob("*/checkpoints/checkpoint.pth.tar")
     epochs = max(3, read_checkpoint(last).extras["epoch"] + 1)
     assert train(command_line(msls, tmp_path, "--nEpochs", str(epochs), "--resume_path", str(last))) == 0
