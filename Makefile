@@ -25,8 +25,8 @@ $(VENV)/.installed: setup.py | $(VENV)/bin/python
 
 $(VENV)/.installed-test: setup.py | $(VENV)/bin/python
 	$(VENV)/bin/pip install --disable-pip-version-check -q -e '.[test]'
-	@# kapture's own requirements would replace the headless OpenCV; its readers, which tests drive, need only these
-	@$(VENV)/bin/pip install --disable-pip-version-check -q numba numpy-quaternion && \
+	@# kapture's own requirements would replace the headless OpenCV; what tests drive of it needs only these
+	@$(VENV)/bin/pip install --disable-pip-version-check -q cvxpy numba numpy-quaternion && \
 		$(VENV)/bin/pip install --disable-pip-version-check -q --no-deps kapture kapture-localization || \
 		echo "kapture cannot be installed: the tests that drive it will be skipped"
 	@touch $@ $(VENV)/.installed

@@ -1,8 +1,6 @@
 """Poses against the kapture package and kapture-localization, on a small dataset that kapture itself writes."""
 
 import struct
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +104,10 @@ def test_poses_as_kapture_reads_them(kapture, dataset):
         assert ours[name].center == pytest.approx(np.array(pose.inverse().t).ravel(), abs=1e-9)
 
 
-@pytest.mark.parametrize("method", ["equal", "similarity"])
-def test_approximations_as_kapture_localization(kapture, dataset, monkeypatch, method):
+@pytest.mark.parametrize("method", ["equal", "barycentric", "similarity"])
+def test_approximations_as_kapture_localization(kapture, dataset, method):
+    pytest.importorskip("cvxpy")  # with which it solves for barycentric weights
     from kapture.io.csv import kapture_from_dir
-
-    monkeypatch.setitem(sys.modules, "cvxpy", types.ModuleType("cvxpy"))  # needed by its barycentric weights alone
     from kapture_localization.image_retrieval.pairing import StackedGlobalFeatures
     from kapture_localization.pose_approximation import PoseApproximationMethods
     from kapture_localization.pose_approximation.pose_interpolation import get_interpolated_pose
@@ -124,6 +121,7 @@ def test_approximations_as_kapture_localization(kapture, dataset, monkeypatch, m
     vectors = {part: rows / np.linalg.norm(rows, axis=1, keepdims=True) for part, rows in vectors.items()}
     theirs = {
         "equal": PoseApproximationMethods.equal_weighted_barycenter,
+        "barycentric": PoseApproximationMethods.barycentric_descriptor_interpolation,
         "similarity": PoseApproximationMethods.cosine_similarity,
     }[method]
     weights = get_interpolation_weights(
@@ -139,7 +137,7 @@ def test_approximations_as_kapture_localization(kapture, dataset, monkeypatch, m
         predictions,
         list(database.values()),
         4,
-        {"equal": equal_weights, "similarity": similarity_weights(8)}[method],
+        {"equal": equal_weights, "barycentric": barycentric_weights, "similarity": similarity_weights(8)}[method],
         vectors["query"],
         vectors["mapping"],
     )
