@@ -12,11 +12,12 @@ from patchnetvlad.datasets import summary
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.known_results import BENCHMARKS
 from patchnetvlad.locations import making_folder, require_file
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json
 from patchnetvlad.measures import Measures, judge
 from patchnetvlad.measures import measure as measure_judged
-from patchnetvlad.reproduction import BENCHMARKS, Comparison, Estimate, free_disk, joined, prepare
+from patchnetvlad.reproduction import Comparison, Estimate, free_disk, joined, prepare
 from patchnetvlad.reproduction import reproduce as run_benchmark
 from patchnetvlad.result_files import read_predictions
 

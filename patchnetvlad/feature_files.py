@@ -23,15 +23,22 @@ PATCH_GLOB = "patchfeats_psize*_*.npy"
 # Not made from the feature name, which may already fill what a file system allows.
 _TEMPORARY_NAME = ".writing.npy.tmp"
 
-# Below this the factor 127²/maxabs leaves float32; next to unit rows it is zero.
-_SMALLEST_MAXABS = 1e-30
+# Below this the reciprocal leaves float32; next to unit rows it is zero.
+_SMALLEST_SCALE = 1e-34
+
+
+# Bands of consecutive dimensions with a scale of their own: WPCA orders dimensions by variance.
+_BANDS = 16
 
 
 class StoredArray(NamedTuple):
-    """Patch descriptors as stored: a P×D array, and for int8 the factor that turns it into numbers."""
+    """Patch descriptors as stored: a P×D array, and for int8 a factor for each band of dimensions.
+
+    A band is ⌈D/16⌉ dimensions, the last one what is left.
+    """
 
     array: np.ndarray
-    scale: float | None
+    scales: tuple[float, ...] | None
 
 
 def patch_file_name(patch_size: int, feature_name: str) -> str:
@@ -43,30 +50,49 @@ def encode(descriptors: Tensor, dtype: str) -> StoredArray:
     """P×D descriptors as float32, float16 or int8, on the CPU; without a copy where they already are.
 
     int8 keeps square roots, so that small numbers, which most are, get the finer steps: with the scale
-    max|descriptors| / 127² of the whole tensor, value = integer · |integer| · scale, rounded to the nearest root.
-    Raises ValueError for NaN or infinity.
+    max|descriptors| / 127² of each band of dimensions, value = integer · |integer| · scale, rounded to the nearest
+    root. Raises ValueError for NaN or infinity.
     """
     descriptors = descriptors.detach()
-    maxabs = _largest_magnitude(descriptors)
-    if not math.isfinite(maxabs):
+    if not math.isfinite(_largest_magnitude(descriptors)):
         raise ValueError("descriptors hold NaN or infinity")
-    scale = None
+    scales = None
     if dtype == "int8":
-        if maxabs < _SMALLEST_MAXABS:
-            scale, descriptors = 0.0, torch.zeros_like(descriptors, dtype=torch.int8)
-        else:
-            scale = maxabs / 127**2
-            roots = (descriptors.to(torch.float32) * (127**2 / maxabs)).abs_().sqrt_()
-            descriptors = roots.copysign_(descriptors).round_().to(torch.int8)
+        descriptors = descriptors.to(torch.float32)
+        dims = descriptors.shape[1]
+        largest = descriptors.abs().amax(dim=0) if len(descriptors) else descriptors.new_zeros(dims)
+        bands = torch.stack([band.max() for band in largest.split(band_width(dims))]) / 127**2
+        bands = torch.where(bands < _SMALLEST_SCALE, 0.0, bands)
+        scales = tuple(bands.tolist())
+        roots = (descriptors * _of_dimensions(scales, descriptors).reciprocal().nan_to_num_(posinf=0.0)).abs_().sqrt_()
+        descriptors = roots.copysign_(descriptors).round_().to(torch.int8)
     else:
         descriptors = descriptors.to(getattr(torch, dtype))
-    return StoredArray(descriptors.contiguous().cpu().numpy(), scale)
+    return StoredArray(descriptors.contiguous().cpu().numpy(), scales)
 
 
 def decode(stored: StoredArray) -> Tensor:
     """Stored descriptors as a float32 P×D tensor; float32 shares its memory with the array."""
     descriptors = torch.from_numpy(stored.array).to(torch.float32)
-    return descriptors if stored.scale is None else descriptors.mul_(descriptors.abs()).mul_(stored.scale)
+    if stored.scales is None:
+        return descriptors
+    return descriptors.mul_(descriptors.abs()).mul_(_of_dimensions(stored.scales, descriptors))
+
+
+def band_width(dims: int) -> int:
+    """Dimensions of one band of an int8 array."""
+    return math.ceil(dims / _BANDS)
+
+
+def num_bands(dims: int) -> int:
+    """Bands, and so scales, of an int8 array."""
+    return math.ceil(dims / band_width(dims))
+
+
+def _of_dimensions(scales: tuple[float, ...], descriptors: Tensor) -> Tensor:
+    """The scale of each dimension of P×D descriptors: (D,)."""
+    dims = descriptors.shape[1]
+    return descriptors.new_tensor(scales).repeat_interleave(band_width(dims))[:dims]
 
 
 def array_file_bytes(shape: tuple[int, int], dtype: str) -> int:

@@ -17,6 +17,7 @@ from patchnetvlad.feature_files import (
     PATCH_GLOB,
     array_file_bytes,
     create_rows_file,
+    num_bands,
     patch_file_name,
     read_array_info,
     remove_temporary_files,
@@ -60,7 +61,8 @@ def estimate_bytes(header: StoreHeader, map_size: tuple[int, int], num_pictures:
     num_pictures: how many, by default all of the list; a resumed run gives the number of missing ones.
     """
     num_pictures = len(header.names) if num_pictures is None else num_pictures
-    line = entry_line(ManifestEntry(num_pictures, "n" * 64, "n" * 64, map_size, (1 / 3,) * len(header.strides)))
+    scales = ((1e-5 / 3,) * num_bands(header.num_dims),) * len(header.strides) if header.dtype == "int8" else ()
+    line = entry_line(ManifestEntry(num_pictures, "n" * 64, "n" * 64, map_size, scales))
     one = sum(array_file_bytes((header.num_dims, len(grid)), header.dtype) for grid in header.grids(map_size))
     return num_pictures * (one + 4 * header.num_dims + len(line))
 

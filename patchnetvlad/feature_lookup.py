@@ -18,7 +18,7 @@ class StoredPicture:
 
     files: tuple[Path, ...]
     grids: tuple[PatchGrid, ...]
-    scales: tuple[float | None, ...]
+    scales: tuple[tuple[float, ...] | None, ...]
 
 
 def manifest_pictures(folder: Path, manifest: Manifest, patch_sizes: tuple[int, ...]) -> list[StoredPicture]:

@@ -14,13 +14,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.feature_files import num_bands
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 
 MANIFEST_NAME = "manifest.jsonl"
 FEATURE_DTYPES = ("float32", "float16", "int8")
 
 _FORMAT = "patchnetvlad features"
-_VERSION = 1
+_VERSION = 2
 _DAMAGED = "edited or damaged; restore it, or extract again with --overwrite"
 
 
@@ -101,15 +102,15 @@ class ManifestHeader:
 class ManifestEntry:
     """One finished picture.
 
-    map_size: (height, width) of its feature map, None in a purely global store; scales: for int8, one factor for
-    each patch size, otherwise empty.
+    map_size: (height, width) of its feature map, None in a purely global store; scales: for int8, those of
+    each patch size (one for each band of dimensions), otherwise empty.
     """
 
     index: int
     name: str
     feature_name: str
     map_size: tuple[int, int] | None
-    scales: tuple[float, ...]
+    scales: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _parse_entry(line: bytes, header: ManifestHeader) -> ManifestEntry | None:
             name=str(record["name"]),
             feature_name=str(record["feature_name"]),
             map_size=None if map_size is None else (int(map_size[0]), int(map_size[1])),
-            scales=tuple(float(scale) for scale in record.get("scales", ())),
+            scales=tuple(tuple(float(scale) for scale in bands) for bands in record.get("scales", ())),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
@@ -225,6 +226,7 @@ def _parse_entry(line: bytes, header: ManifestHeader) -> ManifestEntry | None:
     right = (
         0 <= entry.index < header.num_pictures
         and len(entry.scales) == num_scales
+        and all(len(bands) == num_bands(header.num_dims) for bands in entry.scales)
         and (entry.map_size is not None or not header.patch_sizes)
         and "/" not in entry.feature_name
     )

@@ -140,7 +140,7 @@ class FeatureStore:
         count = len(picture.grids)
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
-        descriptors = tuple(decode(StoredArray(array, scale)) for array, scale in stored)
+        descriptors = tuple(decode(StoredArray(array, scales)) for array, scales in stored)
         parts = [torch.from_numpy(array) for array in arrays[count:]]
         rounded = tuple(RoundedPatches(*parts[first : first + 3]) for first in range(0, len(parts), 3))
         return PatchFeatures(descriptors, picture.grids, rounded)
@@ -172,8 +172,8 @@ class FeatureStore:
         picture = self._pictures[index]
         arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
         if self._role is not None:
-            for array, scale in zip(tuple(arrays), picture.scales, strict=True):
-                rounded = round_patches(decode(StoredArray(array, scale)), self._role)
+            for array, scales in zip(tuple(arrays), picture.scales, strict=True):
+                rounded = round_patches(decode(StoredArray(array, scales)), self._role)
                 arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm)]
         return tuple(arrays)
 

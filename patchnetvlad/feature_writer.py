@@ -159,7 +159,7 @@ class FeatureWriter:
             assert self._opened.rows is not None  # this picture is missing, so the rows are not complete
             self._opened.rows.seek(self._opened.rows_offset + index * row.nbytes)
             _write_all(self._opened.rows, row.tobytes())
-            scales = tuple(scale for _, scale in stored if scale is not None)
+            scales = tuple(bands for _, bands in stored if bands is not None)
             entry = ManifestEntry(index, name, feature_name, _map_size(patches), scales)
             _append(self._opened.manifest, entry_line(entry))
         except UserError as error:

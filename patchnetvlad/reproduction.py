@@ -1,7 +1,6 @@
-"""The known results and what it takes to repeat them: one entry a dataset, one run of the whole chain."""
+"""A benchmark's known results repeated: one run of the whole chain, from lists to comparison."""
 
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +11,14 @@ import torch
 
 from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config, load_config
-from patchnetvlad.dataset_makers import MAKERS, finish
-from patchnetvlad.datasets import Dataset
+from patchnetvlad.dataset_makers import finish
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, add_city, evaluate
+from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate
 from patchnetvlad.extraction import describe_list, loading_threads, store_header
 from patchnetvlad.feature_store import estimate_bytes
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
+from patchnetvlad.known_results import BENCHMARKS, Benchmark, Known, Part
 from patchnetvlad.locations import find_file, require_file
 from patchnetvlad.measure_files import Protocol, read_judged
 from patchnetvlad.measures import Measures, join, measure
@@ -30,39 +29,6 @@ from patchnetvlad.weights import PUBLISHED, load_model
 logger = logging.getLogger(__name__)
 
 _BASE_GB = 1.5  # of memory for Python, torch and the encoder's feature maps
-_NETVLAD_SPECIFICATIONS = "the .mat files are NetVLAD's dataset specifications, on its project page at the WILLOW team"
-
-
-@dataclass(frozen=True)
-class Known:
-    """A known result: Recall@N in % by N of one stage; source: whose; band: how many points lower and higher pass,
-    None where it is shown beside ours only."""
-
-    stage: str
-    recalls: dict[int, float]
-    source: str
-    band: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One list pair of a dataset: the names of its lists and ground truth."""
-
-    lists: str
-    ground_truth: str
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """How a known result was made. where: to get the data from; make: its lists from the root, where they are not at
-    hand; overrides: of the configuration."""
-
-    config: str
-    parts: tuple[Part, ...]
-    known: tuple[Known, ...]
-    where: str
-    overrides: tuple[str, ...] = ()
-    make: Callable[[Path], list[Dataset]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,76 +39,6 @@ class Comparison:
     n: int
     measured: float
     passed: bool | None = field(default=None)
-
-
-_TEST_SETS = "a folder with its lists, its .npz and its pictures, as distributed"
-BENCHMARKS: dict[str, Benchmark] = {
-    "pitts30k": Benchmark(
-        "speed.ini",
-        (Part("pitts30k", "pitts30k_test"),),
-        (
-            Known(RERANKING, {1: 87.09, 5: 94.05, 10: 95.67}, "users, pittsburgh_WPCA512, spatial", (1.0, 1.0)),
-            Known(RERANKING, {1: 88.0}, "paper, spatial, 4096 dimensions"),
-        ),
-        f"the authors of NetVLAD give it on request (Pittsburgh250k); {_NETVLAD_SPECIFICATIONS}",
-        ("global_params.resumepath=./pretrained_models/pittsburgh_WPCA",),
-        lambda root: MAKERS["pitts30k"].make(root, mat=None, split="test"),
-    ),
-    "tokyo247": Benchmark(
-        "performance.ini",
-        (Part("tokyo247", "tokyo247"),),
-        (Known(RERANKING, {1: 86.0, 5: 88.6, 10: 90.5}, "paper, multi-scale RANSAC", (2.0, 3.0)),),
-        f"the authors of Tokyo 24/7 give it on request; {_NETVLAD_SPECIFICATIONS}",
-        ("global_params.resumepath=./pretrained_models/pittsburgh_WPCA", "feature_match.panorama_cutouts=12"),
-        lambda root: MAKERS["tokyo247"].make(root, mat=None),
-    ),
-    "msls_val": Benchmark(
-        "performance.ini",
-        (Part("mapillarycph", "mapillarycph"), Part("mapillarysf", "mapillarysf")),
-        (
-            Known(RETRIEVAL, {1: 71.1, 5: 81.5, 10: 84.3}, "users, Mapillary weights", (1.5, 1.5)),
-            Known(RERANKING, {1: 80.8, 5: 86.5, 10: 88.4}, "users, Mapillary weights", (1.5, 1.5)),
-            Known(RETRIEVAL, {1: 60.8}, "paper"),
-            Known(RERANKING, {1: 79.5}, "paper, multi-scale RANSAC"),
-        ),
-        "www.mapillary.com/dataset/places",
-        (),
-        lambda root: MAKERS["msls"].make(root, cities=["val"]),
-    ),
-    "nordland": Benchmark(
-        "performance.ini",
-        (Part("nordland", "nordland"),),
-        (),
-        "nrkbeta.no has the journeys; frames cut from them are on the pages of several groups, such as QUT's",
-        (),
-        lambda root: MAKERS["nordland"].make(root),
-    ),
-    "corridor": Benchmark(
-        "builtin.ini",
-        (Part("corridor", "corridor"),),
-        (
-            Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
-            Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
-            Known(RERANKING, {1: 90.1, 5: 99.1, 10: 100.0}, "HybridNet, stored run"),
-        ),
-        _TEST_SETS,
-    ),
-    "ietower_small": Benchmark(
-        "builtin.ini",
-        (Part("ietower_small", "ietower_small"),),
-        (
-            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
-            Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
-        ),
-        _TEST_SETS,
-    ),
-    "sf_toy": Benchmark(
-        "builtin.ini",
-        (Part("sf_toy", "sf_toy"),),
-        (Known(RETRIEVAL, {1: 50.0, 5: 100.0, 10: 100.0}, "dense RootSIFT + VLAD-64; 4 queries prove nothing"),),
-        _TEST_SETS,
-    ),
-}
 
 
 @dataclass(frozen=True)

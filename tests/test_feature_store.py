@@ -23,7 +23,7 @@ import patchnetvlad.feature_writer as feature_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_cache import PictureCache
-from patchnetvlad.feature_files import decode, encode
+from patchnetvlad.feature_files import decode, encode, num_bands
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import unique_feature_names
 from patchnetvlad.patch_grid import EncoderGeometry
@@ -139,8 +139,9 @@ def test_int8_scales_are_in_the_manifest(tmp_path):
     assert line["name"] == "day/b.jpg" and line["map"] == [5, 7]
     _, features = make_features(header, 2)
     integers = np.load(tmp_path / "patchfeats_psize2_b.npy").astype(float)
-    numbers = integers * np.abs(integers) * line["scales"][0]
-    assert np.abs(numbers.T - features.descriptors[0].numpy()).max() <= 127.5 * line["scales"][0]
+    scales = np.array(line["scales"][0])[:, None]  # six dimensions: each is a band
+    numbers = integers * np.abs(integers) * scales
+    assert (np.abs(numbers - features.descriptors[0].numpy().T) <= 127.5 * scales).all()
 
 
 def test_manifest_says_what_made_it(tmp_path):
@@ -161,11 +162,21 @@ def test_int8_error_is_at_most_half_a_step_of_roots(descriptors):
     stored = encode(descriptors, "int8")
     maxabs = float(descriptors.abs().max()) if len(descriptors) else 0.0
     assert stored.array.dtype == np.int8 and stored.array.shape == tuple(descriptors.shape)
-    assert stored.scale == pytest.approx(maxabs / 127**2, abs=1e-30)
+    assert stored.scales is not None and stored.scales[0] == pytest.approx(maxabs / 127**2, rel=1e-6, abs=1e-30)
     error = (decode(stored) - descriptors).abs()
     # The root r, 0 to 127, is off by up to 1/2, its square by r + 1/4
-    most = ((descriptors.abs() / max(maxabs, 1e-30)).sqrt() * 127 + 0.25) * stored.scale
+    most = ((descriptors.abs() / max(maxabs, 1e-30)).sqrt() * 127 + 0.25) * stored.scales[0]
     assert (error <= most * 1.001 + 1e-30).all()
+
+
+def test_int8_bands_have_steps_of_their_own():
+    spread = torch.logspace(0, -5, 40)  # 14 bands of up to 3 dimensions
+    descriptors = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * spread
+    descriptors[:, 36:] = 0
+    stored = encode(descriptors, "int8")
+    assert stored.scales is not None and len(stored.scales) == num_bands(40) == 14 and stored.scales[-1] == 0
+    error = (decode(stored) - descriptors).abs()
+    assert (error <= 4 * spread / 127).all() and (error[:, 36:] == 0).all()
 
 
 def test_float32_is_not_copied():
@@ -337,7 +348,7 @@ def test_a_damaged_line_further_up_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first", [b"", b"{}\n", b"[1]\n", b"\xff\n", b'{"format": "patchnetvlad features", "version": 1}\n']
+    "first", [b"", b"{}\n", b"[1]\n", b"\xff\n", b'{"format": "patchnetvlad features", "version": 2}\n']
 )
 def test_a_damaged_header_is_refused(tmp_path, first):
     (tmp_path / "manifest.jsonl").write_bytes(first)
@@ -347,8 +358,8 @@ def test_a_damaged_header_is_refused(tmp_path, first):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    (tmp_path / "manifest.jsonl").write_text('{"format": "patchnetvlad features", "version": 2}\n')
-    with pytest.raises(UserError, match="version 2"):
+    (tmp_path / "manifest.jsonl").write_text('{"format": "patchnetvlad features", "version": 9}\n')
+    with pytest.raises(UserError, match="version 9"):
         FeatureWriter(tmp_path, make_header())
 
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from patchnetvlad import commands
 from patchnetvlad.coordinates import Zone, to_geographic
+from patchnetvlad.patch_rounding import products_are_exact
 from patchnetvlad.place_commands import locate
 from patchnetvlad.position import estimate_position, score_positions
 
@@ -92,6 +93,9 @@ def test_one_picture_as_in_the_run(run, small_model, tmp_path, capsys):
     options += ["--index_input_features_dir", str(run / "index")]
     assert locate([*options, "--positions", str(tmp_path / "one.csv")]) == 0
     assert "easting" in capsys.readouterr().out
+    rounded = [*options, "--set", "feature_match.similarity=int8", "--positions", str(tmp_path / "rounded.csv")]
+    if products_are_exact():
+        assert locate(rounded) == 0 and rows_of(tmp_path / "rounded.csv") == rows_of(tmp_path / "one.csv")
     assert (
         locate(
             [

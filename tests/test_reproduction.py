@@ -13,9 +13,10 @@ from patchnetvlad import reproduction
 from patchnetvlad.commands import feature_match
 from patchnetvlad.dataset_commands import measure, reproduce
 from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.known_results import BENCHMARKS, Benchmark, Known, Part
 from patchnetvlad.measures import judge
 from patchnetvlad.measures import measure as measure_judged
-from patchnetvlad.reproduction import BENCHMARKS, Benchmark, Known, Part, compare
+from patchnetvlad.reproduction import compare
 
 EXAMPLES = ROOT / "example_images"
 
