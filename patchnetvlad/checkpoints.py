@@ -1,11 +1,12 @@
 """Checkpoints: read, check and write the published format."""
 
 import hashlib
+import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from patchnetvlad.config import GlobalParams
 from patchnetvlad.encoders import ENCODERS
 from patchnetvlad.errors import UserError
 from patchnetvlad.model import PlaceModel
+
+logger = logging.getLogger(__name__)
 
 # Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names
 _scalar = np.float64(0).__reduce__()[0]
@@ -92,6 +95,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def without_projection(checkpoint: Checkpoint) -> Checkpoint:
+    """The same without its WPCA, if it has one, which is said."""
+    if not checkpoint.num_pcs:
+        return checkpoint
+    logger.info("%s: its WPCA of %d dimensions is dropped", checkpoint.path, checkpoint.num_pcs)
+    state = {key: value for key, value in checkpoint.state.items() if not key.startswith("WPCA.")}
+    return replace(checkpoint, state=state)
 
 
 def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:

@@ -201,6 +201,18 @@ class Config:
             )
         self._check_picture_size("feature_match", self.feature_match)
 
+    def for_training(self) -> "Config":
+        """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
+        params, train = self.global_params, self.train
+        pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
+        sizes = replace(
+            self.feature_extract,
+            imageresizew=train.imageresizew,
+            imageresizeh=train.imageresizeh,
+            cachebatchsize=train.cachebatchsize,
+        )
+        return replace(self, global_params=replace(params, pooling=pooling, num_pcs=0), feature_extract=sizes)
+
     def check_training(self) -> None:
         """Raises UserError unless [train] has the picture size of extraction, and radii that fit together."""
         self._check_picture_size("train", self.train)

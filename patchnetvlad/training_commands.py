@@ -16,7 +16,8 @@ from patchnetvlad.images import require_readable
 from patchnetvlad.locations import require_file
 from patchnetvlad.rendered_msls import SMALL_TREE, write_msls
 from patchnetvlad.training_data import TrainingData
-from patchnetvlad.training_run import RunOptions, add_wpca, read_training_data, train_model
+from patchnetvlad.training_run import RunOptions, read_training_data, train_model
+from patchnetvlad.wpca_addition import add_wpca
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,17 @@
-"""One training run from configuration to checkpoints, and WPCA for what it made."""
+"""One training run from configuration to checkpoints."""
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, write_checkpoint
+from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, without_projection
 from patchnetvlad.cluster_files import cluster_file, read_clusters, write_clusters
 from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
 from patchnetvlad.config import Config, config_text
@@ -21,7 +21,7 @@ from patchnetvlad.frozen_layers import freeze
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.model_fitting import WPCA_SAMPLES, add_projection, initialise_pool, picture_batches
+from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.own_dataset import read_own_dataset
 from patchnetvlad.training import Trainer
@@ -37,7 +37,6 @@ from patchnetvlad.training_state import (
 )
 from patchnetvlad.validation import check_validation
 from patchnetvlad.weights import initialise_encoder
-from patchnetvlad.whitening import check_num_pcs
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
             processes.count,
             config.global_params.ngpu,
         )
-    config = _training_config(config)
+    config = config.for_training()
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
     data = _read_data(config, options, processes, progress)
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
@@ -124,62 +123,12 @@ def read_training_data(config: Config, root: Path, own_dataset: Path | None) -> 
     )
 
 
-def add_wpca(
-    config: Config, resume_path: Path, paths: list[Path], device: torch.device, progress: bool = False
-) -> Path:
-    """Fit WPCA on global descriptors of up to 10,000 of the pictures and write the checkpoint with it.
-
-    A projection that the checkpoint has already is dropped. Needs about 1.5 GB for 10,000 descriptors of 8,192
-    numbers beside the model. Returns the new file, its name that of the checkpoint with _WPCA{num_pcs}.
-    Raises UserError when num_pcs is not below the number of pictures, or above the descriptors' length.
-    """
-    num_pcs = config.global_params.num_pcs
-    if not num_pcs:
-        raise UserError("[global_params] num_pcs = 0: expected the number of dimensions to project to")
-    checkpoint = read_checkpoint(resume_path)
-    config = _training_config(config)
-    model = _weights(checkpoint, config).to(device)
-    rng = np.random.default_rng(config.train.seed)
-    if len(paths) > WPCA_SAMPLES:
-        paths = [paths[row] for row in sorted(rng.choice(len(paths), WPCA_SAMPLES, replace=False).tolist())]
-    check_num_pcs(num_pcs, len(paths), model.output_dims)
-    config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
-    batches = picture_batches(config, paths, device, progress, "Describing")
-    fit = add_projection(model, batches, len(paths), config)
-    path = resume_path.with_name(resume_path.name.removesuffix(".pth.tar") + f"_WPCA{num_pcs}.pth.tar")
-    epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
-    write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
-    return path
-
-
-def _training_config(config: Config) -> Config:
-    """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
-    params, train = config.global_params, config.train
-    pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
-    sizes = replace(
-        config.feature_extract,
-        imageresizew=train.imageresizew,
-        imageresizeh=train.imageresizeh,
-        cachebatchsize=train.cachebatchsize,
-    )
-    return replace(config, global_params=replace(params, pooling=pooling, num_pcs=0), feature_extract=sizes)
-
-
 def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
     data = read_training_data(config, options.root, options.own_dataset)
     workers = max(1, config.global_params.threads)
     decode = options.check_pictures and processes.is_first
     checked = data.checked(decode, options.skip_unreadable, workers, progress) if processes.is_first else None
     return processes.from_first(checked) or data
-
-
-def _weights(checkpoint: Checkpoint, config: Config) -> PlaceModel:
-    """A checkpoint's model without its projection."""
-    if checkpoint.num_pcs:
-        logger.info("%s: its WPCA of %d dimensions is dropped", checkpoint.path, checkpoint.num_pcs)
-        state = {key: value for key, value in checkpoint.state.items() if not key.startswith("WPCA.")}
-        checkpoint = replace(checkpoint, state=state)
-    return build_model(checkpoint, config.global_params)
 
 
 def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:
@@ -203,7 +152,7 @@ def _learning(
         learning = start_learning(model, freeze(model), config.train)
         learning.progress.epoch = start
         return learning
-    model = _weights(checkpoint, config).to(processes.device)
+    model = build_model(without_projection(checkpoint), config.global_params).to(processes.device)
     if checkpoint.num_clusters not in (None, config.train.num_clusters):
         logger.info("%s: has %d clusters, which holds", checkpoint.path, checkpoint.num_clusters)
     learning = start_learning(model, freeze(model), config.train)
