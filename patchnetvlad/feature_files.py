@@ -26,7 +26,6 @@ _TEMPORARY_NAME = ".writing.npy.tmp"
 # Below this the reciprocal leaves float32; next to unit rows it is zero.
 _SMALLEST_SCALE = 1e-34
 
-
 # Bands of consecutive dimensions with a scale of their own: WPCA orders dimensions by variance.
 _BANDS = 16
 
