@@ -3,7 +3,7 @@
 from collections import abc as _abc
 
 # torch.hub offers every callable without an underscore as a model
-from patchnetvlad.config import load_config as _load_config
+from patchnetvlad.config_files import load_config as _load_config
 from patchnetvlad.locations import require_file as _require_file
 from patchnetvlad.model import PlaceModel as _PlaceModel
 from patchnetvlad.recognizer import PlaceRecognizer as _PlaceRecognizer

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from patchnetvlad.config import Config, load_config
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import load_config
 from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
 from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter

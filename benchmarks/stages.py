@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import patchnetvlad
-from patchnetvlad.config import Config, load_config
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import load_config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader
 from patchnetvlad.images import image_batches, prepare_image, read_image

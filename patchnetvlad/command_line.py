@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from patchnetvlad.config import Config, load_config
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import load_config
 from patchnetvlad.errors import UserError
 from patchnetvlad.locations import require_file
 

@@ -187,7 +187,7 @@ def _picture_paths(first: str | None, second: str | None) -> tuple[Path, Path]:
         raise UserError("--first_im_path and --second_im_path: name both pictures, or none for an example")
     if first is None or second is None:
         examples = shipped_folder("example_images")
-        return examples / "queries" / "query03_0.jpg", examples / "database" / "place03_0.jpg"
+        return examples / "queries" / "query00_0.jpg", examples / "database" / "place00_0.jpg"
     return require_file(first, "example_images"), require_file(second, "example_images")
 
 

@@ -27,7 +27,7 @@ from patchnetvlad.feature_lookup import StoredPicture, check_files, manifest_pic
 from patchnetvlad.feature_manifest import FEATURE_DTYPES, Manifest, StoreHeader, read_manifest, reading_differences
 from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_rounding import Role, RoundedPatches, round_patches, rounded_bytes
+from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
 
 __all__ = [
     "FEATURE_DTYPES",
@@ -47,7 +47,8 @@ class FeatureStore:
     global_: N×D float32, row = line of the list; names: the list; num_dims: D; patch_sizes: those that
     `patches` gives, in this order.
     Patch descriptors are read when asked for and kept, as they are stored, in a least-recently-used cache: float16
-    and int8 take a half and a quarter of the memory there and become float32 at every `patches`. After `round_as` the
+    and int8 take a half and a quarter of the memory there and become float32 at every `patches`. After
+    `round_references` the
     cache keeps 8-bit descriptors for matching beside them.
     """
 
@@ -70,7 +71,7 @@ class FeatureStore:
         self.patch_sizes = patch_sizes
         self._pictures = pictures
         self._dtype = dtype
-        self._role: Role | None = None
+        self._rounded = False
         self._cache = PictureCache(self._load, self._size, int(cache_gb * 1e9), workers)
 
     @classmethod
@@ -145,9 +146,9 @@ class FeatureStore:
         rounded = tuple(RoundedPatches(*parts[first : first + 3]) for first in range(0, len(parts), 3))
         return PatchFeatures(descriptors, picture.grids, rounded)
 
-    def round_as(self, role: Role) -> None:
-        """Give 8-bit descriptors too, made when a picture is read, in the role of query or reference."""
-        self._role = role
+    def round_references(self) -> None:
+        """Give 8-bit descriptors too, made when a picture is read, in the role of references."""
+        self._rounded = True
         self._cache.forget()
 
     def prefetch(self, indices: Iterable[int]) -> None:
@@ -165,15 +166,15 @@ class FeatureStore:
     def _size(self, index: int) -> int:
         itemsize = np.dtype(self._dtype or np.float32).itemsize
         counts = [len(grid) for grid in self._pictures[index].grids]
-        rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if self._role else 0
+        rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if self._rounded else 0
         return sum(counts) * self.num_dims * itemsize + rounded
 
     def _load(self, index: int) -> Arrays:
         picture = self._pictures[index]
         arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
-        if self._role is not None:
+        if self._rounded:
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
-                rounded = round_patches(decode(StoredArray(array, scales)), self._role)
+                rounded = round_patches(decode(StoredArray(array, scales)), "reference")
                 arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm)]
         return tuple(arrays)
 

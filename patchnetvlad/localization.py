@@ -16,7 +16,7 @@ from patchnetvlad.evaluation import open_store
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.position import Position, estimate_position
 from patchnetvlad.recognizer import PlaceRecognizer
-from patchnetvlad.reranking import rerank, uses_rounding
+from patchnetvlad.reranker import Reranker
 from patchnetvlad.result_files import read_scores
 from patchnetvlad.retrieval import retrieve
 
@@ -61,9 +61,9 @@ def locate_pictures(
     """Positions of single pictures: described, searched in a feature folder, re-ranked by their patches."""
     recognizer = PlaceRecognizer.load(config, device)
     options = config.feature_match
-    rounded: bool | None = None
     found = []
     with open_store(config, database_list, features, options.cache_gb) as store:
+        reranker = Reranker(options, store)
         for path in pictures:
             (described,) = recognizer.describe(path)
             vector = described.global_[None].cpu().numpy()
@@ -71,16 +71,7 @@ def locate_pictures(
             candidates = retrieve(vector, store.global_, count, panorama_cutouts=options.panorama_cutouts)
             indices, scores = candidates.indices[0], candidates.scores[0].astype(np.float64)
             if described.patches.descriptors:
-                patches = described.patches
-                if rounded is None:
-                    first = store.patches(indices[0]).to(device)
-                    rounded = uses_rounding(options.similarity, patches, first)
-                    if rounded:
-                        store.round_as("reference")
-                if rounded:
-                    patches = patches.round_as("query")
-                head = (store.patches(index).to(device) for index in indices.tolist())
-                ranking = rerank(patches, head, options.patchweights2use, recognizer.matcher)
+                ranking = reranker.rerank(described.patches, indices.tolist())
                 indices, scores = indices[ranking.order], ranking.fused[ranking.order]
             else:  # similarities in standard deviations, as fused scores are
                 scores = (scores - scores.mean()) / (scores.std() or 1.0)

@@ -1,4 +1,4 @@
-"""Where matching gets a picture's patch descriptors: read from a store, or made when asked for."""
+"""Where matching gets a picture's patch descriptors: from a store, from memory, or made when asked for."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -13,7 +13,6 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_rounding import Role
 
 
 class PatchSource(Protocol):
@@ -23,13 +22,31 @@ class PatchSource(Protocol):
         """Patch descriptors of one picture, float32."""
         ...
 
-    def round_as(self, role: Role) -> None:
-        """Give 8-bit descriptors too, in the role of query or reference."""
+    def round_references(self) -> None:
+        """From now on give 8-bit descriptors too, in the role of references."""
         ...
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Announce the order in which pictures will be asked for."""
         ...
+
+
+class PatchesInMemory:
+    """Pictures that are described already."""
+
+    def __init__(self, pictures: Iterable[PatchFeatures]) -> None:
+        self._pictures = list(pictures)
+
+    def patches(self, index: int) -> PatchFeatures:
+        """Patch descriptors of one picture, on the device they were made on."""
+        return self._pictures[index]
+
+    def round_references(self) -> None:
+        """Keep 8-bit descriptors beside the others: a quarter more memory."""
+        self._pictures = [picture.round_as("reference") for picture in self._pictures]
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Nothing: all are here."""
 
 
 class OnDemandPatches:
@@ -42,7 +59,7 @@ class OnDemandPatches:
         self._model = model
         self._pictures = pictures
         self._settings = size
-        self._role: Role | None = None
+        self._rounded = False
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
         self._cache = PictureCache(self._describe, lambda index: 0, int(cache_gb * 1e9))
 
@@ -50,11 +67,11 @@ class OnDemandPatches:
         """Patch descriptors of one picture, float32, on the CPU."""
         arrays = self._cache.get(index)
         features = PatchFeatures(tuple(torch.from_numpy(array) for array in arrays), self._grids[index])
-        return features if self._role is None else features.round_as(self._role)
+        return features.round_as("reference") if self._rounded else features
 
-    def round_as(self, role: Role) -> None:
+    def round_references(self) -> None:
         """Give 8-bit descriptors too; they are made at every `patches`, in far less time than the picture took."""
-        self._role = role
+        self._rounded = True
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing: describing ahead would take the processor from matching."""

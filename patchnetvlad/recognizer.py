@@ -1,7 +1,7 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
 
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from patchnetvlad.config import Config, load_config
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import load_config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.locations import require_file
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.reranking import PairScore, find_matcher, rerank, score_pair, uses_rounding, weighted_sum
+from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.reranker import Reranker
+from patchnetvlad.reranking import PairScore, find_matcher, score_pair, weighted_sum
 from patchnetvlad.retrieval import retrieve
 from patchnetvlad.weights import load_model
 
@@ -126,7 +129,8 @@ class PlaceDatabase:
     def __init__(self, recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> None:
         self.recognizer = recognizer
         self.pictures = list(pictures)
-        self._rounded: bool | None = None  # until the first query decides
+        patches = PatchesInMemory(described.patches for described in self.pictures)
+        self._reranker = Reranker(recognizer.config.feature_match, patches)
         vectors = [described.global_.cpu().numpy() for described in self.pictures]
         self._global = np.stack(vectors) if vectors else np.zeros((0, recognizer.model.output_dims), dtype=np.float32)
 
@@ -146,20 +150,5 @@ class PlaceDatabase:
         indices = found.indices[0].tolist()
         if not picture.patches.descriptors:
             return [Answer(i, float(score)) for i, score in zip(indices, found.scores[0], strict=True)][:top]
-        query = picture.patches.round_as("query") if indices and self._uses_rounding(picture) else picture.patches
-        ranking = rerank(
-            query,
-            (self.pictures[index].patches for index in indices),
-            self.recognizer.config.feature_match.patchweights2use,
-            self.recognizer.matcher,
-        )
+        ranking = self._reranker.rerank(picture.patches, indices)
         return [Answer(indices[position], float(ranking.fused[position])) for position in ranking.order[:top]]
-
-    def _uses_rounding(self, query: Description) -> bool:
-        """Whether patches are compared by 8-bit products; the first query decides, and rounds the database."""
-        if self._rounded is None:
-            options = self.recognizer.config.feature_match
-            self._rounded = uses_rounding(options.similarity, query.patches, self.pictures[0].patches)
-            if self._rounded:
-                self.pictures = [replace(one, patches=one.patches.round_as("reference")) for one in self.pictures]
-        return self._rounded

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from patchnetvlad.checkpoints import Checkpoint
-from patchnetvlad.config import Config, load_config
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import load_config
 from patchnetvlad.dataset_makers import finish
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate

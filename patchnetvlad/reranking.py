@@ -1,7 +1,5 @@
 """Spatial scores of a query's candidates, fused over patch sizes into one ranking (paper sections 3.4 and 3.5)."""
 
-import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,13 +14,11 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_rounding import products_are_exact
 from patchnetvlad.ransac import ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.rounded_matching import rounded_mutual_matches
 from patchnetvlad.scores import Score
 
-_SHORTEST_ROUNDED = 256  # dimensions below which 8-bit products gain nothing
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
 Matcher = Callable[[Matches, PatchGrid, PatchGrid], Score]
@@ -97,30 +93,6 @@ def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches,
         rounded = zip(query.rounded, reference.rounded, strict=True)
         return tuple(rounded_mutual_matches(*rows, *eight) for rows, eight in zip(pairs, rounded, strict=True))
     return tuple(mutual_matches(*rows) for rows in pairs)
-
-
-def uses_rounding(similarity: str, query: PatchFeatures, reference: PatchFeatures) -> bool:
-    """Whether a run matches by 8-bit products; "auto" tries both ways on these two pictures, on this machine."""
-    if similarity == "float32":
-        return False
-    possible = query.descriptors[0].device.type == "cpu" and products_are_exact()
-    if similarity == "int8" and not possible:
-        raise UserError(
-            "[feature_match] similarity = int8: this device does not multiply 8-bit numbers exactly (auto takes what "
-            "suits it)"
-        )
-    if similarity == "int8":
-        return True
-    if not possible or query.descriptors[0].shape[1] < _SHORTEST_ROUNDED:
-        return False
-    rounded = query.round_as("query"), reference.round_as("reference")
-    seconds = {True: math.inf, False: math.inf}
-    for _ in range(3):
-        for way, (first, second) in ((True, rounded), (False, (query, reference))):
-            started = time.perf_counter()
-            match_pair(first, second)
-            seconds[way] = min(seconds[way], time.perf_counter() - started)
-    return seconds[True] < seconds[False]
 
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:

@@ -11,18 +11,10 @@ from tqdm import tqdm
 
 from patchnetvlad.config import Config
 from patchnetvlad.patch_sources import PatchSource
-from patchnetvlad.reranking import (
-    RankingScores,
-    collect_scores,
-    find_matcher,
-    reorder,
-    rerank,
-    uses_rounding,
-)
+from patchnetvlad.reranker import Reranker
+from patchnetvlad.reranking import RankingScores, collect_scores, reorder
 
 logger = logging.getLogger(__name__)
-
-CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
 
 
 def rerank_queries(
@@ -38,25 +30,18 @@ def rerank_queries(
     retrieved: nQ×k database rows, best first, −1 where there are fewer.
     """
     options = config.feature_match
-    matcher = find_matcher(options.matcher)
+    reranker = Reranker(options, database)
     top = options.rerank_top or max(options.n_values_all)
     heads = [row[row >= 0].tolist() for row in retrieved[:, :top]]
     first = next((row for row, head in enumerate(heads) if head), None)
-    if first is not None:
-        pair = queries.patches(first).to(device), database.patches(heads[first][0])
-        if uses_rounding(options.similarity, *pair):
-            logger.info("similarities by 8-bit products, checked in float32")
-            queries.round_as("query")
-            database.round_as("reference")
+    if first is not None:  # before reading ahead, which would be in vain where 8 bits are chosen
+        reranker.choose_similarity(queries.patches(first).to(device), heads[first][0])
     database.prefetch(chain.from_iterable(heads))
     queries.prefetch(range(len(heads)))
-    batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
     rerankings = []
     started = time.perf_counter()
     for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
-        query = queries.patches(row).to(device)
-        candidates = (database.patches(index) for index in head)
-        rerankings.append(rerank(query, candidates, options.patchweights2use, matcher, batch_size))
+        rerankings.append(reranker.rerank(queries.patches(row).to(device), head))
     pairs = sum(map(len, heads))
     seconds = time.perf_counter() - started
     logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))

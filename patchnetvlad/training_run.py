@@ -14,7 +14,8 @@ import torch
 from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, without_projection
 from patchnetvlad.cluster_files import cluster_file, read_clusters, write_clusters
 from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
-from patchnetvlad.config import Config, config_text
+from patchnetvlad.config import Config
+from patchnetvlad.config_files import config_text
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import freeze

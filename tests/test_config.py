@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchnetvlad.config import (
-    Config,
-    FeatureExtractConfig,
-    FeatureMatchConfig,
-    GlobalParams,
-    TrainConfig,
-    config_text,
-    load_config,
-)
+from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config_files import config_text, load_config
 from patchnetvlad.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

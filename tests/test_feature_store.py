@@ -943,7 +943,7 @@ def test_a_failed_read_is_told_and_may_be_tried_again():
 def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_path):
     with big_store(tmp_path, 2, 4, dtype="float16") as store:
         assert store.patches(0).rounded == ()
-        store.round_as("reference")
+        store.round_references()
         features = store.patches(0)
         for rows, rounded in zip(features.descriptors, features.rounded, strict=True):
             expected = round_patches(rows, "reference")

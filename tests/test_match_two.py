@@ -21,7 +21,7 @@ from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.reranking import PairScore
 from patchnetvlad.scores import Score
 
-QUERY, SAME = EXAMPLES / "queries" / "query03_0.jpg", EXAMPLES / "database" / "place03_0.jpg"
+QUERY, SAME = EXAMPLES / "queries" / "query00_0.jpg", EXAMPLES / "database" / "place00_0.jpg"
 OTHER = EXAMPLES / "database" / "place07_0.jpg"
 
 

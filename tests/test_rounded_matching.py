@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patchnetvlad import rounded_matching
+from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import mutual_matches
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.patch_rounding import products_are_exact, round_patches, rounded_bytes, similarity_errors
-from patchnetvlad.reranking import match_pair, uses_rounding
+from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.reranker import Reranker, uses_rounding
+from patchnetvlad.reranking import match_pair
 from patchnetvlad.rounded_matching import rounded_mutual_matches
 
 
@@ -143,3 +147,26 @@ def test_who_decides_how_similarities_are_made():
         assert uses_rounding("int8", short, short)
     assert not uses_rounding("auto", short, short)
     assert isinstance(uses_rounding("auto", long, long), bool)
+
+
+@pytest.mark.skipif(not products_are_exact(), reason="this processor saturates 8-bit products")
+def test_a_database_is_rounded_once_and_ranked_alike():
+    asked = []
+
+    class Counted(PatchesInMemory):
+        def round_references(self):
+            asked.append(True)
+            super().round_references()
+
+    query = features(overlapping_patches(60, 256, 0))
+    pictures = [features(overlapping_patches(60, 256, seed)) for seed in (1, 2, 0)]
+    rankings = []
+    for similarity in ("float32", "int8"):
+        options = FeatureMatchConfig(matcher="spatialApproximator", patchweights2use=(1.0,), similarity=similarity)
+        reranker = Reranker(options, Counted(pictures))
+        assert reranker.rerank(query, []).order.size == 0 and len(asked) == 0
+        rankings += [reranker.rerank(query, [0, 1, 2]) for _ in range(2)]
+    assert len(asked) == 1
+    for ranking in rankings:
+        assert ranking.order[0] == 2
+        np.testing.assert_array_equal(ranking.per_scale, rankings[0].per_scale)

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from patchnetvlad import training
 from patchnetvlad.checkpoints import read_checkpoint
-from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig, load_config
+from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config_files import load_config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.training_commands import train
