@@ -9,7 +9,6 @@ docs/training_curve.png, and prints the figures as Markdown tables.
 import argparse
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,13 +45,13 @@ Rows = NDArray[np.float32]
 
 def configuration(seed: int) -> Config:
     """Training at a size for a processor: 160×120 pictures, 16 clusters, a higher rate than VGG16's."""
-    size = {"imageresizew": WIDTH, "imageresizeh": HEIGHT}
     return Config(
-        FeatureExtractConfig(**size),
-        FeatureMatchConfig(**size, n_values_all=N_VALUES),
+        FeatureExtractConfig(imageresizew=WIDTH, imageresizeh=HEIGHT),
+        FeatureMatchConfig(imageresizew=WIDTH, imageresizeh=HEIGHT, n_values_all=N_VALUES),
         GlobalParams(pooling="netvlad", backbone="rootsift", num_pcs=0, threads=2),
         TrainConfig(
-            **size,
+            imageresizew=WIDTH,
+            imageresizeh=HEIGHT,
             seed=seed,
             lr=0.01,
             cities=TRAIN,
@@ -188,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
