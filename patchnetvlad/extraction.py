@@ -51,7 +51,7 @@ def extract(
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
-    require_readable(pictures, loading_threads(config), progress)
+    require_readable(pictures.paths, pictures.source, loading_threads(config), progress)
     return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
 
 

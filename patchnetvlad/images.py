@@ -19,7 +19,6 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import ImageList
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,16 +64,16 @@ def check_images(paths: Sequence[Path], workers: int = 4, progress: bool = False
         return [problem for problem in checked if problem is not None]
 
 
-def require_readable(image_list: ImageList, workers: int = 4, progress: bool = False) -> None:
-    """Raises one UserError that counts the unreadable pictures of a list and names the first ten."""
-    problems = check_images(image_list.paths, workers, progress)
+def require_readable(paths: Sequence[Path], source: Path, workers: int = 4, progress: bool = False) -> None:
+    """Raises one UserError that counts the unreadable pictures of a list or folder, source, and names the first ten."""
+    problems = check_images(paths, workers, progress)
     if not problems:
         return
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
     more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-    total = len(set(image_list.paths))
-    hint = " (is the dataset's root folder right?)" if not any(map(Path.exists, image_list.paths)) else ""
-    raise UserError(f"{image_list.source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}{more}")
+    total = len(set(paths))
+    hint = " (is the dataset's root folder right?)" if not any(map(Path.exists, paths)) else ""
+    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}{more}")
 
 
 def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:

@@ -117,7 +117,7 @@ def reproduce(
     """
     started = time.perf_counter()
     for listed in (pictures for part in files for pictures in (part.queries, part.database)):
-        require_readable(listed, loading_threads(config), progress)
+        require_readable(listed.paths, listed.source, loading_threads(config), progress)
     model, checkpoint = load_model(config)
     model.to(device)
     announce(estimate(model, checkpoint, config, files))

@@ -28,22 +28,28 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         "fit_model.py",
     )
     parser.add_config_options("builtin.ini")
-    parser.add_argument("--dataset_root_dir", required=True, metavar="DIR", help="folder with the pictures")
     parser.add_argument(
-        "--dataset_file_path", metavar="LIST", help="list of pictures; without it, all below the folder"
+        "--dataset_root_dir", required=True, nargs="+", metavar="DIR", help="one or several folders with pictures"
+    )
+    parser.add_argument(
+        "--dataset_file_path", metavar="LIST", help="list of pictures of one folder; without it, all below the folders"
     )
     parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
     parser.add_device_options()
 
     def command(args: argparse.Namespace) -> None:
         config = command_line.configuration(args)
-        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        roots = [command_line.folder(folder, "--dataset_root_dir") for folder in args.dataset_root_dir]
         if args.dataset_file_path:
-            pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
-            require_readable(pictures, progress=command_line.progress(args))
-            paths = list(pictures.paths)
+            if len(roots) > 1:
+                raise UserError("--dataset_file_path: a list belongs to one folder, and --dataset_root_dir names more")
+            listed = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), roots[0])
+            found = {listed.source: list(listed.paths)}
         else:
-            paths = [root / name for name in list_folder(root, recursive=True)]
+            found = {root: [root / name for name in list_folder(root, recursive=True)] for root in roots}
+        for source, pictures in found.items():
+            require_readable(pictures, source, progress=command_line.progress(args))
+        paths = [path for pictures in found.values() for path in pictures]
         device = command_line.device(args)
         model, wpca = fit(config, paths, device, command_line.progress(args))
         path = Path(args.output_path)

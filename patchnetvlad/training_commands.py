@@ -116,7 +116,7 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--dataset_csv: cannot be used together with a list")
         if name:
             pictures = read_image_list(require_file(name, "dataset_imagenames"), root)
-            require_readable(pictures, args.threads, command_line.progress(args))
+            require_readable(pictures.paths, pictures.source, args.threads, command_line.progress(args))
             paths = list(dict.fromkeys(pictures.paths))
         else:
             data = read_training_data(config, root, Path(args.dataset_csv) if args.dataset_csv else None)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -244,6 +246,21 @@ def test_features_of_another_model_are_refused(small_model, features, tmp_path, 
     assert "checkpoint" in failure(capsys)
     assert extract(other, INDEX_LIST, features / "index") == 2
     assert "--overwrite" in failure(capsys)
+
+
+def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    for number in range(2):
+        shutil.copy(EXAMPLES / "queries" / f"query0{number}_0.jpg", tmp_path / "more" / f"new{number}.jpg")
+    folders = ["--dataset_root_dir", str(EXAMPLES / "database"), str(tmp_path / "more")]
+    output = tmp_path / "both_WPCA32.pth.tar"
+    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
+    assert torch.load(output, weights_only=True)["fitted_on"] == "32 pictures"
+    assert tool_commands.fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
+    assert "belongs to one folder" in failure(capsys)
+    (tmp_path / "more" / "broken.jpg").write_bytes(b"")
+    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
+    assert "1 of 3 pictures cannot be read" in (line := failure(capsys)) and "broken.jpg" in line
 
 
 def test_a_missing_checkpoint_names_the_ways_out(small_model, tmp_path, capsys):

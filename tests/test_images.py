@@ -13,7 +13,6 @@ from torchvision import transforms
 
 from patchnetvlad import images
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import (
     ImageDataset,
     check_images,
@@ -202,17 +201,16 @@ def test_warning_filters_stay_as_they_were(tmp_path: Path) -> None:
 def test_one_error_for_a_list(tmp_path: Path) -> None:
     good = save(noise(9, 9), tmp_path / "good.png")
     names = ("good.png", *(f"missing{number}.jpg" for number in range(12)))
-    pictures = ImageList(names, tuple(tmp_path / name for name in names), names, tmp_path / "list.txt")
+    paths, source = [tmp_path / name for name in names], tmp_path / "list.txt"
     with pytest.raises(UserError) as caught:
-        require_readable(pictures)
+        require_readable(paths, source)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'list.txt'}: 12 of 13 pictures cannot be read: ")
     assert message.count("no such file") == 10
     assert message.endswith("missing9.jpg: no such file; and 2 more")
-    require_readable(ImageList(names[:1], (good,), names[:1], tmp_path / "list.txt"))
-    none = ImageList(names[1:2], (tmp_path / names[1],), names[1:2], tmp_path / "list.txt")
+    require_readable([good], source)
     with pytest.raises(UserError, match="is the dataset's root folder right"):
-        require_readable(none)
+        require_readable(paths[1:2], source)
 
 
 def test_progress_bar_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
