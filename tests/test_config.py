@@ -81,7 +81,7 @@ def test_absent_keys_take_defaults(tmp_path: Path) -> None:
         ("performance", 4096, (2, 5, 8), (0.45, 0.15, 0.4), "RANSAC"),
         ("speed", 512, (5,), (1.0,), "spatialApproximator"),
         ("storage", 128, (5,), (1.0,), "spatialApproximator"),
-        ("builtin", 512, (4, 5, 6), (0.55, 0.15, 0.3), "spatialApproximator"),
+        ("builtin", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
     ],
 )
 def test_shipped_matching_files(
