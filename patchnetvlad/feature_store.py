@@ -48,8 +48,7 @@ class FeatureStore:
     `patches` gives, in this order.
     Patch descriptors are read when asked for and kept, as they are stored, in a least-recently-used cache: float16
     and int8 take a half and a quarter of the memory there and become float32 at every `patches`. After
-    `round_references` the
-    cache keeps 8-bit descriptors for matching beside them.
+    `round_references` the cache keeps 8-bit descriptors for matching beside them.
     """
 
     def __init__(
