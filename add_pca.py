@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.training_commands import add_pca
+from patchnetvlad.commands.training import add_pca
 
 if __name__ == "__main__":
     sys.exit(add_pca())

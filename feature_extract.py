@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands import feature_extract
+from patchnetvlad.commands.features import feature_extract
 
 if __name__ == "__main__":
     sys.exit(feature_extract())

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands import feature_match
+from patchnetvlad.commands.features import feature_match
 
 if __name__ == "__main__":
     sys.exit(feature_match())

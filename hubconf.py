@@ -3,9 +3,9 @@
 from collections import abc as _abc
 
 # torch.hub offers every callable without an underscore as a model
-from patchnetvlad.config_files import load_config as _load_config
-from patchnetvlad.locations import require_file as _require_file
+from patchnetvlad.ini import load_config as _load_config
 from patchnetvlad.model import PlaceModel as _PlaceModel
+from patchnetvlad.paths import require_file as _require_file
 from patchnetvlad.recognizer import PlaceRecognizer as _PlaceRecognizer
 from patchnetvlad.weights import load_model as _load_model
 

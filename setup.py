@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "patchnetvlad/__init__.py").read_text())
@@ -17,14 +17,14 @@ DATA_FOLDERS = {
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
 SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
 TRAINING_SCRIPTS = ["train", "add_pca"]
-TOOLS = {  # module of the package: its commands
-    "tool_commands": [
+TOOLS = {  # module of patchnetvlad.commands: its commands
+    "tools": [
         *("demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"),
     ],
-    "training_commands": [*TRAINING_SCRIPTS, "render_msls"],
-    "dataset_commands": ["make_dataset", "measure", "reproduce"],
-    "place_commands": ["evaluate_poses", "locate"],
-    "export_commands": ["export_onnx", "export_hloc"],
+    "training": [*TRAINING_SCRIPTS, "render_msls"],
+    "datasets": ["make_dataset", "measure", "reproduce"],
+    "places": ["evaluate_poses", "locate"],
+    "export": ["export_onnx", "export_hloc"],
 }
 
 setup(
@@ -71,17 +71,21 @@ setup(
             "ipykernel>=6",
         ],
     },
-    packages=["patchnetvlad", *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS)],
+    packages=[
+        *find_packages(include=["patchnetvlad", "patchnetvlad.*"]),
+        *(f"patchnetvlad.{folder}" for folder in DATA_FOLDERS),
+    ],
     package_dir={f"patchnetvlad.{folder}": folder for folder in DATA_FOLDERS},
     package_data={
-        "patchnetvlad": ["py.typed", "report_page/*"],
+        "patchnetvlad": ["py.typed"],
+        "patchnetvlad.report": ["template/*"],
         **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
     },
     scripts=[f"{name}.py" for name in SCRIPTS + TRAINING_SCRIPTS],
     entry_points={
         "console_scripts": [
-            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.{module}:{name}"
-            for module, names in {"commands": SCRIPTS, **TOOLS}.items()
+            f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands.{module}:{name}"
+            for module, names in {"features": SCRIPTS, **TOOLS}.items()
             for name in names
         ]
     },

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.training_commands import train
+from patchnetvlad.commands.training import train
 
 if __name__ == "__main__":
     sys.exit(train())

@@ -20,14 +20,14 @@ import torch
 from scipy.stats import spearmanr
 
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import load_config
 from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
 from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.locations import require_file
+from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.paths import require_file
 from patchnetvlad.ransac import TOLERANCE
 from patchnetvlad.reranking import MATCHERS
 from patchnetvlad.scores import Score

@@ -29,15 +29,15 @@ from PIL import Image
 
 import patchnetvlad
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import load_config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader
 from patchnetvlad.images import image_batches, prepare_image, read_image
-from patchnetvlad.locations import require_file, shipped_folder
+from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
+from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.reranking import MATCHERS, TOGETHER, fuse, match_pair, rerank
 from patchnetvlad.retrieval import retrieve
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from patchnetvlad.checkpoints import build_model, read_checkpoint
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.distributed import Processes
+from patchnetvlad.examples.rendered_msls import RenderedCity, write_msls
 from patchnetvlad.images import image_batches
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.rendered_msls import RenderedCity, write_msls
 from patchnetvlad.training_run import RunOptions, train_model
 from patchnetvlad.validation import validate
 from patchnetvlad.whitening import WPCAFit, fit_wpca

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from patchnetvlad.dinov2 import DINOv2
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.resnet50 import ResNet50
 from patchnetvlad.rootsift import DenseRootSIFT
+from patchnetvlad.timm_encoder import DINOv2
 
 
 class Encoder(Protocol):

@@ -16,14 +16,15 @@ from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
-from patchnetvlad.locations import require_file
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json, write_judged
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.patch_sources import OnDemandPatches, PatchSource
+from patchnetvlad.paths import require_file
+from patchnetvlad.ranking import rerank_queries
 from patchnetvlad.recall import Recall
-from patchnetvlad.report import write_report
+from patchnetvlad.report.page import write_report
+from patchnetvlad.report.run_content import pair_matches, run_content
 from patchnetvlad.reranking import RankingScores, find_matcher
-from patchnetvlad.reranking_run import rerank_queries
 from patchnetvlad.result_files import (
     Ranking,
     name_rankings,
@@ -35,7 +36,6 @@ from patchnetvlad.result_files import (
     write_scores,
 )
 from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
-from patchnetvlad.run_report import pair_matches, run_content
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

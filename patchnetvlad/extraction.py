@@ -12,13 +12,13 @@ from tqdm import tqdm
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config
 from patchnetvlad.encoders import Encoder, make_encoder
-from patchnetvlad.feature_manifest import read_manifest
+from patchnetvlad.feature_header import read_manifest
 from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.locations import find_file
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.paths import find_file
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

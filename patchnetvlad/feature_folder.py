@@ -23,7 +23,7 @@ from patchnetvlad.feature_files import (
     remove_temporary_files,
     write_atomically,
 )
-from patchnetvlad.feature_manifest import (
+from patchnetvlad.feature_header import (
     MANIFEST_NAME,
     ManifestEntry,
     ManifestHeader,

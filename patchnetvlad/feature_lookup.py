@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_files import patch_file_name
-from patchnetvlad.feature_manifest import Manifest, StoreHeader
+from patchnetvlad.feature_header import Manifest, StoreHeader
 from patchnetvlad.patch_grid import PatchGrid
 
 

@@ -23,8 +23,8 @@ from patchnetvlad.feature_files import (
     read_array_info,
 )
 from patchnetvlad.feature_folder import check_disk, estimate_bytes
+from patchnetvlad.feature_header import FEATURE_DTYPES, Manifest, StoreHeader, read_manifest, reading_differences
 from patchnetvlad.feature_lookup import StoredPicture, check_files, manifest_pictures, published_pictures
-from patchnetvlad.feature_manifest import FEATURE_DTYPES, Manifest, StoreHeader, read_manifest, reading_differences
 from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes

@@ -23,7 +23,7 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_files import GLOBAL_NAME, StoredArray, encode, patch_file_name, write_patch_array
 from patchnetvlad.feature_folder import PARTIAL_NAME, open_folder
-from patchnetvlad.feature_manifest import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
 
 
 class FeatureWriter:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from patchnetvlad.csv_table import Table, read_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.tables import Table, read_table
 from patchnetvlad.training_data import CityPictures, PictureSet, Rows, require_unique_keys
 
 TEST_CITIES = ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala")

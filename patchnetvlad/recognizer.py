@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import load_config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.images import prepare_image, read_image
-from patchnetvlad.locations import require_file
+from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.paths import require_file
 from patchnetvlad.reranker import Reranker
 from patchnetvlad.reranking import PairScore, find_matcher, score_pair, weighted_sum
 from patchnetvlad.retrieval import retrieve

@@ -15,17 +15,17 @@ from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, w
 from patchnetvlad.cluster_files import cluster_file, read_clusters, write_clusters
 from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import config_text
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import freeze
+from patchnetvlad.ini import config_text
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
-from patchnetvlad.own_dataset import read_own_dataset
 from patchnetvlad.training import Trainer
+from patchnetvlad.training_csv import read_own_dataset
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
 from patchnetvlad.training_state import (
     LAST,

@@ -12,8 +12,8 @@ from patchnetvlad.checkpoints import Checkpoint, build_model, file_sha256, load_
 from patchnetvlad.config import Config
 from patchnetvlad.encoders import Pretrained
 from patchnetvlad.errors import UserError
-from patchnetvlad.locations import download_folder, find_file, require_file
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.paths import download_folder, find_file, require_file
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchnetvlad import tool_commands
-from patchnetvlad.rendered_msls import RenderedCity, write_msls
+from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad.examples.rendered_msls import RenderedCity, write_msls
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent

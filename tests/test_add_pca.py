@@ -9,11 +9,11 @@ import torch
 from test_training import HEIGHT, WIDTH, run, small
 
 from patchnetvlad.checkpoints import build_model, read_checkpoint
+from patchnetvlad.commands.training import add_pca
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.images import image_batches
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.training_commands import add_pca
 from patchnetvlad.whitening import fit_wpca, whiteness_error
 
 

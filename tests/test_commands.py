@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from patchnetvlad import commands, tool_commands
+from patchnetvlad.commands import features as commands
+from patchnetvlad.commands import tools as tool_commands
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -274,7 +275,7 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", unreachable)
-    monkeypatch.setattr("patchnetvlad.commands.download_folder", lambda: tmp_path)
+    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
     assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
     assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
@@ -293,7 +294,7 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
 
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
     monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
-    monkeypatch.setattr("patchnetvlad.commands.download_folder", lambda: tmp_path)
+    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
     name = "pittsburgh_WPCA128.pth.tar"
     assert commands.download_models(["-q", "--models", name]) == 2  # another hash
     assert not list(tmp_path.iterdir())

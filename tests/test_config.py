@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
-from patchnetvlad.config_files import config_text, load_config
 from patchnetvlad.errors import UserError
+from patchnetvlad.ini import config_text, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.coordinates import (
+from patchnetvlad.errors import UserError
+from patchnetvlad.localization.coordinates import (
     Zone,
     band_zone,
     check_geographic,
@@ -16,7 +17,6 @@ from patchnetvlad.coordinates import (
     to_geographic,
     to_utm,
 )
-from patchnetvlad.errors import UserError
 
 TOWER = np.array([[43.642567, -79.387139]])  # CN Tower, Toronto: 17N 630084 4833438
 CAPE = np.array([[-34.357203, 18.497440]])  # Cape of Good Hope lies in 34S

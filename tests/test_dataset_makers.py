@@ -8,9 +8,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from patchnetvlad.dataset_commands import make_dataset
-from patchnetvlad.dataset_makers import MAKERS, finish
-from patchnetvlad.dataset_matlab import FIELDS
+from patchnetvlad.commands.datasets import make_dataset
+from patchnetvlad.datasets.makers import MAKERS, finish
+from patchnetvlad.datasets.matlab import FIELDS
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
@@ -380,7 +380,7 @@ def test_swapped_columns_in_one_table_and_other_columns(tmp_path):
 
 def test_utm_of_several_zones_becomes_one(tmp_path):
     """Two pictures 12 m apart on both sides of 6° east, where zones 31 and 32 meet."""
-    from patchnetvlad.coordinates import Zone, to_utm
+    from patchnetvlad.localization.coordinates import Zone, to_utm
 
     west = to_utm(np.array([[50.0, 5.9999]]), Zone(31))[0]
     east = to_utm(np.array([[50.0, 6.00007]]), Zone(32))[0]

@@ -11,8 +11,8 @@ import torch
 from test_training import command_line, scalars
 
 from patchnetvlad.checkpoints import read_checkpoint
+from patchnetvlad.commands.training import train
 from patchnetvlad.distributed import Processes
-from patchnetvlad.training_commands import train
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_model
 
-from patchnetvlad.locations import find_file
+from patchnetvlad.paths import find_file
 
 ROOT = Path(__file__).parent.parent
 MODEL = "builtin_WPCA512.pth.tar"
@@ -77,7 +77,8 @@ def run_script(script: str, *arguments: str) -> int:
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
-    from patchnetvlad import commands, encoders, reranking
+    from patchnetvlad import encoders, reranking
+    from patchnetvlad.commands import features as commands
 
     # Pages add to these tables
     for table in (encoders.ENCODERS, reranking.MATCHERS):

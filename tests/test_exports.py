@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_run import EXAMPLES, example_names, run, tiny_model
 
+from patchnetvlad.commands.export import export_hloc, export_onnx
 from patchnetvlad.errors import UserError
-from patchnetvlad.export_commands import export_hloc, export_onnx
-from patchnetvlad.hloc_export import write_hloc_descriptors
+from patchnetvlad.export.hloc_features import write_hloc_descriptors
+from patchnetvlad.export.onnx_model import ExportableModel, export_script, export_torch
 from patchnetvlad.images import read_image
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.onnx_export import ExportableModel, export_script, export_torch
 from patchnetvlad.recognizer import PlaceRecognizer
 
 PICTURE = EXAMPLES / "queries" / "query03_0.jpg"

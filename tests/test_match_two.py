@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny_run import EXAMPLES, tiny_model
 
-from patchnetvlad.commands import match_two
+from patchnetvlad.commands.features import match_two
 from patchnetvlad.figures import MatchedPair, match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches

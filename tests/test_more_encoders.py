@@ -8,13 +8,13 @@ import torch
 from tiny_run import EXAMPLES, example_names, run
 from torch import nn
 
-from patchnetvlad.commands import match_two
-from patchnetvlad.dinov2 import DINOv2
+from patchnetvlad.commands.features import match_two
+from patchnetvlad.commands.tools import fit_model
 from patchnetvlad.encoders import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.resnet50 import ResNet50
-from patchnetvlad.tool_commands import fit_model
+from patchnetvlad.timm_encoder import DINOv2
 
 
 def test_geometry_of_windows_on_paper():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.own_dataset import earth_centred, read_own_dataset
+from patchnetvlad.training_csv import earth_centred, read_own_dataset
 from patchnetvlad.training_data import triplet_places
 
 METRIC = """image,easting,northing,role,city,night,panorama

@@ -8,17 +8,17 @@ import pytest
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
-from patchnetvlad.dataset_makers import MAKERS, finish
+from patchnetvlad.commands.places import evaluate_poses
+from patchnetvlad.datasets.makers import MAKERS, finish
 from patchnetvlad.errors import UserError
-from patchnetvlad.place_commands import evaluate_poses
-from patchnetvlad.pose_approximation import (
+from patchnetvlad.localization.pose_approximation import (
     approximate_poses,
     barycentric_weights,
     equal_weights,
     mean_pose,
     similarity_weights,
 )
-from patchnetvlad.poses import (
+from patchnetvlad.localization.poses import (
     SUBMISSION_NAMES,
     Pose,
     by_condition,

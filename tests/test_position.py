@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from patchnetvlad import commands
-from patchnetvlad.coordinates import Zone, to_geographic
+from patchnetvlad.commands import features as commands
+from patchnetvlad.commands.places import locate
+from patchnetvlad.localization.coordinates import Zone, to_geographic
+from patchnetvlad.localization.position import estimate_position, score_positions
 from patchnetvlad.patch_rounding import products_are_exact
-from patchnetvlad.place_commands import locate
-from patchnetvlad.position import estimate_position, score_positions
 
 EXAMPLES = ROOT / "example_images"
 STREET = np.array([[0.0, 0], [10, 0], [20, 0], [30, 0], [1000, 0]])

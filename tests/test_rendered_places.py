@@ -10,10 +10,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from patchnetvlad.commands.tools import render_example_places
+from patchnetvlad.examples.rendered_city import City, city_geometry, make_city
+from patchnetvlad.examples.rendered_places import (
+    Camera,
+    Condition,
+    Place,
+    Size,
+    facade_homography,
+    facade_mask,
+    render_place,
+)
 from patchnetvlad.ground_truth import read_ground_truth
-from patchnetvlad.rendered_city import City, city_geometry, make_city
-from patchnetvlad.rendered_places import Camera, Condition, Place, Size, facade_homography, facade_mask, render_place
-from patchnetvlad.tool_commands import render_example_places
 
 ROOT = Path(__file__).parent.parent
 SMALL = (160, 120)

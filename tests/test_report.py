@@ -19,11 +19,11 @@ from patchnetvlad.measures import wilson_interval
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ransac import ransac_score
 from patchnetvlad.recall import ranks_of_first_match
-from patchnetvlad.report import write_report
-from patchnetvlad.report_content import ReportContent, drawn_matches, match_ranks, outcomes
-from patchnetvlad.report_curves import curves
+from patchnetvlad.report.content import ReportContent, drawn_matches, match_ranks, outcomes
+from patchnetvlad.report.curves import curves
+from patchnetvlad.report.page import write_report
+from patchnetvlad.report.thumbnails import thumbnails
 from patchnetvlad.reranking import PairScore
-from patchnetvlad.thumbnails import thumbnails
 
 NASTY = "<script>alert(1)</script>&'\"`</b>"
 

@@ -12,8 +12,8 @@ from PIL import Image
 from test_report import NASTY, content, picture_list
 
 from patchnetvlad.ground_truth import GroundTruth
-from patchnetvlad.report import write_report
-from patchnetvlad.report_content import DrawnMatches, ReportContent
+from patchnetvlad.report.content import DrawnMatches, ReportContent
+from patchnetvlad.report.page import write_report
 
 SWITCHES = (
     "--headless",

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from patchnetvlad import reproduction
-from patchnetvlad.commands import feature_match
-from patchnetvlad.dataset_commands import measure, reproduce
+from patchnetvlad.commands.datasets import measure, reproduce
+from patchnetvlad.commands.features import feature_match
+from patchnetvlad.datasets import reproduction
+from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
+from patchnetvlad.datasets.reproduction import compare
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.known_results import BENCHMARKS, Benchmark, Known, Part
 from patchnetvlad.measures import judge
 from patchnetvlad.measures import measure as measure_judged
-from patchnetvlad.reproduction import compare
 
 EXAMPLES = ROOT / "example_images"
 

@@ -20,11 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from patchnetvlad import training
 from patchnetvlad.checkpoints import read_checkpoint
+from patchnetvlad.commands.training import train
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
-from patchnetvlad.config_files import load_config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
-from patchnetvlad.training_commands import train
+from patchnetvlad.ini import load_config
 from patchnetvlad.training_run import RunOptions, TrainedRun, train_model
 
 ROOT = Path(__file__).parent.parent

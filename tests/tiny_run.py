@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from patchnetvlad.checkpoints import write_checkpoint
-from patchnetvlad.commands import feature_extract, feature_match
-from patchnetvlad.locations import shipped_folder
+from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.paths import shipped_folder
 
 EXAMPLES = shipped_folder("example_images")
 

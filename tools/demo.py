@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.tool_commands import demo
+from patchnetvlad.commands.tools import demo
 
 if __name__ == "__main__":
     sys.exit(demo())

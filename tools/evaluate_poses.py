@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.place_commands import evaluate_poses
+from patchnetvlad.commands.places import evaluate_poses
 
 if __name__ == "__main__":
     sys.exit(evaluate_poses())

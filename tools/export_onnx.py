@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.export_commands import export_onnx
+from patchnetvlad.commands.export import export_onnx
 
 if __name__ == "__main__":
     sys.exit(export_onnx())

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.tool_commands import gen_image_file_list
+from patchnetvlad.commands.tools import gen_image_file_list
 
 if __name__ == "__main__":
     sys.exit(gen_image_file_list())

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.place_commands import locate
+from patchnetvlad.commands.places import locate
 
 if __name__ == "__main__":
     sys.exit(locate())

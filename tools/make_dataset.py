@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.dataset_commands import make_dataset
+from patchnetvlad.commands.datasets import make_dataset
 
 if __name__ == "__main__":
     sys.exit(make_dataset())

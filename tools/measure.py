@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.dataset_commands import measure
+from patchnetvlad.commands.datasets import measure
 
 if __name__ == "__main__":
     sys.exit(measure())

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.training_commands import render_msls
+from patchnetvlad.commands.training import render_msls
 
 if __name__ == "__main__":
     sys.exit(render_msls())

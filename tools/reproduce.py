@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.dataset_commands import reproduce
+from patchnetvlad.commands.datasets import reproduce
 
 if __name__ == "__main__":
     sys.exit(reproduce())

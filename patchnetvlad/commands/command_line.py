@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import load_config
 from patchnetvlad.errors import UserError
-from patchnetvlad.locations import require_file
+from patchnetvlad.ini import load_config
+from patchnetvlad.paths import require_file
 
 logger = logging.getLogger("patchnetvlad")
 

@@ -4,16 +4,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from patchnetvlad import command_line
-from patchnetvlad.command_line import Parser
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
+from patchnetvlad.export.hloc_features import write_hloc_descriptors
+from patchnetvlad.export.onnx_model import export_onnx as to_onnx
+from patchnetvlad.export.onnx_model import export_script as to_script
+from patchnetvlad.export.onnx_model import export_torch as to_torch
 from patchnetvlad.feature_store import FeatureStore
-from patchnetvlad.hloc_export import write_hloc_descriptors
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.locations import require_file
-from patchnetvlad.onnx_export import export_onnx as to_onnx
-from patchnetvlad.onnx_export import export_script as to_script
-from patchnetvlad.onnx_export import export_torch as to_torch
+from patchnetvlad.paths import require_file
 from patchnetvlad.weights import load_model
 
 EXPORTS = {".onnx": to_onnx, ".pt2": to_torch, ".pt": to_script}  # by the file's ending

@@ -10,7 +10,7 @@ from patchnetvlad.config import Config
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_sources import PatchSource
-from patchnetvlad.report_content import DrawnMatches, ReportContent, drawn_matches
+from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_matches
 from patchnetvlad.reranking import RankingScores, find_matcher, score_pair
 from patchnetvlad.retrieval import Candidates
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchnetvlad.dataset_makers import MAKERS
-from patchnetvlad.datasets import Dataset
+from patchnetvlad.datasets.dataset import Dataset
+from patchnetvlad.datasets.makers import MAKERS
 from patchnetvlad.evaluation import RERANKING, RETRIEVAL
 
 _NETVLAD_SPECIFICATIONS = "the .mat files are NetVLAD's dataset specifications, on its project page at the WILLOW team"

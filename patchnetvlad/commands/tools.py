@@ -5,16 +5,16 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from patchnetvlad import command_line
 from patchnetvlad.checkpoints import write_checkpoint
-from patchnetvlad.command_line import Parser
-from patchnetvlad.commands import feature_extract, feature_match, match_two
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.commands.features import feature_extract, feature_match, match_two
 from patchnetvlad.errors import UserError
+from patchnetvlad.examples.rendered_city import make_city, write_city
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.images import require_readable
-from patchnetvlad.locations import require_file, shipped_folder
 from patchnetvlad.model_fitting import fit_model as fit
-from patchnetvlad.rendered_city import make_city, write_city
+from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.result_files import read_pairs, write_msls_predictions
 
 logger = logging.getLogger(__name__)

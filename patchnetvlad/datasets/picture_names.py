@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from patchnetvlad.coordinates import (
+from patchnetvlad.datasets.dataset import Dataset, Pictures
+from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import list_folder
+from patchnetvlad.localization.coordinates import (
     Zone,
     band_zone,
     check_geographic,
@@ -19,9 +22,6 @@ from patchnetvlad.coordinates import (
     outside_zone,
     to_utm,
 )
-from patchnetvlad.datasets import Dataset, Pictures
-from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import list_folder
 
 _SHOWN = 5
 _EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur in UTM, with a margin below

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from patchnetvlad.measures import precision_recall, wilson_interval
-from patchnetvlad.report_content import ReportContent, number
+from patchnetvlad.report.content import ReportContent, number
 
 _BINS = 30
 _CURVE_POINTS = 400

@@ -11,19 +11,19 @@ import torch
 
 from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
-from patchnetvlad.config_files import load_config
-from patchnetvlad.dataset_makers import finish
+from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
+from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate
 from patchnetvlad.extraction import describe_list, loading_threads, store_header
 from patchnetvlad.feature_store import estimate_bytes
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.known_results import BENCHMARKS, Benchmark, Known, Part
-from patchnetvlad.locations import find_file, require_file
+from patchnetvlad.ini import load_config
 from patchnetvlad.measure_files import Protocol, read_judged
 from patchnetvlad.measures import Measures, join, measure
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.paths import find_file, require_file
 from patchnetvlad.reranking import find_matcher, rerank
 from patchnetvlad.weights import PUBLISHED, load_model
 

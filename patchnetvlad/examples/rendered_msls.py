@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patchnetvlad.examples.rendered_city import City, View, make_city
+from patchnetvlad.examples.rendered_places import Size
 from patchnetvlad.mapillary import SUBTASKS, TEST_CITIES
-from patchnetvlad.rendered_city import City, View, make_city
-from patchnetvlad.rendered_places import Size
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
 SIDEWAYS_YAW = 15.0  # degrees of yaw from which a picture counts as sideways

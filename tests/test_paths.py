@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from patchnetvlad import locations
+from patchnetvlad import paths
 from patchnetvlad.errors import UserError
-from patchnetvlad.locations import Kind, download_folder, find_file, require_file, shipped_folder
+from patchnetvlad.paths import Kind, download_folder, find_file, require_file, shipped_folder
 
 
 def touch(path: Path) -> Path:
@@ -23,8 +23,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     touch(root / "configs" / "speed.ini")
     (root / "patchnetvlad").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(locations, "_PACKAGE", root / "patchnetvlad")
-    monkeypatch.setattr(locations.sys, "platform", "linux")
+    monkeypatch.setattr(paths, "_PACKAGE", root / "patchnetvlad")
+    monkeypatch.setattr(paths.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "elsewhere")
     return root
@@ -115,7 +115,7 @@ def test_downloads_of_a_wheel(wheel: Path, tmp_path: Path) -> None:
 def test_user_cache_of_each_system(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, place: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(locations.sys, "platform", platform)
+    monkeypatch.setattr(paths.sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -7,7 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from patchnetvlad.figures import SCALE_COLOURS
-from patchnetvlad.report_content import (
+from patchnetvlad.report.content import (
     ReportContent,
     candidates,
     examples,
@@ -16,13 +16,13 @@ from patchnetvlad.report_content import (
     outcomes,
     stored_matches,
 )
-from patchnetvlad.report_curves import curves, recall_table
-from patchnetvlad.thumbnails import thumbnails
+from patchnetvlad.report.curves import curves, recall_table
+from patchnetvlad.report.thumbnails import thumbnails
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL_BUDGET = 60_000_000  # characters
-_PAGE = Path(__file__).parent / "report_page"
+_PAGE = Path(__file__).parent / "template"
 
 
 def write_report(path: Path, content: ReportContent, progress: bool = False) -> int:

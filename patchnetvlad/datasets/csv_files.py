@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.coordinates import Zone, in_one_zone, parse_zone
-from patchnetvlad.dataset_folders import from_geographic
-from patchnetvlad.datasets import Dataset, Pictures
+from patchnetvlad.datasets.dataset import Dataset, Pictures
+from patchnetvlad.datasets.picture_names import from_geographic
 from patchnetvlad.errors import UserError
+from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
 
 MSLS_CITIES = {
     "train": [

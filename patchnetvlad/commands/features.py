@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from patchnetvlad import command_line
-from patchnetvlad.command_line import Parser
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import FORMATS, Sources, add_city, evaluate
 from patchnetvlad.extraction import extract
 from patchnetvlad.figures import match_figure, save_figure
-from patchnetvlad.locations import download_folder, require_file, shipped_folder
 from patchnetvlad.pair_comparison import compare_files, comparison_record
+from patchnetvlad.paths import download_folder, require_file, shipped_folder
 from patchnetvlad.realtime import ComparedFrame, best_frame, follow, frames, window
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.weights import PUBLISHED, download

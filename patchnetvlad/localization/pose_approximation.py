@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.poses import Pose, conjugate, rotate
+from patchnetvlad.localization.poses import Pose, conjugate, rotate
 
 Weighting = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from patchnetvlad.coordinates import Zone
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import GroundTruth, write_ground_truth
 from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
+from patchnetvlad.localization.coordinates import Zone
 
 _NAMED = 20  # in a message; a file names the others
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.csv_table import Table, read_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.tables import Table, read_table
 from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 
 ROLES = ("train_query", "train_database", "val_query", "val_database")

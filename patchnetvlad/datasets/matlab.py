@@ -6,9 +6,9 @@ import numpy as np
 import scipy.io
 from numpy.typing import NDArray
 
-from patchnetvlad.coordinates import Zone
-from patchnetvlad.datasets import Dataset, Pictures
+from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
+from patchnetvlad.localization.coordinates import Zone
 
 FIELDS = (
     "whichSet",

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
-from patchnetvlad.coordinates import Zone, to_geographic
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_store
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.position import Position, estimate_position
+from patchnetvlad.localization.coordinates import Zone, to_geographic
+from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.reranker import Reranker
 from patchnetvlad.result_files import read_scores

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from patchnetvlad.datasets import Dataset, Pictures
+from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
-from patchnetvlad.poses import Pose, read_kapture, read_poses
+from patchnetvlad.localization.poses import Pose, read_kapture, read_poses
 
 _RECORDS = Path("sensors") / "records_data"
 

@@ -6,11 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patchnetvlad.dataset_folders import at_names, exif, frames, nordland
-from patchnetvlad.dataset_matlab import pittsburgh, tokyo247
-from patchnetvlad.dataset_poses import kapture_folders, pose_files
-from patchnetvlad.dataset_tables import MSLS_SUBTASKS, csv_tables, msls
-from patchnetvlad.datasets import (
+from patchnetvlad.datasets.camera_poses import kapture_folders, pose_files
+from patchnetvlad.datasets.csv_files import MSLS_SUBTASKS, csv_tables, msls
+from patchnetvlad.datasets.dataset import (
     Dataset,
     DatasetFiles,
     check_names,
@@ -18,6 +16,8 @@ from patchnetvlad.datasets import (
     with_matches_only,
     write_dataset,
 )
+from patchnetvlad.datasets.matlab import pittsburgh, tokyo247
+from patchnetvlad.datasets.picture_names import at_names, exif, frames, nordland
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patchnetvlad import command_line
-from patchnetvlad.command_line import Parser
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import processes
 from patchnetvlad.errors import UserError
+from patchnetvlad.examples.rendered_msls import SMALL_TREE, write_msls
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.images import require_readable
-from patchnetvlad.locations import require_file
-from patchnetvlad.rendered_msls import SMALL_TREE, write_msls
+from patchnetvlad.paths import require_file
 from patchnetvlad.training_data import TrainingData
 from patchnetvlad.training_run import RunOptions, read_training_data, train_model
 from patchnetvlad.wpca_addition import add_wpca

@@ -7,24 +7,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad import command_line
-from patchnetvlad.command_line import Parser
-from patchnetvlad.coordinates import parse_zone
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.localization import Located, locate_pictures, locate_run, position_rows, write_positions
-from patchnetvlad.locations import require_file
-from patchnetvlad.measure_files import write_json
-from patchnetvlad.pose_approximation import (
+from patchnetvlad.localization.coordinates import parse_zone
+from patchnetvlad.localization.locating import Located, locate_pictures, locate_run, position_rows, write_positions
+from patchnetvlad.localization.pose_approximation import (
     Weighting,
     approximate_poses,
     barycentric_weights,
     equal_weights,
     similarity_weights,
 )
-from patchnetvlad.poses import (
+from patchnetvlad.localization.poses import (
     SUBMISSION_NAMES,
     THRESHOLDS,
     Pose,
@@ -35,7 +33,9 @@ from patchnetvlad.poses import (
     score_poses,
     write_submission,
 )
-from patchnetvlad.position import LIMITS, score_positions
+from patchnetvlad.localization.position import LIMITS, score_positions
+from patchnetvlad.measure_files import write_json
+from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import read_predictions
 
 _WEIGHTINGS = ("best", "equal", "barycentric", "similarity")

@@ -5,20 +5,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from patchnetvlad import command_line
-from patchnetvlad.command_line import Parser
-from patchnetvlad.dataset_makers import MAKERS, finish
-from patchnetvlad.datasets import summary
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.datasets.dataset import summary
+from patchnetvlad.datasets.known_results import BENCHMARKS
+from patchnetvlad.datasets.makers import MAKERS, finish
+from patchnetvlad.datasets.reproduction import Comparison, Estimate, free_disk, joined, prepare
+from patchnetvlad.datasets.reproduction import reproduce as run_benchmark
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.known_results import BENCHMARKS
-from patchnetvlad.locations import making_folder, require_file
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json
 from patchnetvlad.measures import Measures, judge
 from patchnetvlad.measures import measure as measure_judged
-from patchnetvlad.reproduction import Comparison, Estimate, free_disk, joined, prepare
-from patchnetvlad.reproduction import reproduce as run_benchmark
+from patchnetvlad.paths import making_folder, require_file
 from patchnetvlad.result_files import read_predictions
 
 _JOINED = "all {} joined, each searched in its own database: {}"

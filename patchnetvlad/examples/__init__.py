@@ -1,0 +1,1 @@
+"""Places that are drawn and rendered with known geometry: the example pictures and a small MSLS."""
