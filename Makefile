@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 # Extract, match and compare on the rendered places that the project contains
 demo: $(VENV)/.installed
@@ -10,6 +10,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(RUN) -m pytest -q
+
+# Hours of interrupted runs in minutes; docs/reliability.md says what it found
+soak: $(VENV)/.installed-test
+	$(RUN) benchmarks/soak.py --moments 50
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
