@@ -258,15 +258,7 @@ def _stages(folder: Path) -> dict[str, Stage]:
         return [*small, *options, "--output_features_dir", str(work)]
 
     def match(work: Path) -> list[str]:
-        options = [
-            "--dataset_root_dir",
-            str(examples),
-            "--ground_truth_path",
-            "example.npz",
-            "--formats",
-            "kapture",
-            "hloc",
-        ]
+        options = ["--dataset_root_dir", str(examples), "--ground_truth_path", str(_own_truth(folder))]
         for side in lists:  # the database is its own set of queries: 30 pictures, each found
             options += [f"--{side}_file_path", lists["index"], f"--{side}_input_features_dir", str(folder / "extract")]
         return [*small, *options, "--result_save_folder", str(work), "--formats", "kapture", "hloc"]
