@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.encoders import ENCODERS
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import some_of, writing_with_torch
+from patchnetvlad.files import some_of, told, writing_with_torch
 from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,14 @@ class Checkpoint:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
+    with told(path, "cannot be read"):
+        state = path.stat()
+        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _file_sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

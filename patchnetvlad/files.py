@@ -48,11 +48,16 @@ def reason(error: OSError) -> str:
 
 
 @contextmanager
-def told(path: Path, what: str = "cannot be written") -> Iterator[None]:
-    """Turn errors of the file system within the block into a UserError about a path."""
+def told(path: Path, what: str = "cannot be written", absent: str | None = None) -> Iterator[None]:
+    """Turn errors of the file system within the block into a UserError about a path.
+
+    absent: the likely cause where the file is not there.
+    """
     try:
         yield
     except OSError as error:
+        if absent is not None and isinstance(error, FileNotFoundError):
+            raise UserError(f"{path}: is missing ({absent})") from error
         raise UserError(f"{path}: {what} ({reason(error)})") from error
 
 
