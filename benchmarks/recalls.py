@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 from patchnetvlad.config import Config
 from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
 from patchnetvlad.extraction import describe_list, store_header
-from patchnetvlad.feature_store import FeatureStore, FeatureWriter
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches
@@ -64,9 +65,9 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
         for dtype in DTYPES:
             folder = work / dtype / part
             if dtype != "float32":
-                with FeatureStore.open(work / "float32" / part, pictures.names, pictures.feature_names) as store:
-                    header = store_header(model, checkpoint, stored_as(config, dtype), pictures)
-                    with FeatureWriter(folder, header) as writer:
+                with FeatureStore.open(work / "float32" / part, pictures) as store:
+                    header = store_header(model, checkpoint, stored_as(config, dtype))
+                    with FeatureWriter(folder, pictures, header) as writer:
                         for index in range(len(pictures)):
                             writer.write(index, torch.from_numpy(store.global_[index]), store.patches(index))
                         writer.finish()

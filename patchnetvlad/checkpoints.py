@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.encoders import ENCODERS
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of, told, writing_with_torch
 from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,14 @@ class Checkpoint:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
+    with told(path, "cannot be read"):
+        state = path.stat()
+        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _file_sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -151,7 +160,7 @@ def load_state(model: PlaceModel, state: Mapping[str, Tensor], path: Path) -> No
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
+        parts = [f"lacks {some_of(missing)}"] * bool(missing) + [f"has unknown {some_of(extra)}"] * bool(extra)
         raise UserError(f"{path}: {' and '.join(parts)} (a checkpoint of another architecture?)")
     for key, value in state.items():
         if value.shape != expected[key].shape:
@@ -178,15 +187,9 @@ def write_checkpoint(path: Path, model: PlaceModel, half_precision_wpca: bool = 
         "backbone": model.backbone,
         "num_pcs": model.WPCA.output_dims if model.WPCA else 0,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save({**content, **extras}, partial)
-    partial.replace(path)
+    with writing_with_torch(path) as file:
+        torch.save({**content, **extras}, file)
 
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -7,6 +7,7 @@ import numpy as np
 
 from patchnetvlad.clustering import Clusters
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import writing_hdf5
 
 
 def cluster_file(cache: Path, backbone: str, dataset: str, num_clusters: int) -> Path:
@@ -41,12 +42,6 @@ def read_clusters(path: Path, num_clusters: int, channels: int) -> Clusters:
 
 def write_clusters(path: Path, clusters: Clusters) -> None:
     """Write clusters atomically, making their folder."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "w") as file:
-            file.create_dataset("centroids", data=clusters.centroids)
-            file.create_dataset("descriptors", data=clusters.descriptors)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing_hdf5(path) as file:
+        file.create_dataset("centroids", data=clusters.centroids)
+        file.create_dataset("descriptors", data=clusters.descriptors)

@@ -1,7 +1,7 @@
 """Encoders: picture tensors to feature maps, each stating its channels and its geometry."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,16 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 def make_encoder(name: str) -> nn.Module:
     """An encoder by its name in the table, weights not loaded; raises UserError for another name."""
+    return _find(name)()
+
+
+def encoder_geometry(name: str) -> EncoderGeometry:
+    """The geometry of an encoder; it is built only where its class does not state that."""
+    stated = getattr(_find(name), "geometry", None)
+    return stated if isinstance(stated, EncoderGeometry) else cast(Encoder, make_encoder(name)).geometry
+
+
+def _find(name: str) -> Callable[[], nn.Module]:
     if name not in ENCODERS:
         raise UserError(f"[global_params] backbone = {name}: expected one of {', '.join(ENCODERS)}")
-    return ENCODERS[name]()
+    return ENCODERS[name]

@@ -185,15 +185,13 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
 
 def open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: float) -> FeatureStore:
     """Open a list's feature folder, checked against the configuration."""
-    expected = expected_header(config, pictures, folder)
+    expected = expected_header(config)
     if config.feature_match.local_features == "on_demand":
         expected = replace(expected, patch_sizes=(), strides=())
     height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew
     stride = expected.geometry.stride
     map_size = (height // stride, width // stride) if min(height, width) > 0 else None
-    return FeatureStore.open(
-        folder, pictures.names, pictures.feature_names, expected, map_size=map_size, cache_gb=cache_gb
-    )
+    return FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=cache_gb)
 
 
 def _retrieve(

@@ -1,19 +1,21 @@
 """Describe every picture of a list and store the descriptors: one run from configuration to feature folder."""
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config
-from patchnetvlad.encoders import Encoder, make_encoder
-from patchnetvlad.feature_header import read_manifest
-from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
+from patchnetvlad.encoders import encoder_geometry
+from patchnetvlad.errors import UserError
+from patchnetvlad.feature_files import array_file_bytes
+from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.model import PlaceModel
@@ -65,10 +67,10 @@ def describe_list(
     overwrite: bool = False,
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
-    header = store_header(model, checkpoint, config, pictures)
+    header = store_header(model, checkpoint, config)
     size = config.feature_extract
     started = time.perf_counter()
-    with FeatureWriter(folder, header, overwrite=overwrite) as writer:
+    with FeatureWriter(folder, pictures, header, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
         batches = image_batches(
@@ -101,34 +103,30 @@ def describe_list(
     return Extraction(folder, len(pictures), len(missing), seconds)
 
 
-def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config, pictures: ImageList) -> StoreHeader:
-    """What decides the features of a list under a configuration."""
-    return _header(config, pictures, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
+def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config) -> StoreHeader:
+    """What decides the features of a model under a configuration."""
+    return _header(config, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
 
 
-def expected_header(config: Config, pictures: ImageList, folder: Path) -> StoreHeader:
+def expected_header(config: Config) -> StoreHeader:
     """What a feature folder must have been made with to fit a configuration; needs no weights.
 
-    The checkpoint's hash is compared when the checkpoint is at hand, and otherwise taken from the folder.
+    The checkpoint's hash is compared when the checkpoint is at hand, the dimensions when the configuration says them.
     """
     params = config.global_params
     path = find_file(config.checkpoint_name(), "pretrained_models", config.path)
-    manifest = read_manifest(folder)
-    stored_hash = manifest.header.checkpoint_sha256 if manifest else ""
     return _header(
         config,
-        pictures,
-        file_sha256(path) if path is not None else stored_hash,
-        params.num_pcs or stored_dims(folder),
+        file_sha256(path) if path is not None else None,
+        params.num_pcs,
         params.patch_sizes if params.pooling == "patchnetvlad" else (),
-        cast(Encoder, make_encoder(params.backbone)).geometry,
+        encoder_geometry(params.backbone),
     )
 
 
 def _header(
     config: Config,
-    pictures: ImageList,
-    checkpoint_sha256: str,
+    checkpoint_sha256: str | None,
     num_dims: int,
     patch_sizes: tuple[int, ...],
     geometry: EncoderGeometry,
@@ -144,15 +142,36 @@ def _header(
             "precision": size.precision,
             "exif_rotation": size.exif_rotation,
         },
-        names=pictures.names,
-        feature_names=pictures.feature_names,
         num_dims=num_dims,
         patch_sizes=patch_sizes,
         strides=config.global_params.strides if patch_sizes else (),
         geometry=geometry,
         dtype=size.feature_dtype,
-        list_name=pictures.source.name,
     )
+
+
+def estimate_bytes(header: StoreHeader, map_size: tuple[int, int], num_pictures: int) -> int:
+    """Bytes on disk for the features of pictures with a feature map of (height, width)."""
+    codec = header.codec
+    scales = ((1e-5 / 3,) * codec.num_scales(header.num_dims),) * len(header.strides)
+    line = entry_line(ManifestEntry(num_pictures, "n" * 64, "n" * 64, map_size, tuple(filter(None, scales))))
+    width = codec.width(header.num_dims)
+    patches = sum(array_file_bytes((width, len(grid)), codec.dtype) for grid in header.grids(map_size))
+    return num_pictures * (patches + 4 * header.num_dims + len(line))
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """Raise UserError when the disk of a folder, which need not exist yet, has less than num_bytes free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise UserError(
+            f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
+            "(use another disk, feature_dtype = float16 or int8, a configuration with fewer dimensions or patch "
+            "sizes, or local_features = on_demand)"
+        )
 
 
 def loading_threads(config: Config) -> int:

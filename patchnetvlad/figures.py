@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import writing
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.reranking import PairScore
 
@@ -131,12 +132,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: a figure is written as {', '.join(FORMATS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Without dates, the same figure is the same file
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower())
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "patchnetvlad"}):
         dots = min(400, max(160, 1200 / figure.get_figwidth()))
-        figure.savefig(path, dpi=dots, metadata=metadata)
+        with writing(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=dots, metadata=metadata)
 
 
 def _empty_figure(

@@ -19,6 +19,7 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,11 +70,9 @@ def require_readable(paths: Sequence[Path], source: Path, workers: int = 4, prog
     problems = check_images(paths, workers, progress)
     if not problems:
         return
-    shown = "; ".join(problems[:_PROBLEMS_SHOWN])
-    more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-    total = len(set(paths))
+    total, shown = len(set(paths)), some_of(problems, _PROBLEMS_SHOWN, "; ")
     hint = " (is the dataset's root folder right?)" if not any(map(Path.exists, paths)) else ""
-    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}{more}")
+    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}")
 
 
 def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:

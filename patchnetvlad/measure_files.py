@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import write_text, writing
 from patchnetvlad.measures import LEVEL, Judged, Measures
 
 _CURVE_POINTS = 200  # of precision against recall, in the JSON
@@ -83,8 +84,7 @@ def measure_record(protocol: Protocol, measures: Mapping[str, Measures]) -> dict
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:
     """Write a record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -> None:
@@ -98,8 +98,7 @@ def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -
         arrays |= {f"{name}/hits": part.hits, f"{name}/num_matches": part.num_matches}
         if part.scores is not None:
             arrays[f"{name}/scores"] = part.scores
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with writing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its options
 
 

@@ -71,10 +71,7 @@ class PlaceModel(nn.Module):
 
     def grids(self, map_height: int, map_width: int) -> tuple[PatchGrid, ...]:
         """Where the patches of each size lie on a feature map of that size."""
-        return tuple(
-            PatchGrid(map_height, map_width, size, stride, self.geometry)
-            for size, stride in zip(self.patch_sizes, self.strides, strict=True)
-        )
+        return PatchGrid.of_map((map_height, map_width), self.patch_sizes, self.strides, self.geometry)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Global descriptors alone, N×D, with gradients: what training sees."""

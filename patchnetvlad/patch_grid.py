@@ -1,6 +1,6 @@
 """Where each patch of a picture lies, derived from the encoder's geometry."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,17 @@ class PatchGrid:
     patch_size: int
     stride: int = 1
     geometry: EncoderGeometry = EncoderGeometry()
+
+    @classmethod
+    def of_map(
+        cls,
+        map_size: tuple[int, int],
+        patch_sizes: Sequence[int],
+        strides: Sequence[int],
+        geometry: EncoderGeometry,
+    ) -> "tuple[PatchGrid, ...]":
+        """The grids of several patch sizes on one feature map of (height, width)."""
+        return tuple(cls(*map_size, size, stride, geometry) for size, stride in zip(patch_sizes, strides, strict=True))
 
     @property
     def rows(self) -> int:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.images import check_images
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # files named in a message
 
 Rows = NDArray[np.int64]
 
@@ -103,15 +103,14 @@ class TrainingData:
             there = [path for side in sides for path in side.paths if path not in problems]
             problems |= _unreadable(there, workers, progress)
         if problems:
-            shown = "; ".join(list(problems.values())[:_SHOWN])
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            shown = some_of(list(problems.values()), separator="; ")
             total = sum(map(len, sides))
             if not skip:
                 raise UserError(
-                    f"{len(problems)} of {total} pictures cannot be used: {shown}{more} (restore them, or leave them "
+                    f"{len(problems)} of {total} pictures cannot be used: {shown} (restore them, or leave them "
                     "out with --skip_unreadable)"
                 )
-            logger.warning("%d of %d pictures are left out: %s%s", len(problems), total, shown, more)
+            logger.warning("%d of %d pictures are left out: %s", len(problems), total, shown)
 
         def cleaned(side: PictureSet) -> PictureSet:
             keep = np.array([path not in problems for path in side.paths], dtype=bool)

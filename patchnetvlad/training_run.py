@@ -17,6 +17,7 @@ from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import told, write_text
 from patchnetvlad.frozen_layers import freeze
 from patchnetvlad.ini import config_text
 from patchnetvlad.mapillary import read_cities
@@ -250,11 +251,11 @@ def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | No
         if (folder / "config.ini").exists() and (checkpoint.path.parent / LAST).exists():
             return folder
     folder = options.save_path / f"{time.strftime('%b%d_%H-%M-%S')}_{options.identifier}"
-    try:
-        folder.mkdir(parents=True)
-        (folder / "config.ini").write_text(config_text(config), encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    with told(folder):
+        options.save_path.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
+    write_text(folder / "config.ini", config_text(config))
     return folder

@@ -12,6 +12,7 @@ from patchnetvlad.checkpoints import Checkpoint, build_model, file_sha256, load_
 from patchnetvlad.config import Config
 from patchnetvlad.encoders import Pretrained
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import make_folder, read_text, told, write_text
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import download_folder, find_file, require_file
 
@@ -91,9 +92,9 @@ def download(name: str, folder: Path) -> Path:
     target = folder / name
     url = hf_hub_url(HUB_REPOSITORY, PUBLISHED[name])
     logger.info("fetching %s from %s", PUBLISHED[name], HUB_REPOSITORY)
+    make_folder(folder)
     try:
         metadata = get_hf_file_metadata(url, timeout=10)
-        folder.mkdir(parents=True, exist_ok=True)
         fetched = Path(hf_hub_download(HUB_REPOSITORY, PUBLISHED[name], local_dir=folder))
     except Exception as error:  # the hub's HTTP library, and so its errors, change with its version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -107,8 +108,9 @@ def download(name: str, folder: Path) -> Path:
     if re.fullmatch("[0-9a-f]{64}", expected) and digest != expected:
         fetched.unlink()
         raise UserError(f"{fetched}: SHA-256 {digest[:12]}… is not the hub's {expected[:12]}… (try again)")
-    _hash_file(target).write_text(f"{digest}  {name}\n", encoding="utf-8")
-    fetched.replace(target)
+    write_text(_hash_file(target), f"{digest}  {name}\n")
+    with told(target):
+        fetched.replace(target)
     return target
 
 
@@ -118,4 +120,4 @@ def _hash_file(path: Path) -> Path:
 
 def _recorded_hash(path: Path) -> str | None:
     file = _hash_file(path)
-    return file.read_text(encoding="utf-8").split()[0] if file.exists() else None
+    return next(iter(read_text(file).split()), None) if file.exists() else None

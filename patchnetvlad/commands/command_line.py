@@ -12,6 +12,7 @@ import torch
 
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import make_folder, told
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import require_file
 
@@ -131,8 +132,9 @@ def _log_to_console(args: argparse.Namespace) -> logging.Handler:
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Append everything that is logged, with times, to a file for as long as the context lasts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    make_folder(path.parent)
+    with told(path):
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.debug("command: %s", " ".join(sys.argv))

@@ -60,7 +60,7 @@ def export_hloc(arguments: Sequence[str] | None = None) -> int:
     def command(args: argparse.Namespace) -> None:
         root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
         pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
-        with FeatureStore.open(Path(args.features_dir), pictures.names, pictures.feature_names, None) as store:
+        with FeatureStore.open(Path(args.features_dir), pictures) as store:
             descriptors = store.global_
         write_hloc_descriptors(Path(args.output_path), pictures.names, descriptors)
         print(f"{len(descriptors)} descriptors of {descriptors.shape[1]} dimensions in {args.output_path}")

@@ -198,7 +198,7 @@ def _weighting(
         )
     vectors = []
     for pictures, folder in zip((queries, database), folders, strict=True):
-        with FeatureStore.open(folder, pictures.names, pictures.feature_names) as store:
+        with FeatureStore.open(folder, pictures) as store:
             vectors.append(store.global_)
     weighting = barycentric_weights if args.approximation == "barycentric" else similarity_weights(args.alpha)
     return weighting, (vectors[0], vectors[1])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.datasets.picture_names import from_geographic
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
 
 MSLS_CITIES = {
@@ -27,7 +28,6 @@ _NAMES = ("name", "path", "image", "filename", "file")  # columns, in any case; 
 _LATITUDES, _LONGITUDES = ("latitude", "lat"), ("longitude", "lon", "lng")
 _EASTINGS, _NORTHINGS = ("easting", "utm_east", "utm_easting", "x"), ("northing", "utm_north", "utm_northing", "y")
 _ZONES = ("zone", "utm_zone")
-_SHOWN = 5
 
 
 def csv_tables(
@@ -58,7 +58,7 @@ def csv_tables(
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(bad):
             message = (
-                f"{table.path}: {len(bad)} of {len(listed)} rows have no position: {_some([listed[i] for i in bad])}"
+                f"{table.path}: {len(bad)} of {len(listed)} rows have no position: {some_of([listed[i] for i in bad])}"
             )
             if incomplete != "leave_out" or len(bad) == len(listed):
                 raise UserError(f"{message}; --incomplete leave_out goes on without them")
@@ -151,7 +151,7 @@ class _Table:
         values = [value.lower() for value in self.values(column)]
         unknown = set(values) - {"true", "false", "1", "0"}
         if unknown:
-            raise UserError(f"{self.path}: {column}: expected True or False, found {_some(sorted(unknown))}")
+            raise UserError(f"{self.path}: {column}: expected True or False, found {some_of(sorted(unknown))}")
         return np.array([value in ("true", "1") for value in values], dtype=bool)
 
     def names(self, choices: Sequence[str] = _NAMES) -> list[str]:
@@ -161,7 +161,7 @@ class _Table:
             raise UserError(f"{self.path}: {len(empty)} rows name no picture, the first is row {empty[0]}")
         twice = [value for value, uses in Counter(values).items() if uses > 1]
         if twice:
-            raise UserError(f"{self.path}: {len(twice)} keys appear more than once: {_some(twice)}")
+            raise UserError(f"{self.path}: {len(twice)} keys appear more than once: {some_of(twice)}")
         return values
 
 
@@ -192,7 +192,8 @@ def _check_utm(utm: NDArray[np.float64], names: Sequence[str], where: str, zone:
         return  # any metric coordinates
     bad = (np.abs(utm[:, 0] - 500_000) > 2_300_000) | (np.abs(utm[:, 1]) > 10_100_000)
     if bad.any():
-        examples = _some([f"{names[row]} ({utm[row, 0]:g}, {utm[row, 1]:g})" for row in np.flatnonzero(bad).tolist()])
+        rows = np.flatnonzero(bad).tolist()
+        examples = some_of([f"{names[row]} ({utm[row, 0]:g}, {utm[row, 1]:g})" for row in rows])
         raise UserError(f"{where}: {int(bad.sum())} positions cannot be UTM metres of zone {zone}: {examples}")
 
 
@@ -246,7 +247,3 @@ def _same_keys(table: _Table, keys: Sequence[str]) -> _Table:
             f"({different} are in one of them only; files of different releases?)"
         )
     return table
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -15,8 +15,7 @@ from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Pa
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate
-from patchnetvlad.extraction import describe_list, loading_threads, store_header
-from patchnetvlad.feature_store import estimate_bytes
+from patchnetvlad.extraction import describe_list, estimate_bytes, loading_threads, store_header
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.ini import load_config
@@ -202,7 +201,8 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)
-    disk = sum(estimate_bytes(store_header(model, checkpoint, config, pictures), map_size) for pictures in listed)
+    header = store_header(model, checkpoint, config)
+    disk = estimate_bytes(header, map_size, sum(map(len, listed)))
     vectors = max(4 * model.output_dims * (len(part.queries) + len(part.database)) for part in files)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     cache = min(options.cache_gb * 1.125e9, disk)

@@ -5,12 +5,14 @@ Streets of a city are driven several times; drive k of a side is one sequence an
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchnetvlad.examples.rendered_city import City, View, make_city
 from patchnetvlad.examples.rendered_places import Size
+from patchnetvlad.files import make_folder, write_text
 from patchnetvlad.mapillary import SUBTASKS, TEST_CITIES
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
@@ -83,7 +85,7 @@ def _write_side(
     folder: Path, name: str, city: City, views: Sequence[View], panoramas: int, size: Size, secret: bool
 ) -> None:
     images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    make_folder(images)
     keys = [hashlib.sha256(f"{name}/{view.name}".encode()).hexdigest()[:22] for view in views]
     for number, (key, view) in enumerate(zip(keys, views, strict=True)):
         wide = number >= len(views) - panoramas
@@ -135,7 +137,8 @@ def _subtasks(is_query: bool, night: bool, drive: int) -> list[bool]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["", *columns])
-        writer.writerows([index, *row] for index, row in enumerate(rows))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["", *columns])
+    writer.writerows([index, *row] for index, row in enumerate(rows))
+    write_text(path, text.getvalue())

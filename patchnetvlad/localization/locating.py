@@ -1,6 +1,7 @@
 """Queries to places on the map: all of a finished matching run, or single pictures against a feature folder."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_store
+from patchnetvlad.files import write_text
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
@@ -101,8 +103,8 @@ def write_positions(path: Path, located: Sequence[Located], zone: Zone | None) -
     """Write the rows as CSV; a query without a match has empty cells."""
     rows = position_rows(located, zone)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
