@@ -4,14 +4,13 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config
-from patchnetvlad.encoders import Encoder, make_encoder
+from patchnetvlad.encoders import encoder_geometry
 from patchnetvlad.feature_header import read_manifest
 from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import ImageList, read_image_list
@@ -121,7 +120,7 @@ def expected_header(config: Config, pictures: ImageList, folder: Path) -> StoreH
         file_sha256(path) if path is not None else stored_hash,
         params.num_pcs or stored_dims(folder),
         params.patch_sizes if params.pooling == "patchnetvlad" else (),
-        cast(Encoder, make_encoder(params.backbone)).geometry,
+        encoder_geometry(params.backbone),
     )
 
 
