@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchnetvlad.config import GlobalParams
-from patchnetvlad.encoders import ENCODERS
+from patchnetvlad.encoders import is_encoder, same_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of, told, writing_with_torch
 from patchnetvlad.model import PlaceModel
@@ -82,9 +82,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ``module.`` inside keys is dropped and floating tensors become float32. Raises UserError for anything that is
     not tensors, plain values and NumPy scalars.
     """
+    content = _content(path)
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not _is_state(state):
+        raise UserError(f"{path}: has no `state_dict` of tensors (not a checkpoint of this toolkit?)")
+    extras = {key: value for key, value in content.items() if key != "state_dict"}
+    return Checkpoint(path, _plain(state), extras, file_sha256(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state, of whatever model: a checkpoint's, the one of a file that holds nothing else, or of .safetensors.
+
+    Read, and refused, as by `read_checkpoint`.
+    """
+    content = _content(path)
+    found = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else None
+    if not _is_state(found):
+        raise UserError(f"{path}: holds no state of tensors (not a file of weights?)")
+    return _plain(found)
+
+
+def _content(path: Path) -> Any:
     try:
+        if path.suffix == ".safetensors":
+            return _safe_tensors(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds a {found.group(1)}" if found else "is not a torch checkpoint"
@@ -94,12 +117,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint: {reason} (download incomplete?)") from error
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: has no `state_dict` of tensors (not a checkpoint of this toolkit?)")
-    plain = {key.replace("module.", ""): _float32(value) for key, value in state.items()}
-    extras = {key: value for key, value in content.items() if key != "state_dict"}
-    return Checkpoint(path, plain, extras, file_sha256(path))
+
+
+def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("module.", ""): _float32(value) for key, value in state.items()}
+
+
+def _safe_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path}: needs the safetensors package (pip install safetensors)") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def _float32(tensor: Tensor) -> Tensor:
@@ -121,9 +158,9 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
     Raises UserError where the two disagree: encoder, pooling, clusters, WPCA size, ``vladv2``.
     """
     path, state = checkpoint.path, checkpoint.state
-    if checkpoint.backbone not in ENCODERS:
+    if not is_encoder(checkpoint.backbone):
         raise UserError(f"{path}: made for the encoder `{checkpoint.backbone}`, which is unknown here")
-    if checkpoint.backbone != params.backbone:
+    if not same_encoder(checkpoint.backbone, params.backbone):
         raise UserError(
             f"{path}: made for backbone = {checkpoint.backbone}, the configuration says backbone = {params.backbone}"
         )

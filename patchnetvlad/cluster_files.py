@@ -12,7 +12,8 @@ from patchnetvlad.files import writing_hdf5
 
 def cluster_file(cache: Path, backbone: str, dataset: str, num_clusters: int) -> Path:
     """Where the clusters of a dataset are kept: CACHE/centroids/vgg16_mapillary_16_desc_cen.hdf5."""
-    return cache / "centroids" / f"{backbone}_{dataset}_{num_clusters}_desc_cen.hdf5"
+    name = backbone.replace(":", "_")  # of an encoder with arguments
+    return cache / "centroids" / f"{name}_{dataset}_{num_clusters}_desc_cen.hdf5"
 
 
 def read_clusters(path: Path, num_clusters: int, channels: int) -> Clusters:

@@ -103,7 +103,7 @@ class GlobalParams:
     # Positions from one patch to the next, for each patch size; not given: 1 each.
     strides: tuple[int, ...] = setting((), list_of(whole(1), "whole numbers of 1 or more"))
     vladv2: bool = setting(False, flag())  # NetVLAD's soft assignment has a bias
-    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS
+    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS, or timm:NAME:LAYER
 
     def __post_init__(self) -> None:
         if not self.strides:
@@ -132,7 +132,10 @@ class TrainConfig:
     imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
     imageresizeh: int = setting(480, whole())
     whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
-    pretrained: str = setting("imagenet", weights_source())  # encoder's start: imagenet, none or a path
+    # imagenet: as published; none: random; package:NAME: of an installed Python package; or a file's path.
+    pretrained: str = setting("imagenet", weights_source())  # encoder's start
+    # What of the encoder learns beside the pooling: its last stage (VGG16's conv5), all of it, or none of it.
+    encoder_learns: str = setting("last", choice("last", "all", "none"))
     mixed_precision: bool = setting(False, flag())  # encoder in bfloat16; pooling stays float32
     # Cities of MSLS to learn from, and to be judged by.
     cities: tuple[str, ...] = setting(_TRAIN_CITIES, list_of(some_text(), "different names of cities", distinct=True))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.encoders import Encoder, make_encoder
+from patchnetvlad.encoders import make_encoder
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
 from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
@@ -41,8 +41,8 @@ class PlaceModel(nn.Module):
         self.backbone = backbone
         self.pooling = pooling
         self.encoder = make_encoder(backbone)
-        channels = cast(Encoder, self.encoder).channels
-        self.geometry = cast(Encoder, self.encoder).geometry
+        channels = self.encoder.channels
+        self.geometry = self.encoder.geometry
         self.pool: NetVLAD | MaxPooling | AveragePooling
         if pooling in ("netvlad", "patchnetvlad"):
             self.pool = NetVLAD(num_clusters, channels, vladv2)

@@ -18,7 +18,7 @@ from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, write_text
-from patchnetvlad.frozen_layers import freeze
+from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
@@ -103,6 +103,7 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
     check_validation(data.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
+    logger.info("learning: %s", learning_layers(learning.model))
     _tell_memory(config, learning.model, places)
     folder = processes.from_first(_run_folder(config, options, checkpoint) if processes.is_first else None)
     assert folder is not None
@@ -151,13 +152,13 @@ def _learning(
     start = options.start_epoch or 0
     if checkpoint is None:
         model = _new_model(config, options, places, processes, progress)
-        learning = start_learning(model, freeze(model), config.train)
+        learning = start_learning(model, freeze(model, config.train.encoder_learns), config.train)
         learning.progress.epoch = start
         return learning
     model = build_model(without_projection(checkpoint), config.global_params).to(processes.device)
     if checkpoint.num_clusters not in (None, config.train.num_clusters):
         logger.info("%s: has %d clusters, which holds", checkpoint.path, checkpoint.num_clusters)
-    learning = start_learning(model, freeze(model), config.train)
+    learning = start_learning(model, freeze(model, config.train.encoder_learns), config.train)
     if _goes_on(checkpoint, options):
         restore_learning(checkpoint, learning, config.train.optim, processes.device)
         done = learning.progress
@@ -177,7 +178,7 @@ def _new_model(
 ) -> PlaceModel:
     params, train = config.global_params, config.train
     model = PlaceModel(params.backbone, params.pooling, train.num_clusters, vladv2=params.vladv2)
-    freeze(model)
+    freeze(model, train.encoder_learns)
     if processes.is_first:
         initialise_encoder(model, config)
     model.eval().to(processes.device)

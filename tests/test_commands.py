@@ -274,7 +274,7 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
     def unreachable(*arguments, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("patchnetvlad.weights.require_answer", unreachable)
     monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
     assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
@@ -292,6 +292,7 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
         path.write_bytes(content)
         return str(path)
 
+    monkeypatch.setattr("patchnetvlad.weights.require_answer", lambda url: None)
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
     monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
     monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
