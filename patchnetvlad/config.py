@@ -19,30 +19,15 @@ from patchnetvlad.config_values import (
 )
 from patchnetvlad.errors import UserError
 
-_TRAIN_CITIES = (
-    "trondheim",
-    "london",
-    "boston",
-    "melbourne",
-    "amsterdam",
-    "helsinki",
-    "tokyo",
-    "toronto",
-    "saopaulo",
-    "moscow",
-    "zurich",
-    "paris",
-    "bangkok",
-    "budapest",
-    "austin",
-    "berlin",
-    "ottawa",
-    "phoenix",
-    "goa",
-    "amman",
-    "nairobi",
-    "manila",
-)  # of MSLS
+MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
+    "train": (
+        *("trondheim", "london", "boston", "melbourne", "amsterdam", "helsinki", "tokyo", "toronto"),
+        *("saopaulo", "moscow", "zurich", "paris", "bangkok", "budapest", "austin", "berlin"),
+        *("ottawa", "phoenix", "goa", "amman", "nairobi", "manila"),
+    ),
+    "val": ("cph", "sf"),
+    "test": ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala"),
+}
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
 
@@ -135,9 +120,11 @@ class TrainConfig:
     pretrained: str = setting("imagenet", weights_source())  # encoder's start: imagenet, none or a path
     mixed_precision: bool = setting(False, flag())  # encoder in bfloat16; pooling stays float32
     # Cities of MSLS to learn from, and to be judged by.
-    cities: tuple[str, ...] = setting(_TRAIN_CITIES, list_of(some_text(), "different names of cities", distinct=True))
+    cities: tuple[str, ...] = setting(
+        MSLS_CITIES["train"], list_of(some_text(), "different names of cities", distinct=True)
+    )
     val_cities: tuple[str, ...] = setting(
-        ("cph", "sf"), list_of(some_text(), "different names of cities", distinct=True)
+        MSLS_CITIES["val"], list_of(some_text(), "different names of cities", distinct=True)
     )
     positive_radius: float = setting(10.0, real(0, above=True))  # metres within which two pictures show one place
     negative_radius: float = setting(25.0, real(0, above=True))  # metres within which a picture is no negative

@@ -1,7 +1,6 @@
 """What training learns from and is judged by: the pictures of cities, where each was taken, and who matches whom."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ class PictureSet:
     """Pictures of one side of a city, queries or database.
 
     keys and paths: one for each picture; positions: float64 n×c in metres (c = 2, or 3 for earth-centred ones), None
-    where they are secret; night, sideways: bool n; units: int64 u×L, the pictures of each unit that is matched: one
+    where they are secret; night, sideways: bool n; unlabelled: bool n, those of which the source does not tell one of
+    the two; units: int64 u×L, the pictures of each unit that is matched: one
     picture (L = 1) or the L pictures of a sequence; source: where the set came from, for messages.
     """
 
@@ -35,6 +35,7 @@ class PictureSet:
     positions: NDArray[np.float64] | None
     night: NDArray[np.bool_]
     sideways: NDArray[np.bool_]
+    unlabelled: NDArray[np.bool_]
     units: Rows
 
     def __len__(self) -> int:
@@ -53,6 +54,7 @@ class PictureSet:
             positions=None if self.positions is None else self.positions[used],
             night=self.night[used],
             sideways=self.sideways[used],
+            unlabelled=self.unlabelled[used],
             units=new_row[units],
         )
 
@@ -143,9 +145,7 @@ class TripletPlaces:
         return len(self.paths) - self.num_queries
 
 
-def triplet_places(
-    cities: Sequence[CityPictures], positive_radius: float, negative_radius: float, name: str = "training"
-) -> TripletPlaces:
+def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negative_radius: float) -> TripletPlaces:
     """Join cities of single pictures; queries without a positive are left out.
 
     Raises UserError when a city has none at all, or when its units are sequences.
@@ -154,33 +154,37 @@ def triplet_places(
     database: list[Path] = []
     positives: list[Rows] = []
     near: list[Rows] = []
-    night: list[bool] = []
-    sideways: list[bool] = []
+    labels: list[NDArray[np.bool_]] = []  # night, sideways, unlabelled: 3×queries of each city
     for city in cities:
         if city.queries.units.shape[1] != 1 or city.database.units.shape[1] != 1:
             raise UserError(f"{city.queries.source}: training learns from single pictures (task im2im)")
-        rows = city.positives(positive_radius)
-        too_near = city.positives(negative_radius)
-        used = [row for row, found in enumerate(rows) if len(found)]
+        positives_here = city.positives(positive_radius)
+        near_here = city.positives(negative_radius)
+        used = [row for row, found in enumerate(positives_here) if len(found)]
         if not used:
             raise UserError(
-                f"{city.queries.source}: none of the {len(rows)} queries of {city.name} has a database picture within "
-                f"{positive_radius:g} m, nor can anything be learned there (leave the city out?)"
+                f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "
+                f"within {positive_radius:g} m, nor can anything be learned there (leave the city out?)"
             )
-        for row in used:
-            queries.append(city.queries.paths[row])
-            positives.append(rows[row] + len(database))
-            near.append(too_near[row] + len(database))
-            night.append(bool(city.queries.night[row]))
-            sideways.append(bool(city.queries.sideways[row]))
-        database.extend(city.database.paths)
+        queries += [city.queries.paths[row] for row in used]
+        positives += [positives_here[row] + len(database) for row in used]
+        near += [near_here[row] + len(database) for row in used]
+        labels.append(np.stack([city.queries.night, city.queries.sideways, city.queries.unlabelled])[:, used])
+        database += city.database.paths
         logger.info(
-            "%s: %s: %d queries of %d have a positive, %d database pictures",
-            name,
+            "training: %s: %d queries of %d have a positive, %d database pictures",
             city.name,
             len(used),
-            len(rows),
+            len(city.queries),
             len(city.database),
+        )
+    night, sideways, unlabelled = np.concatenate(labels, axis=1)
+    if unlabelled.any():
+        logger.warning(
+            "training: %d of %d queries have no known night or view_direction, and count as taken by day, looking "
+            "forward, where it is not told",
+            unlabelled.sum(),
+            len(queries),
         )
     offset = len(queries)
     return TripletPlaces(
@@ -188,7 +192,7 @@ def triplet_places(
         offset,
         tuple(rows + offset for rows in positives),
         tuple(rows + offset for rows in near),
-        sampling_weights(np.array(night, dtype=bool), np.array(sideways, dtype=bool)),
+        sampling_weights(night, sideways),
     )
 
 
@@ -227,10 +231,3 @@ def _unreadable(paths: Sequence[Path], workers: int, progress: bool) -> dict[Pat
             place = place.rpartition(": ")[0]
         found[by_text[place]] = problem
     return found
-
-
-def require_unique_keys(source: Path, keys: Sequence[str]) -> None:
-    """UserError when a key appears twice: which picture it means would be unknown."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise UserError(f"{source}: key {twice[0]} appears {Counter(keys)[twice[0]]} times (joined from two files?)")

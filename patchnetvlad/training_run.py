@@ -25,7 +25,7 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.training import Trainer
-from patchnetvlad.training_csv import read_own_dataset
+from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
 from patchnetvlad.training_state import (
     LAST,
@@ -118,7 +118,7 @@ def read_training_data(config: Config, root: Path, own_dataset: Path | None) -> 
     """MSLS cities of the configuration below ``root``, or the pictures of a CSV file relative to it."""
     train = config.train
     if own_dataset is not None:
-        return read_own_dataset(own_dataset, root, train.includepanos)
+        return read_training_csv(own_dataset, root, train.includepanos)
     return TrainingData(
         read_cities(root, train.cities, include_panoramas=train.includepanos), read_cities(root, train.val_cities)
     )
