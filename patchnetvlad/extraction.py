@@ -51,7 +51,7 @@ def extract(
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
-    require_readable(pictures.paths, pictures.source, loading_threads(config), progress)
+    require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
     return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
 
 
@@ -76,7 +76,7 @@ def describe_list(
             size.imageresizeh,
             size.imageresizew,
             size.cachebatchsize,
-            loading_threads(config),
+            config.global_params.loading_threads,
             size.exif_rotation,
             missing,
         )
@@ -153,11 +153,6 @@ def _header(
         dtype=size.feature_dtype,
         list_name=pictures.source.name,
     )
-
-
-def loading_threads(config: Config) -> int:
-    """Threads that load pictures while others are described; published files say 0, and loading overlaps anyway."""
-    return max(1, config.global_params.threads)
 
 
 def _announce(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.images import check_images
@@ -94,16 +95,19 @@ class TrainingData:
     train: tuple[CityPictures, ...]
     validation: tuple[CityPictures, ...]
 
-    def checked(self, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
+    def checked(self, processes: Processes, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
         """The data without doubt about its files: all are there, and with ``decode`` every picture can be read.
 
+        Decoding is shared among the processes, each with so many ``workers``; all of them find the same.
         Raises UserError naming the first bad files, or with ``skip`` leaves those pictures out and says so.
         """
         sides = [side for city in (*self.train, *self.validation) for side in (city.queries, city.database)]
         problems = _missing_files(sides)
         if decode:
-            there = [path for side in sides for path in side.paths if path not in problems]
-            problems |= _unreadable(there, workers, progress)
+            there = list(dict.fromkeys(path for side in sides for path in side.paths if path not in problems))
+            shares = processes.gathered(check_images(processes.share(there), workers, progress))
+            unreadable = {path: problem for share in shares for path, problem in share.items()}
+            problems |= {path: unreadable[path] for path in there if path in unreadable}
         if problems:
             shown = "; ".join(list(problems.values())[:_SHOWN])
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -219,15 +223,3 @@ def _missing_files(sides: Sequence[PictureSet]) -> dict[Path, str]:
             if path.name not in folders[path.parent]:
                 problems[path] = f"{path}: no such file"
     return problems
-
-
-def _unreadable(paths: Sequence[Path], workers: int, progress: bool) -> dict[Path, str]:
-    problems = check_images(paths, workers, progress)
-    by_text = {str(path): path for path in paths}
-    found: dict[Path, str] = {}
-    for problem in problems:  # "FILE: reason", and a file's name may itself hold ": "
-        place = problem
-        while place not in by_text:
-            place = place.rpartition(": ")[0]
-        found[by_text[place]] = problem
-    return found

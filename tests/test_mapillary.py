@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.datasets.makers import MAKERS
+from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.mapillary import SUBTASKS, TASKS, read_cities
 from patchnetvlad.training_data import TrainingData, sampling_weights, triplet_places
+
+ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 
 
 def column(path: Path, name: str) -> list[str]:
@@ -355,10 +359,10 @@ def test_bad_pictures_stop_or_are_skipped(changed: Path, caplog: pytest.LogCaptu
     images[1].write_bytes(whole[: len(whole) // 2])
     data = TrainingData(read_cities(changed, ["london"]), ())
     with pytest.raises(UserError, match=r"2 of 25 pictures cannot be used: .*no such file; .*cannot be decoded"):
-        data.checked(decode=True, skip=False, workers=1, progress=False)
+        data.checked(ONE_PROCESS, decode=True, skip=False, workers=1, progress=False)
     with pytest.raises(UserError, match=f"1 of 25 pictures cannot be used: {images[0]}: no such file"):
-        data.checked(decode=False, skip=False, workers=1, progress=False)
-    checked = data.checked(decode=True, skip=True, workers=1, progress=False)
+        data.checked(ONE_PROCESS, decode=False, skip=False, workers=1, progress=False)
+    checked = data.checked(ONE_PROCESS, decode=True, skip=True, workers=1, progress=False)
     queries = checked.train[0].queries
     assert len(queries) == 8 and not {images[0], images[1]} & set(queries.paths)
     assert f"2 of 25 pictures are left out: {images[0]}: no such file" in caplog.text
