@@ -75,12 +75,12 @@ def check_images(paths: Sequence[Path], workers: int = 4, progress: bool = False
     found whole before, and have the same size and time, are not decoded again.
     """
     distinct = list(dict.fromkeys(paths))
-    states = dict(zip(distinct, _in_order(_file_state, distinct, workers), strict=True))
+    states = dict(zip(distinct, in_order(_file_state, distinct, workers), strict=True))
     known = _remembered(states)
     unknown = [path for path in distinct if path not in known]
     problems: dict[Path, str] = {}
     whole: list[tuple[bytes, str]] = []
-    checked = zip(unknown, _in_order(_problem, unknown, workers), strict=True)
+    checked = zip(unknown, in_order(_problem, unknown, workers), strict=True)
     started = perf_counter()
     try:
         for number, (path, problem) in enumerate(
@@ -169,13 +169,13 @@ def image_batches(
     else:
         batches = _batches_of_one_size(dataset, wanted, batch_size, threads)
     ahead = (2 + threads // batch_size) * batch_size  # enough for every thread, and for the next batch to be ready
-    loaded = _in_order(dataset.__getitem__, [index for batch in batches for index in batch], threads, ahead)
+    loaded = in_order(dataset.__getitem__, [index for batch in batches for index in batch], threads, ahead)
     with closing(loaded):
         for batch in batches:
             yield batch, torch.stack([next(loaded)[1] for _ in batch])
 
 
-def _in_order(
+def in_order(
     function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int | None = None
 ) -> Generator[R, None, None]:
     """The function's results in the order of the items, computed by threads, at most ``ahead`` of them beforehand;
@@ -208,7 +208,7 @@ def _batches_of_one_size(
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}  # the newest batch of each size
-    for index, picture_size in zip(indices, _in_order(size, indices, threads), strict=True):
+    for index, picture_size in zip(indices, in_order(size, indices, threads), strict=True):
         batch = filling.get(picture_size)
         if batch is None or len(batch) == batch_size:
             batch = filling[picture_size] = []

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -377,3 +378,19 @@ def test_dataset(pictures: list[Path]) -> None:
     assert (len(dataset), index, tensor.shape) == (7, 3, (3, 6, 5))
     with pytest.raises(UserError, match="no such file"):
         ImageDataset([Path("missing.jpg")], 6, 5)[0]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_results_come_in_order_and_few_are_computed_ahead(threads: int) -> None:
+    begun: list[int] = []
+
+    def slowly(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.002 * (number % 3))
+        return number * number
+
+    results = images.in_order(slowly, iter(range(40)), threads, ahead=5)
+    for number in range(40):
+        assert next(results) == number * number
+        assert len(begun) <= number + 1 + (5 if threads else 0)
+    assert list(results) == []
