@@ -5,7 +5,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchnetvlad.config import GlobalParams
@@ -23,12 +24,22 @@ from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
 
-# Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names
-_scalar = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS: list[Any] = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
+
+def _plain_dict(factory: object = None) -> dict[object, object]:
+    """What a defaultdict in a file becomes."""
+    return {}
+
+
+# Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names; files of others
+# arrays of numbers, and defaultdicts with a plain type's factory
+_scalar, _array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+_ALLOWED: list[Any] = [
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
     np.dtype,
+    (_plain_dict, "collections.defaultdict"),
+    *((kind, f"{home}.{kind.__name__}") for kind in (dict, list, int, float) for home in ("builtins", "__builtin__")),
     *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")},
 ]
 
@@ -80,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without running code from it.
 
     ``module.`` inside keys is dropped and floating tensors become float32. Raises UserError for anything that is
-    not tensors, plain values and NumPy scalars.
+    not tensors, plain values, NumPy numbers and arrays of numbers.
     """
     content = _content(path)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -106,17 +117,20 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safe_tensors(path)
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds a {found.group(1)}" if found else "is not a torch checkpoint"
-        raise UserError(
-            f"{path}: {what}; only tensors, plain values and NumPy scalars are read (damaged or foreign file?)"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        found = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
+        if found is None:
+            raise UserError(f"{path}: is not a torch checkpoint (damaged or foreign file?)") from error
+        raise UserError(_refusal(path, found.group(1) or found.group(2))) from error
+    except (OSError, MemoryError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint: {reason} (download incomplete?)") from error
+    for array in _arrays(content):
+        if array.dtype.kind not in "fiub":
+            raise UserError(_refusal(path, f"NumPy array of {array.dtype}"))
+    return content
 
 
 def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
@@ -137,6 +151,25 @@ def _safe_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+
+
+def _refusal(path: Path, what: str) -> str:
+    """Why a file is not read, and the command that makes one of it that is."""
+    plain = path.with_name(f"plain_{path.name}")
+    return (
+        f"{path}: holds a {what}; only tensors, plain values and NumPy numbers are read, since others can run code. If "
+        f"you trust its source, keep its tensors alone by: python -c \"import torch; torch.save({{'state_dict': "
+        f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)['state_dict']}}, {str(plain)!r})\""
+    )
+
+
+def _arrays(content: object) -> Iterator[NDArray[Any]]:
+    """All NumPy arrays in a tree of dicts, lists and tuples."""
+    if isinstance(content, np.ndarray):
+        yield content
+    elif isinstance(content, (Mapping, list, tuple)):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _arrays(value)
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What can be configured: one frozen dataclass for each section of an INI file, with every key's rule and default."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,30 +20,15 @@ from patchnetvlad.config_values import (
 )
 from patchnetvlad.errors import UserError
 
-_TRAIN_CITIES = (
-    "trondheim",
-    "london",
-    "boston",
-    "melbourne",
-    "amsterdam",
-    "helsinki",
-    "tokyo",
-    "toronto",
-    "saopaulo",
-    "moscow",
-    "zurich",
-    "paris",
-    "bangkok",
-    "budapest",
-    "austin",
-    "berlin",
-    "ottawa",
-    "phoenix",
-    "goa",
-    "amman",
-    "nairobi",
-    "manila",
-)  # of MSLS
+MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
+    "train": (
+        *("trondheim", "london", "boston", "melbourne", "amsterdam", "helsinki", "tokyo", "toronto"),
+        *("saopaulo", "moscow", "zurich", "paris", "bangkok", "budapest", "austin", "berlin"),
+        *("ottawa", "phoenix", "goa", "amman", "nairobi", "manila"),
+    ),
+    "val": ("cph", "sf"),
+    "test": ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala"),
+}
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
 
@@ -93,7 +79,7 @@ class GlobalParams:
     pooling: str = setting("patchnetvlad", choice("netvlad", "patchnetvlad", "max", "avg"))
     # The checkpoint's path without its end, which is num_pcs and .pth.tar.
     resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
-    threads: int = setting(4, whole(0))  # threads that load pictures; 0: none beside the computation
+    threads: int = setting(4, whole(0))  # threads that load and check pictures; 0: as many as there are cores
     num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
     ngpu: int = setting(1, whole(0))  # GPUs to use where there are any
     # Sides of the square patches, in positions of the feature map.
@@ -108,6 +94,11 @@ class GlobalParams:
     def __post_init__(self) -> None:
         if not self.strides:
             object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
+
+    @property
+    def loading_threads(self) -> int:
+        """Threads that load pictures while others are described, 1 or more."""
+        return self.threads or _cores()
 
 
 @dataclass(frozen=True)
@@ -125,6 +116,7 @@ class TrainConfig:
     momentum: float = setting(0.9, real(0, 1))  # of SGD
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
+    loss: str = setting("triplet", some_text())  # one of losses.LOSSES
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too
@@ -138,9 +130,11 @@ class TrainConfig:
     encoder_learns: str = setting("last", choice("last", "all", "none"))
     mixed_precision: bool = setting(False, flag())  # encoder in bfloat16; pooling stays float32
     # Cities of MSLS to learn from, and to be judged by.
-    cities: tuple[str, ...] = setting(_TRAIN_CITIES, list_of(some_text(), "different names of cities", distinct=True))
+    cities: tuple[str, ...] = setting(
+        MSLS_CITIES["train"], list_of(some_text(), "different names of cities", distinct=True)
+    )
     val_cities: tuple[str, ...] = setting(
-        ("cph", "sf"), list_of(some_text(), "different names of cities", distinct=True)
+        MSLS_CITIES["val"], list_of(some_text(), "different names of cities", distinct=True)
     )
     positive_radius: float = setting(10.0, real(0, above=True))  # metres within which two pictures show one place
     negative_radius: float = setting(25.0, real(0, above=True))  # metres within which a picture is no negative
@@ -226,6 +220,13 @@ class Config:
                     f"{self._place}: [{section}] {key} = {here}: expected {extraction} as in "
                     "[feature_extract] (descriptors of differently resized pictures do not match: set both)"
                 )
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 SECTIONS = {  # section of the file, and its type

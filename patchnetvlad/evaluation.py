@@ -223,7 +223,7 @@ def _on_demand(
     config: Config, queries: ImageList, database: ImageList, device: torch.device, progress: bool
 ) -> tuple[PatchSource, PatchSource]:
     for pictures in (queries, database):
-        require_readable(pictures.paths, pictures.source, progress=progress)
+        require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
     model, _ = load_model(config)
     model.to(device)
     options, size = config.feature_match, config.feature_extract

@@ -53,7 +53,7 @@ def extract(
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
-    require_readable(pictures.paths, pictures.source, loading_threads(config), progress)
+    require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
     return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
 
 
@@ -78,7 +78,7 @@ def describe_list(
             size.imageresizeh,
             size.imageresizew,
             size.cachebatchsize,
-            loading_threads(config),
+            config.global_params.loading_threads,
             size.exif_rotation,
             missing,
         )
@@ -172,11 +172,6 @@ def check_disk(folder: Path, num_bytes: int) -> None:
             "(use another disk, feature_dtype = float16 or int8, a configuration with fewer dimensions or patch "
             "sizes, or local_features = on_demand)"
         )
-
-
-def loading_threads(config: Config) -> int:
-    """Threads that load pictures while others are described; published files say 0, and loading overlaps anyway."""
-    return max(1, config.global_params.threads)
 
 
 def _announce(

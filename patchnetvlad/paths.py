@@ -31,7 +31,12 @@ def download_folder() -> Path:
     The folder may not exist yet.
     """
     checkout = _checkout()
-    return (_user_cache() / "patchnetvlad" if checkout is None else checkout) / "pretrained_models"
+    return (user_cache() if checkout is None else checkout) / "pretrained_models"
+
+
+def user_cache() -> Path:
+    """Folder of this toolkit in the user's cache; it may not exist yet, and whatever is in it may be deleted."""
+    return _user_cache() / "patchnetvlad"
 
 
 def making_folder(kind: Kind) -> Path:

@@ -1,6 +1,7 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.images import prepare_image, read_image
+from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_sources import PatchesInMemory
@@ -80,16 +81,18 @@ class PlaceRecognizer:
         return cls(model.to(device), config)
 
     def describe(self, pictures: Pictures) -> list[Description]:
-        """Describe one picture or several, one at a time, in the order given.
+        """Describe one picture or several, in the order given; while one is described, the next are loaded.
 
         Raises UserError for a file that cannot be read, ValueError for an array or tensor of another shape or type.
         """
-        return list(self._described([pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)))
+        several = [pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)
+        threads = 0 if _is_one(pictures) else self.config.global_params.loading_threads
+        with closing(in_order(self._tensor, several, threads, ahead=threads)) as tensors:
+            return [self._described(tensor) for tensor in tensors]
 
-    def _described(self, pictures: Iterable[Picture]) -> Iterator[Description]:
-        for picture in pictures:
-            described = self.model.describe(self._tensor(picture)[None].to(self.model.device))
-            yield Description(described.global_[0], described.picture(0))
+    def _described(self, tensor: Tensor) -> Description:
+        described = self.model.describe(tensor[None].to(self.model.device))
+        return Description(described.global_[0], described.picture(0))
 
     def compare(self, query: Description, reference: Description) -> Comparison:
         """Match two pictures at every patch size and score how well the matches agree in space."""

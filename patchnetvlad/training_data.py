@@ -1,7 +1,6 @@
 """What training learns from and is judged by: the pictures of cities, where each was taken, and who matches whom."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import GroundTruth
@@ -25,7 +25,8 @@ class PictureSet:
     """Pictures of one side of a city, queries or database.
 
     keys and paths: one for each picture; positions: float64 n×c in metres (c = 2, or 3 for earth-centred ones), None
-    where they are secret; night, sideways: bool n; units: int64 u×L, the pictures of each unit that is matched: one
+    where they are secret; night, sideways: bool n; unlabelled: bool n, those of which the source does not tell one of
+    the two; units: int64 u×L, the pictures of each unit that is matched: one
     picture (L = 1) or the L pictures of a sequence; source: where the set came from, for messages.
     """
 
@@ -35,6 +36,7 @@ class PictureSet:
     positions: NDArray[np.float64] | None
     night: NDArray[np.bool_]
     sideways: NDArray[np.bool_]
+    unlabelled: NDArray[np.bool_]
     units: Rows
 
     def __len__(self) -> int:
@@ -53,6 +55,7 @@ class PictureSet:
             positions=None if self.positions is None else self.positions[used],
             night=self.night[used],
             sideways=self.sideways[used],
+            unlabelled=self.unlabelled[used],
             units=new_row[units],
         )
 
@@ -92,16 +95,19 @@ class TrainingData:
     train: tuple[CityPictures, ...]
     validation: tuple[CityPictures, ...]
 
-    def checked(self, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
+    def checked(self, processes: Processes, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
         """The data without doubt about its files: all are there, and with ``decode`` every picture can be read.
 
+        Decoding is shared among the processes, each with so many ``workers``; all of them find the same.
         Raises UserError naming the first bad files, or with ``skip`` leaves those pictures out and says so.
         """
         sides = [side for city in (*self.train, *self.validation) for side in (city.queries, city.database)]
         problems = _missing_files(sides)
         if decode:
-            there = [path for side in sides for path in side.paths if path not in problems]
-            problems |= _unreadable(there, workers, progress)
+            there = list(dict.fromkeys(path for side in sides for path in side.paths if path not in problems))
+            shares = processes.gathered(check_images(processes.share(there), workers, progress))
+            unreadable = {path: problem for share in shares for path, problem in share.items()}
+            problems |= {path: unreadable[path] for path in there if path in unreadable}
         if problems:
             shown = some_of(list(problems.values()), separator="; ")
             total = sum(map(len, sides))
@@ -142,9 +148,7 @@ class TripletPlaces:
         return len(self.paths) - self.num_queries
 
 
-def triplet_places(
-    cities: Sequence[CityPictures], positive_radius: float, negative_radius: float, name: str = "training"
-) -> TripletPlaces:
+def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negative_radius: float) -> TripletPlaces:
     """Join cities of single pictures; queries without a positive are left out.
 
     Raises UserError when a city has none at all, or when its units are sequences.
@@ -153,33 +157,37 @@ def triplet_places(
     database: list[Path] = []
     positives: list[Rows] = []
     near: list[Rows] = []
-    night: list[bool] = []
-    sideways: list[bool] = []
+    labels: list[NDArray[np.bool_]] = []  # night, sideways, unlabelled: 3×queries of each city
     for city in cities:
         if city.queries.units.shape[1] != 1 or city.database.units.shape[1] != 1:
             raise UserError(f"{city.queries.source}: training learns from single pictures (task im2im)")
-        rows = city.positives(positive_radius)
-        too_near = city.positives(negative_radius)
-        used = [row for row, found in enumerate(rows) if len(found)]
+        positives_here = city.positives(positive_radius)
+        near_here = city.positives(negative_radius)
+        used = [row for row, found in enumerate(positives_here) if len(found)]
         if not used:
             raise UserError(
-                f"{city.queries.source}: none of the {len(rows)} queries of {city.name} has a database picture within "
-                f"{positive_radius:g} m, nor can anything be learned there (leave the city out?)"
+                f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "
+                f"within {positive_radius:g} m, nor can anything be learned there (leave the city out?)"
             )
-        for row in used:
-            queries.append(city.queries.paths[row])
-            positives.append(rows[row] + len(database))
-            near.append(too_near[row] + len(database))
-            night.append(bool(city.queries.night[row]))
-            sideways.append(bool(city.queries.sideways[row]))
-        database.extend(city.database.paths)
+        queries += [city.queries.paths[row] for row in used]
+        positives += [positives_here[row] + len(database) for row in used]
+        near += [near_here[row] + len(database) for row in used]
+        labels.append(np.stack([city.queries.night, city.queries.sideways, city.queries.unlabelled])[:, used])
+        database += city.database.paths
         logger.info(
-            "%s: %s: %d queries of %d have a positive, %d database pictures",
-            name,
+            "training: %s: %d queries of %d have a positive, %d database pictures",
             city.name,
             len(used),
-            len(rows),
+            len(city.queries),
             len(city.database),
+        )
+    night, sideways, unlabelled = np.concatenate(labels, axis=1)
+    if unlabelled.any():
+        logger.warning(
+            "training: %d of %d queries have no known night or view_direction, and count as taken by day, looking "
+            "forward, where it is not told",
+            unlabelled.sum(),
+            len(queries),
         )
     offset = len(queries)
     return TripletPlaces(
@@ -187,7 +195,7 @@ def triplet_places(
         offset,
         tuple(rows + offset for rows in positives),
         tuple(rows + offset for rows in near),
-        sampling_weights(np.array(night, dtype=bool), np.array(sideways, dtype=bool)),
+        sampling_weights(night, sideways),
     )
 
 
@@ -214,22 +222,3 @@ def _missing_files(sides: Sequence[PictureSet]) -> dict[Path, str]:
             if path.name not in folders[path.parent]:
                 problems[path] = f"{path}: no such file"
     return problems
-
-
-def _unreadable(paths: Sequence[Path], workers: int, progress: bool) -> dict[Path, str]:
-    problems = check_images(paths, workers, progress)
-    by_text = {str(path): path for path in paths}
-    found: dict[Path, str] = {}
-    for problem in problems:  # "FILE: reason", and a file's name may itself hold ": "
-        place = problem
-        while place not in by_text:
-            place = place.rpartition(": ")[0]
-        found[by_text[place]] = problem
-    return found
-
-
-def require_unique_keys(source: Path, keys: Sequence[str]) -> None:
-    """UserError when a key appears twice: which picture it means would be unknown."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise UserError(f"{source}: key {twice[0]} appears {Counter(keys)[twice[0]]} times (joined from two files?)")

@@ -1,6 +1,7 @@
 """INI files: published ones load unchanged, mistakes are named, configurations survive writing and reading."""
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -327,3 +328,14 @@ def test_text_has_every_key() -> None:
 def test_text_that_an_ini_file_cannot_hold(name: str) -> None:
     with pytest.raises(UserError, match=r"\[global_params\] resumepath"):
         config_text(Config(global_params=GlobalParams(resumepath=name)))
+
+
+def test_no_threads_means_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GlobalParams(threads=3).loading_threads == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 4, 5, 7, 8}, raising=False)
+    assert GlobalParams(threads=0).loading_threads == 5
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert GlobalParams(threads=0).loading_threads == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert GlobalParams(threads=0).loading_threads == 1

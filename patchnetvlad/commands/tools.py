@@ -48,7 +48,7 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         else:
             found = {root: [root / name for name in list_folder(root, recursive=True)] for root in roots}
         for source, pictures in found.items():
-            require_readable(pictures, source, progress=command_line.progress(args))
+            require_readable(pictures, source, config.global_params.loading_threads, command_line.progress(args))
         paths = [path for pictures in found.values() for path in pictures]
         device = command_line.device(args)
         model, wpca = fit(config, paths, device, command_line.progress(args))

@@ -13,11 +13,9 @@ from patchnetvlad.distributed import processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.examples.rendered_msls import SMALL_TREE, write_msls
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.images import require_readable
+from patchnetvlad.model_fitting import add_wpca
 from patchnetvlad.paths import require_file
-from patchnetvlad.training_data import TrainingData
-from patchnetvlad.training_run import RunOptions, read_training_data, train_model
-from patchnetvlad.wpca_addition import add_wpca
+from patchnetvlad.training_run import DEFAULT_SAVE_PATH, RunOptions, read_training_data, train_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,11 @@ def train(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_config_options("train.ini")
     _add_dataset_options(parser)
-    parser.add_argument("--save_path", default="runs", metavar="DIR", help="folder that gets the run's own folder")
+    parser.add_argument(
+        "--save_path",
+        metavar="DIR",
+        help=f"folder that gets the run's own folder (default: {DEFAULT_SAVE_PATH}, or where the resumed run is)",
+    )
     parser.add_argument(
         "--cache_path", metavar="DIR", help="folder for the cluster file; without it, a temporary one is used"
     )
@@ -51,7 +53,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
         help="take the weights of --resume_path alone and count N epochs as finished",
     )
     parser.add_argument("--save_every_epoch", action="store_true", help="keep a checkpoint of every epoch")
-    parser.add_argument("--threads", type=int, default=6, metavar="N", help="threads that load pictures")
+    _add_threads_option(parser)
     parser.add_argument(
         "--skip_unreadable", action="store_true", help="leave pictures out that are missing or unreadable"
     )
@@ -67,7 +69,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
         options = RunOptions(
             command_line.folder(args.dataset_root_dir, "--dataset_root_dir"),
             Path(args.dataset_csv) if args.dataset_csv else None,
-            Path(args.save_path),
+            Path(args.save_path) if args.save_path else None,
             args.identifier,
             Path(args.cache_path) if args.cache_path else None,
             Path(args.cluster_path) if args.cluster_path else None,
@@ -105,7 +107,7 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
         help=f"database pictures of the training cities, or the list {PITTSBURGH_LIST}",
     )
     parser.add_argument("--dataset_file_path", metavar="LIST", help="any list of pictures in place of --dataset_choice")
-    parser.add_argument("--threads", type=int, default=6, metavar="N", help="threads that load pictures")
+    _add_threads_option(parser)
     parser.add_device_options()
 
     def command(args: argparse.Namespace) -> None:
@@ -116,14 +118,13 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--dataset_csv: cannot be used together with a list")
         if name:
             pictures = read_image_list(require_file(name, "dataset_imagenames"), root)
-            require_readable(pictures.paths, pictures.source, args.threads, command_line.progress(args))
-            paths = list(dict.fromkeys(pictures.paths))
+            source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
         else:
-            data = read_training_data(config, root, Path(args.dataset_csv) if args.dataset_csv else None)
-            data = TrainingData(data.train, ()).checked(False, False, args.threads, False)
-            paths = [path for city in data.train for path in city.database.paths]
+            table = Path(args.dataset_csv) if args.dataset_csv else None
+            data = read_training_data(config, root, table)
+            source, paths = table or root, [path for city in data.train for path in city.database.paths]
         resume = require_file(args.resume_path, "pretrained_models")
-        written = add_wpca(config, resume, paths, command_line.device(args), command_line.progress(args))
+        written = add_wpca(config, resume, paths, source, command_line.device(args), command_line.progress(args))
         print(f"checkpoint in {written}")
 
     return command_line.run(parser, command, arguments)
@@ -158,7 +159,19 @@ def _add_dataset_options(parser: Parser) -> None:
     )
 
 
-def _with_threads(config: Config, threads: int) -> Config:
+def _add_threads_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads that load and check pictures, 0 for as many as there are cores (default: [global_params] threads "
+        "of the INI, 6 in train.ini)",
+    )
+
+
+def _with_threads(config: Config, threads: int | None) -> Config:
+    if threads is None:
+        return config
     if threads < 0:
         raise UserError(f"--threads {threads}: must be 0 or more")
     return replace(config, global_params=replace(config.global_params, threads=threads))

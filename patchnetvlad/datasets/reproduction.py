@@ -15,7 +15,7 @@ from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Pa
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate
-from patchnetvlad.extraction import describe_list, estimate_bytes, loading_threads, store_header
+from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.ini import load_config
@@ -116,7 +116,7 @@ def reproduce(
     """
     started = time.perf_counter()
     for listed in (pictures for part in files for pictures in (part.queries, part.database)):
-        require_readable(listed.paths, listed.source, loading_threads(config), progress)
+        require_readable(listed.paths, listed.source, config.global_params.loading_threads, progress)
     model, checkpoint = load_model(config)
     model.to(device)
     announce(estimate(model, checkpoint, config, files))

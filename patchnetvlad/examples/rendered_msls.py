@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.examples.rendered_city import City, View, make_city
 from patchnetvlad.examples.rendered_places import Size
 from patchnetvlad.files import make_folder, write_text
-from patchnetvlad.mapillary import SUBTASKS, TEST_CITIES
+from patchnetvlad.mapillary import SUBTASKS
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
 SIDEWAYS_YAW = 15.0  # degrees of yaw from which a picture counts as sideways
@@ -58,7 +59,7 @@ def write_msls(
         city = make_city(
             rendered.places, (database_views,), (query_views,), rendered.seed, look_alikes=0, scale=size[0] / 10
         )
-        part = "test" if rendered.name in TEST_CITIES else "train_val"
+        part = "test" if rendered.name in MSLS_CITIES["test"] else "train_val"
         folder = root / part / rendered.name
         database = [_by_night(view) if _drive(view) == NIGHT_DRIVE else view for view in city.database]
         for side, views in (("query", city.queries), ("database", database)):
