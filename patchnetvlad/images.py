@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 from time import perf_counter
@@ -258,44 +258,42 @@ def _problem(path: Path) -> str | None:
 def _file_state(path: Path) -> tuple[bytes, str] | None:
     """A hash of a file's absolute name, and its size and time; None for no file."""
     try:
-        status = path.stat()
+        status, name = path.stat(), str(path.absolute()).encode("utf-8", "surrogateescape")
     except (OSError, ValueError):
         return None
-    name = hashlib.blake2b(str(path.absolute()).encode("utf-8", "surrogateescape"), digest_size=16).digest()
-    return name, f"{status.st_size} {status.st_mtime_ns}"
+    return hashlib.blake2b(name, digest_size=16).digest(), f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _remembered(states: Mapping[Path, tuple[bytes, str] | None]) -> set[Path]:
     """The pictures that were found whole as they are now."""
-    file = user_cache() / _REMEMBERED
-    if not file.exists():
-        return set()
-    found = set()
-    try:
-        with closing(sqlite3.connect(file, timeout=30)) as memory:
-            for path, state in states.items():
-                if state is None:
-                    continue
-                row = memory.execute("SELECT state FROM whole WHERE name = ?", state[:1]).fetchone()
-                if row == state[1:]:
-                    found.add(path)
-    except sqlite3.Error as error:  # a memory that is damaged or locked costs time, nothing else
-        logger.debug("%s: %s", file, error)
-        return set()
-    return found
+
+    def look_up(memory: sqlite3.Connection) -> set[Path]:
+        query = "SELECT 1 FROM whole WHERE name = ? AND state = ?"
+        return {path for path, state in states.items() if state and memory.execute(query, state).fetchone()}
+
+    return _with_memory(look_up) or set()
 
 
 def _remember(whole: Sequence[tuple[bytes, str]]) -> None:
-    if not whole:
-        return
-    file = user_cache() / _REMEMBERED
+    if whole:
+        _with_memory(lambda memory: memory.executemany("REPLACE INTO whole VALUES (?, ?)", whole))
+
+
+def _with_memory(work: Callable[[sqlite3.Connection], R]) -> R | None:
+    """Work with what is remembered; None where that cannot be used, which costs time and nothing else."""
     try:
+        file = user_cache() / _REMEMBERED
         file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file, timeout=30)) as memory, memory:
             memory.execute("CREATE TABLE IF NOT EXISTS whole (name BLOB PRIMARY KEY, state TEXT) WITHOUT ROWID")
-            memory.executemany("REPLACE INTO whole VALUES (?, ?)", whole)
-    except (OSError, sqlite3.Error) as error:
-        logger.debug("%s: %s", file, error)
+            return work(memory)
+    except (OSError, RuntimeError, sqlite3.OperationalError) as error:  # RuntimeError: a user without a home folder
+        logger.debug("%s is not at hand: %s", _REMEMBERED, error)
+    except sqlite3.DatabaseError as error:
+        logger.debug("%s is damaged and begun anew: %s", file, error)
+        with suppress(OSError):
+            file.unlink()
+    return None
 
 
 def _announce_check(count: int, before: int, each: float, workers: int) -> None:

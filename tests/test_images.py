@@ -272,22 +272,26 @@ def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert check_images(paths) == {} and decoded == paths[3:]
 
 
-@pytest.mark.parametrize("damage", ["no database", "a folder"])
+@pytest.mark.parametrize("damage", ["no database", "a folder", "no home"])
 def test_a_memory_that_cannot_be_used_changes_nothing(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
     memory = tmp_path / "cache/checked_pictures.sqlite"
-    monkeypatch.setattr(images, "user_cache", lambda: memory.parent)
+    monkeypatch.setattr(images, "user_cache", homeless if damage == "no home" else lambda: memory.parent)
     memory.parent.mkdir()
     if damage == "a folder":
         memory.mkdir()
-    else:
+    if damage == "no database":
         memory.write_text("no database " * 100)
     path = save(noise(9, 9), tmp_path / "a.png")
     decoded = counted_decoding(monkeypatch)
     for _ in range(2):
         assert check_images([path]) == {}
-    assert decoded == [path, path]
+    assert decoded == ([path] if damage == "no database" else [path, path])
 
 
 def test_a_long_check_says_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
