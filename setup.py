@@ -52,6 +52,7 @@ setup(
         "huggingface_hub>=0.23",
         "pyproj>=3.6",
         "jinja2>=3.1",
+        "psutil>=5.9",
     ],
     extras_require={
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],

@@ -41,8 +41,8 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
 from patchnetvlad.paths import require_file, shipped_folder
-from patchnetvlad.reranking import MATCHERS, TOGETHER, fuse, match_pair, rerank
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.reranking import MATCHERS, fuse, match_pair, rerank
+from patchnetvlad.retrieval import DatabaseIndex
 
 REPEATS = 5
 NO_TIMES = ("differing matches", "cosine, bfloat16")
@@ -210,11 +210,7 @@ def matching_stages(config: Config, folder: Path) -> dict[str, float]:
 
     def score(matcher: str) -> None:
         for matches in found:
-            if MATCHERS[matcher] in TOGETHER:
-                TOGETHER[MATCHERS[matcher]](matches, query.grids, query.grids, torch.device("cpu"))
-            else:
-                for some, grid in zip(matches, query.grids, strict=True):
-                    MATCHERS[matcher](some, grid, grid)
+            MATCHERS[matcher].score(matches, query.grids, query.grids, torch.device("cpu"))
 
     stages = {
         "similarity": median_seconds(lambda: [first @ second.T for first, second in pairs]) / count,
@@ -305,7 +301,7 @@ def retrieval_times(dims: int, sizes: list[int]) -> dict[int, float]:
     times = {}
     for size in sizes:
         database = np.random.default_rng(0).standard_normal((size, dims), dtype=np.float32)
-        times[size] = median_seconds(lambda: retrieve(database[:64], database, 100), 3) / 64  # noqa: B023
+        times[size] = median_seconds(lambda: DatabaseIndex(database).search(database[:64], 100), 3) / 64  # noqa: B023
     return times
 
 

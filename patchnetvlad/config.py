@@ -69,7 +69,18 @@ class FeatureMatchConfig:
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
     # by the faster of these.
     similarity: str = setting("auto", choice("auto", "float32", "int8"))
-    cache_gb: float = setting(4.0, real(0))  # GB of patch descriptors kept in memory
+    # GB of patch descriptors kept in memory; None: half of the memory available.
+    cache_gb: float | None = setting(None, optional(real(0)))
+
+    @property
+    def reranked(self) -> int:
+        """Candidates of each query that are re-ranked."""
+        return self.rerank_top or max(self.n_values_all)
+
+    @property
+    def retrieved(self) -> int:
+        """Candidates of each query that are retrieved: all that are re-ranked or reported."""
+        return max(self.reranked, *self.n_values_all)
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,11 @@ class Config:
         """The checkpoint as the file names it, still to be found: resumepath + num_pcs + .pth.tar."""
         pcs = self.global_params.num_pcs
         return f"{self.global_params.resumepath}{pcs or ''}.pth.tar"
+
+    @property
+    def describes_on_demand(self) -> bool:
+        """Whether matching makes patch descriptors when it needs them, in place of reading them."""
+        return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
 
     def check_matching(self) -> None:
         """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""

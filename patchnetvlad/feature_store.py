@@ -119,6 +119,15 @@ class FeatureStore:
         """What the cache has done since the store was opened."""
         return self._cache.statistics
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache may hold."""
+        return self._cache.max_bytes
+
+    def picture_bytes(self, index: int) -> int:
+        """What a picture takes in the cache."""
+        return self._size(index)
+
     def patches(self, index: int) -> PatchFeatures:
         """Patch descriptors of a picture as float32; no patch sizes in a purely global store.
 

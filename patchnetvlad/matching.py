@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours between the patches of two pictures (paper section 3.3)."""
+"""Mutual nearest neighbours between the patches of two pictures (paper section 3.3), and what is said of them."""
 
 from dataclasses import dataclass
 
@@ -18,6 +18,19 @@ class Matches:
 
     def __len__(self) -> int:
         return len(self.query)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Spatial agreement of two pictures' matches at one patch size; larger is better, 0 when nothing agrees.
+
+    inliers: bool, one for each match; homography: 3×3 from reference to query pixels, or None where the matcher
+    has none.
+    """
+
+    value: float
+    inliers: Tensor
+    homography: Tensor | None = None
 
 
 def mutual_matches(query: Tensor, reference: Tensor) -> Matches:

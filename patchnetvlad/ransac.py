@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from patchnetvlad.homographies import Quads, four_point_homographies, possible_quads, refine_homographies
-from patchnetvlad.matching import Matches
+from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.scores import Score
 
 TOLERANCE = 1.5  # reprojection threshold in patch pitches
 SAMPLE = 4  # matches that determine a homography

@@ -32,31 +32,42 @@ class Candidates:
     scores: NDArray[np.float32]
 
 
-def retrieve(
-    queries: NDArray[np.float32],
-    database: NDArray[np.float32],
-    k: int,
-    index: str = "Flat",
-    device: torch.device = _CPU,
-    panorama_cutouts: int = 1,
-) -> Candidates:
-    """The k nearest database rows (M×D) of each query (N×D) by Euclidean distance; at most M of them.
+class DatabaseIndex:
+    """The global descriptors of a database, made ready once and searched for any number of queries.
 
-    index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Any other index is a
-    faiss factory string, runs on the CPU and ranks what that index finds. panorama_cutouts: consecutive database
-    rows that show one panorama; only the best of each panorama is kept, and k counts panoramas.
-
+    database: M×D; index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Any other
+    index is a faiss factory string, runs on the CPU and ranks what that index finds.
     Raises UserError if faiss cannot make, train or search the index.
     """
-    wanted = min(k * panorama_cutouts, len(database))
-    if wanted == 0 or len(queries) == 0:
-        empty = (len(queries), wanted)
-        found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
-    elif index == "Flat":
-        found = _exact(queries, database, wanted, device)
-    else:
-        found = _approximate(queries, database, wanted, index)
-    return best_cutout_per_panorama(found, panorama_cutouts, k)
+
+    def __init__(self, database: NDArray[np.float32], index: str = "Flat", device: torch.device = _CPU) -> None:
+        self._database = database
+        self._factory = index
+        self._search: _Search | None = None
+        if len(database) == 0:
+            return
+        if index != "Flat":
+            self._search = _approximate_search(database, index)
+        else:
+            self._search = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
+            self._largest = _largest_square(database)
+
+    def search(self, queries: NDArray[np.float32], k: int, panorama_cutouts: int = 1) -> Candidates:
+        """The k nearest rows of each query (N×D) by Euclidean distance; at most M of them.
+
+        panorama_cutouts: consecutive database rows that show one panorama; only the best of each panorama is kept, and
+        k counts panoramas.
+        """
+        wanted = min(k * panorama_cutouts, len(self._database))
+        if self._search is None or wanted == 0 or len(queries) == 0:
+            empty = (len(queries), wanted)
+            found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
+        elif self._factory == "Flat":
+            doubt = _ROUNDING * 2 * max(self._largest, _largest_square(queries))
+            found = _exact(queries, self._database, wanted, self._search, doubt)
+        else:
+            found = _ordered(*self._search(np.ascontiguousarray(queries, dtype=np.float32), wanted))
+        return best_cutout_per_panorama(found, panorama_cutouts, k)
 
 
 def best_cutout_per_panorama(candidates: Candidates, panorama_cutouts: int, k: int) -> Candidates:
@@ -89,15 +100,18 @@ def looks_like_cutouts(utm_database: NDArray[np.floating], panorama_cutouts: int
     return one_place_each and not bool((coordinates == coordinates[0, 0]).all())
 
 
-def _exact(queries: NDArray[np.float32], database: NDArray[np.float32], k: int, device: torch.device) -> Candidates:
+def _largest_square(rows: NDArray[np.float32]) -> float:
+    return float(np.einsum("nd,nd->n", rows, rows).max())
+
+
+def _exact(
+    queries: NDArray[np.float32], database: NDArray[np.float32], k: int, search: _Search, doubt: float
+) -> Candidates:
     """Fast search for a few more than k neighbours, which are then put in order by exact distances.
 
-    Fast distances, |q|² − 2q·d + |d|², carry rounding that depends on the device and on the position in a block:
-    equal pictures would come out unequal and in any order.
+    Fast distances, |q|² − 2q·d + |d|², carry rounding, at most ``doubt``, that depends on the device and on the
+    position in a block: equal pictures would come out unequal and in any order.
     """
-    search = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
-    largest = max(float(np.einsum("nd,nd->n", rows, rows).max()) for rows in (queries, database))
-    doubt = _ROUNDING * 2 * largest
     indices = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
     for start in range(0, len(queries), _QUERIES):
@@ -151,20 +165,36 @@ def _torch_search(database: NDArray[np.float32], device: torch.device) -> _Searc
     return search
 
 
-def _approximate(queries: NDArray[np.float32], database: NDArray[np.float32], k: int, factory: str) -> Candidates:
+def _approximate_search(database: NDArray[np.float32], factory: str) -> _Search:
     rows = np.ascontiguousarray(database, dtype=np.float32)
+
+    def refused(error: RuntimeError) -> UserError:
+        # faiss raises it for every mistake; the reason follows the place in its source
+        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+        return UserError(
+            f"[feature_match] index = {factory}: faiss cannot search {rows.shape[0]} pictures of {rows.shape[1]} "
+            f"dimensions with it: {reason} (the exact search is Flat)"
+        )
+
     try:
         index = faiss.index_factory(rows.shape[1], factory)
         if not index.is_trained:
             index.train(rows)
         index.add(rows)
-        distances, found = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-    except RuntimeError as error:  # faiss raises it for every mistake; the reason follows the place in its source
-        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
-        raise UserError(
-            f"[feature_match] index = {factory}: faiss cannot search {rows.shape[0]} pictures of {rows.shape[1]} "
-            f"dimensions with it: {reason} (the exact search is Flat)"
-        ) from error
+    except RuntimeError as error:
+        raise refused(error) from error
+
+    def search(queries: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        try:
+            return index.search(queries, count)
+        except RuntimeError as error:
+            raise refused(error) from error
+
+    return search
+
+
+def _ordered(distances: NDArray[np.float32], found: NDArray[np.int64]) -> Candidates:
+    """What an index found, nearest first; where it found fewer, rows end in −1."""
     distances[found < 0] = np.inf
     order = np.lexsort((found, distances), axis=-1)
     return Candidates(np.take_along_axis(found, order, axis=1), -np.take_along_axis(distances, order, axis=1))

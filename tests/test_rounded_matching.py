@@ -17,9 +17,10 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.matching import mutual_matches
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.patch_rounding import products_are_exact, round_patches, rounded_bytes, similarity_errors
-from patchnetvlad.patch_sources import PatchesInMemory
-from patchnetvlad.reranker import Reranker, uses_rounding
+from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.ranking import Ranker, uses_rounding
 from patchnetvlad.reranking import match_pair
+from patchnetvlad.retrieval import Candidates
 from patchnetvlad.rounded_matching import rounded_mutual_matches
 
 
@@ -163,10 +164,13 @@ def test_a_database_is_rounded_once_and_ranked_alike():
     rankings = []
     for similarity in ("float32", "int8"):
         options = FeatureMatchConfig(matcher="spatialApproximator", patchweights2use=(1.0,), similarity=similarity)
-        reranker = Reranker(options, Counted(pictures))
-        assert reranker.rerank(query, []).order.size == 0 and len(asked) == 0
-        rankings += [reranker.rerank(query, [0, 1, 2]) for _ in range(2)]
+        vectors = np.eye(3, 4, dtype=np.float32)
+        ranker = Ranker(options, DescribedPictures(vectors, Counted(pictures)), torch.device("cpu"))
+        queries = DescribedPictures(vectors[:1], PatchesInMemory([query]))
+        nothing = Candidates(np.full((1, 2), -1), np.full((1, 2), -np.inf, dtype=np.float32))
+        assert ranker.rank(queries, nothing).scores.indices.shape == (1, 0) and len(asked) == 0
+        rankings += [ranker.rank(queries) for _ in range(2)]
     assert len(asked) == 1
     for ranking in rankings:
-        assert ranking.order[0] == 2
-        np.testing.assert_array_equal(ranking.per_scale, rankings[0].per_scale)
+        assert ranking.indices[0, 0] == 2
+        np.testing.assert_array_equal(ranking.scores.per_scale, rankings[0].scores.per_scale)

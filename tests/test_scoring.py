@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.matching import Matches
+from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.ransac import SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.scores import Score
 
 SCORES = [ransac_score, rapid_spatial_score]
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import FORMATS, Sources, add_city, evaluate
+from patchnetvlad.evaluation import FORMATS, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import extract
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.pair_comparison import compare_files, comparison_record
 from patchnetvlad.paths import download_folder, require_file, shipped_folder
 from patchnetvlad.realtime import ComparedFrame, best_frame, follow, frames, window
 from patchnetvlad.recognizer import PlaceRecognizer
+from patchnetvlad.report.page import write_report
+from patchnetvlad.report.run_content import run_content
 from patchnetvlad.weights import PUBLISHED, download
 
 logger = logging.getLogger(__name__)
@@ -101,23 +103,23 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
                 raise UserError("--posDistThr: needs --ground_truth_path, whose distance it takes the place of")
             truth = None
         with command_line.log_file(results / "match.log"):
-            evaluation = evaluate(
-                command_line.configuration(args),
-                Sources(
-                    Path(args.dataset_root_dir),
-                    require_file(args.query_file_path, "dataset_imagenames"),
-                    require_file(args.index_file_path, "dataset_imagenames"),
-                    Path(args.query_input_features_dir),
-                    Path(args.index_input_features_dir),
-                    require_file(truth, "dataset_gt_files") if truth is not None else None,
-                    args.posDistThr,
-                ),
-                results,
-                command_line.device(args),
-                args.formats,
-                command_line.progress(args),
-                args.distance_unit if args.report else None,
+            sources = Sources(
+                Path(args.dataset_root_dir),
+                require_file(args.query_file_path, "dataset_imagenames"),
+                require_file(args.index_file_path, "dataset_imagenames"),
+                Path(args.query_input_features_dir),
+                Path(args.index_input_features_dir),
+                require_file(truth, "dataset_gt_files") if truth is not None else None,
+                args.posDistThr,
             )
+            progress = command_line.progress(args)
+            with open_run(command_line.configuration(args), sources, command_line.device(args), progress) as run:
+                evaluation = evaluate(run, progress)
+                write_results(evaluation, results, args.formats)
+                if args.report:
+                    page = results / "report.html"
+                    size = write_report(page, run_content(run, evaluation, args.distance_unit), progress)
+                    logger.info("report: %s (%.1f MB)", page, size / 1e6)
             for line in evaluation.lines(details=True):
                 logger.debug(line)
             if args.msls_predictions is not None:

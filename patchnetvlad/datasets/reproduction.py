@@ -14,8 +14,9 @@ from patchnetvlad.config import Config
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate
+from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
+from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.ini import load_config
@@ -23,7 +24,8 @@ from patchnetvlad.measure_files import Protocol, read_judged
 from patchnetvlad.measures import Measures, join, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import find_file, require_file
-from patchnetvlad.reranking import find_matcher, rerank
+from patchnetvlad.ranking import find_matcher
+from patchnetvlad.reranking import rerank
 from patchnetvlad.weights import PUBLISHED, load_model
 
 logger = logging.getLogger(__name__)
@@ -131,7 +133,9 @@ def reproduce(
             root, part.queries.source, part.database.source, query_features, index_features, part.ground_truth
         )
         results = work / "results" / name
-        evaluations[name] = evaluate(config, sources, results, device, progress=progress)
+        with open_run(config, sources, device, progress) as run:
+            evaluations[name] = evaluate(run, progress)
+        write_results(evaluations[name], results)
         logger.info("%s: results in %s", name, results)
     if len(files) > 1:
         predictions = work / "results" / "predictions_msls.txt"
@@ -193,8 +197,7 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     seconds = each * sum(map(len, listed))
     pairs = 0
     if described[0].grids:
-        top = options.rerank_top or max(options.n_values_all)
-        pairs = sum(len(part.queries) * min(top, len(part.database)) for part in files)
+        pairs = sum(len(part.queries) * min(options.reranked, len(part.database)) for part in files)
         patches = [one.picture(0) for one in described]
         started = time.perf_counter()
         rerank(patches[0], patches * 2, options.patchweights2use, find_matcher(options.matcher))
@@ -205,7 +208,7 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     disk = estimate_bytes(header, map_size, sum(map(len, listed)))
     vectors = max(4 * model.output_dims * (len(part.queries) + len(part.database)) for part in files)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    cache = min(options.cache_gb * 1.125e9, disk)
+    cache = min(cache_bytes(options.cache_gb), disk)
     return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)
 
 
