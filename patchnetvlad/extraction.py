@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config
+from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.encoders import encoder_geometry
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_files import array_file_bytes
@@ -89,7 +91,7 @@ def describe_list(
                 step = 1 if model.device.type == "cpu" else len(indices)
                 for first in range(0, len(indices), step):
                     began = time.perf_counter()
-                    described = model.describe(batch[first : first + step].to(model.device))
+                    described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
                     if not estimated:  # the first ones tell the feature map's size and the speed
                         seconds = (time.perf_counter() - began) / step * len(missing)
                         _announce(folder, header, described.grids, len(missing), seconds)
@@ -101,6 +103,14 @@ def describe_list(
     seconds = time.perf_counter() - started
     logger.info("described %d pictures in %s", len(missing), _duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
+
+
+def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:
+    """Describe pictures of one size; name: of the first."""
+    try:
+        return model.describe(batch.to(model.device))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config) -> StoreHeader:

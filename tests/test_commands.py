@@ -326,3 +326,67 @@ def test_features_of_another_precision_are_not_mixed_with(small_model, features,
     assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
     assert match(rough, features, tmp_path / "results") == 2
     assert "precision" in failure(capsys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_patches_larger_than_the_map_are_refused(small_model, tmp_path, capsys, dtype):
+    sizes = ["--set", "global_params.patch_sizes=2,9", "--set", f"feature_extract.feature_dtype={dtype}"]
+    assert extract([*small_model, *sizes], INDEX_LIST, tmp_path / "features") == 2
+    line = failure(capsys)
+    assert "database/place00_0.jpg" in line and "size 9" in line and "7×10 positions" in line
+    assert not (tmp_path / "features/globalfeats.npy").exists()
+
+
+def test_small_pictures_of_their_own_size_are_named(small_model, tmp_path, capsys):
+    own = [item for key in ("extract", "match") for item in ("--set", f"feature_{key}.imageresizew=0")]
+    for name, size in (("large.png", (96, 96)), ("small.png", (32, 40))):
+        Image.new("RGB", size, "orange").save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("large.png\nsmall.png\n")
+    options = [*small_model, *own]
+    assert extract(options, tmp_path / "list.txt", tmp_path / "features", tmp_path) == 2
+    line = failure(capsys)
+    assert "small.png: a patch of size 3" in line and "2×2 positions" in line
+
+
+def test_output_folders_that_are_files(small_model, features, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        assert extract(small_model, INDEX_LIST, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+        assert match(small_model, features, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folders_without_permission(small_model, features, tmp_path, capsys, monkeypatch):
+    def refuse(self, *more, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert extract(small_model, INDEX_LIST, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+    assert match(small_model, features, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["NetVLAD_predictions.txt", "scores.npz", "recalls.txt", "recalls.json", "judged.npz", "report.html"]
+)
+def test_result_files_that_cannot_be_replaced(small_model, features, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert match(small_model, features, tmp_path, "--report") == 2
+    line = failure(capsys)
+    assert f"{tmp_path / name}: cannot be written (Is a directory; a folder is in its place)" in line
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_feature_files_that_cannot_be_replaced(small_model, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("database/place03_0.jpg\n")
+    assert extract(small_model, tmp_path / "list.txt", tmp_path / "features") == 0
+    path = tmp_path / "features/patchfeats_psize2_place03_0.npy"
+    path.unlink()
+    path.mkdir()
+    for more in ((), ("--overwrite",)):
+        assert extract(small_model, tmp_path / "list.txt", tmp_path / "features", EXAMPLES, *more) == 2
+        line = failure(capsys)
+        assert str(tmp_path / "features") in line and "a folder is in its place" in line
