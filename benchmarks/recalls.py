@@ -20,7 +20,7 @@ import torch
 from scipy.stats import spearmanr
 
 from patchnetvlad.config import Config
-from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
+from patchnetvlad.evaluation import Evaluation, Sources, evaluate
 from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.feature_store import FeatureStore, FeatureWriter
 from patchnetvlad.image_lists import read_image_list
@@ -30,6 +30,7 @@ from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ransac import TOLERANCE
 from patchnetvlad.reranking import MATCHERS
+from patchnetvlad.result_files import RERANKING, RETRIEVAL
 from patchnetvlad.scores import Score
 from patchnetvlad.weights import load_model
 

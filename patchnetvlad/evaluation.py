@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import Config
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.feature_store import FeatureStore
@@ -24,28 +25,21 @@ from patchnetvlad.ranking import rerank_queries
 from patchnetvlad.recall import Recall
 from patchnetvlad.report.page import write_report
 from patchnetvlad.report.run_content import pair_matches, run_content
-from patchnetvlad.reranking import RankingScores, find_matcher
+from patchnetvlad.reranking import find_matcher
 from patchnetvlad.result_files import (
-    Ranking,
+    FORMATS,
+    RERANKING,
+    RETRIEVAL,
     name_rankings,
     read_predictions,
-    write_hloc_pairs,
-    write_kapture_pairs,
     write_msls_predictions,
     write_recalls,
     write_scores,
 )
-from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
+from patchnetvlad.retrieval import looks_like_cutouts, retrieve
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
-
-RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages in result files
-FORMATS: dict[str, tuple[str, Callable[[Path, list[Ranking]], None]]] = {  # format: end of the file name, writer
-    "kapture": ("predictions.txt", write_kapture_pairs),
-    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
-    "msls": ("predictions_msls.txt", write_msls_predictions),
-}
 
 
 @dataclass(frozen=True)

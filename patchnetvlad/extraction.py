@@ -18,7 +18,6 @@ from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.paths import find_file
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def expected_header(config: Config, pictures: ImageList, folder: Path) -> StoreH
     The checkpoint's hash is compared when the checkpoint is at hand, and otherwise taken from the folder.
     """
     params = config.global_params
-    path = find_file(config.checkpoint_name(), "pretrained_models", config.path)
+    path = config.find_checkpoint()
     manifest = read_manifest(folder)
     stored_hash = manifest.header.checkpoint_sha256 if manifest else ""
     return _header(

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from patchnetvlad.candidates import RankingScores
 from patchnetvlad.config import Config
 from patchnetvlad.patch_sources import PatchSource
 from patchnetvlad.reranker import Reranker
-from patchnetvlad.reranking import RankingScores, collect_scores, reorder
+from patchnetvlad.reranking import collect_scores, reorder
 
 logger = logging.getLogger(__name__)
 

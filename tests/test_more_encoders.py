@@ -8,8 +8,8 @@ import torch
 from tiny_run import EXAMPLES, example_names, run
 from torch import nn
 
-from patchnetvlad.commands.features import match_two
-from patchnetvlad.commands.tools import fit_model
+from patchnetvlad.commands.models import fit_model
+from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.encoders import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patchnetvlad import retrieval
+from patchnetvlad.candidates import Candidates
 from patchnetvlad.errors import UserError
-from patchnetvlad.retrieval import Candidates, best_cutout_per_panorama, looks_like_cutouts, retrieve
+from patchnetvlad.retrieval import best_cutout_per_panorama, looks_like_cutouts, retrieve
 
 
 def unit_rows(count: int, dims: int, seed: int) -> np.ndarray:

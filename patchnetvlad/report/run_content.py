@@ -1,18 +1,19 @@
 """A run's rankings made ready for the result page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import Config
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_sources import PatchSource
 from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_matches
-from patchnetvlad.reranking import RankingScores, find_matcher, score_pair
-from patchnetvlad.retrieval import Candidates
+from patchnetvlad.reranking import find_matcher, score_pair
 
 
 def run_content(
@@ -65,7 +66,7 @@ def pair_matches(
 def _settings(config: Config) -> dict[str, str]:
     params, match, size = config.global_params, config.feature_match, config.feature_extract
     shown = {
-        "weights": config.checkpoint_name().rsplit("/", 1)[-1],
+        "weights": (config.find_checkpoint() or Path(params.resumepath)).name,
         "encoder": params.backbone,
         "pooling": params.pooling,
         "dimensions": str(params.num_pcs or "without WPCA"),
