@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 from conftest import ROOT
-from patchnetvlad.features import feature_extract, feature_match
 
+from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.places import locate
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import estimate_position, score_positions

@@ -51,119 +51,123 @@ def run_python(code: str, *arguments: str, folder: Path = ROOT) -> list[Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def wrong_arguments(script: str) -> list[tuple[list[str], str]]:
-    """For every command: arguments that it refuses, one path or value at a time, and what its line must say."""
-    examples, absent = str(ROOT / "example_images"), "nowhere/absent"
-    lists = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
-    features = ["--query_input_features_dir", examples, "--index_input_features_dir", examples]
-    listed = ["--dataset_file_path", "example_imageNames_query.txt"]
-    configured = [
-        (["--config_path", absent], f"{absent}: no such file"),
-        (["--set", "global_params.num_pc=4"], "unknown key"),
-        (["--set", "global_params.threads=-1"], "expected a whole number"),
-        (["--device", "gpu"], "--device: gpu"),
-    ]
-    weights = [(["--set", f"global_params.resumepath={absent}"], "no such checkpoint")]
+Case = tuple[list[str], str]
 
-    def each(beginning: list[str], *cases: tuple[list[str], str]) -> list[tuple[list[str], str]]:
-        return [([*beginning, *arguments], said) for arguments, said in cases]
 
-    training = ["--dataset_root_dir", examples, "--config_path", "train.ini"]
-    located = ["--ground_truth_path", "example.npz", "--index_file_path", lists[-1]]
-    located += ["--index_input_features_dir", examples, "--picture", "queries/query00_0.jpg"]
-    located += ["--dataset_root_dir", examples]
-    root = (["--dataset_root_dir", absent], f"{absent}: no such folder")
-    return {
-        "feature_extract": each(
-            [*listed, "--dataset_root_dir", examples],
-            *configured,
-            *weights,
-            root,
-            (["--dataset_file_path", absent], f"{absent}: no such file"),
-        ),
-        "feature_match": each(
-            [*lists, *features],
-            *configured,
-            root,
-            (["--index_file_path", absent], f"{absent}: no such file"),
-            (["--index_input_features_dir", absent], f"{absent}: no such folder"),
-            (["--ground_truth_path", absent], f"{absent}: no such file"),
-            (["--formats", "odd"], "'odd'"),
-            (["--set", f"feature_match.pred_input_path={absent}"], f"{absent}: no such file"),
-            (["--set", "feature_match.imageresizew=32"], "imageresizew = 32"),
-        ),
-        "match_two": each(
-            [],
-            *configured,
-            *weights,
-            (["--first_im_path", absent, "--second_im_path", absent], f"{absent}: no such file"),
-            (["--video", absent], f"{absent}: no such file"),
-        ),
-        "match_realtime": each([], *configured, *weights, (["--video", absent], f"{absent}: no such file")),
-        "download_models": each([], (["--models", "odd"], "'odd'")),
-        "tools/fit_model": each(
-            ["--dataset_root_dir", examples, "--output_path", "made/new.pth.tar"],
-            *configured,
-            root,
-            (["--dataset_file_path", absent], f"{absent}: no such file"),
-        ),
-        "train": each(
-            training,
-            *configured,
-            root,
-            (["--dataset_csv", absent], f"{absent}: no such file"),
-            (["--resume_path", absent], f"{absent}"),
-            (["--nEpochs", "0"], "--nEpochs"),
-        ),
-        "add_pca": each(
-            [*training, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
-            *configured,
-            root,
-            (["--resume_path", absent], f"{absent}"),
-            (["--dataset_file_path", absent], f"{absent}: no such file"),
-        ),
-        "tools/evaluate_poses": each(
-            ["--predictions", absent, "--database_poses", absent, *lists],
-            root,
-            (["--query_file_path", absent], f"{absent}: no such file"),
-            ([], f"{absent}: "),
-        ),
-        "tools/locate": each(
-            located,
-            *configured,
-            *weights,
-            root,
-            (["--ground_truth_path", absent], f"{absent}: no such file"),
-            (["--index_input_features_dir", absent], f"{absent}: no such folder"),
-            (["--picture", absent], f"{absent}: no such file"),
-        ),
-        "tools/make_dataset": [(["nordland", absent], f"{absent}: no such folder"), (["odd", "."], "'odd'")],
-        "tools/measure": [([absent], absent), ([], "expected result folders")],
-        "tools/reproduce": each(["corridor", "--dataset_root_dir", examples], *configured[:2], root, ([], "corridor")),
-        "tools/gen_image_file_list": each(["--out_file", "made/list.txt"], root),
-        "tools/convert_kapture_to_msls": [([absent, "made/msls.txt"], absent)],
-        "tools/export_onnx": each(
-            ["--output_path", "made/model.onnx"],
-            *configured[:2],
-            *weights,
-            (["--output_path", "made/model.odd"], "must end in"),
-        ),
-        "tools/export_hloc": each(
-            ["--features_dir", examples, *listed, "--output_path", "made/features.h5"],
-            root,
-            (["--features_dir", absent], f"{absent}: no such folder"),
-            (["--dataset_file_path", absent], f"{absent}: no such file"),
-        ),
-        "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
-        "tools/render_example_places": each([], (["--width", "3"], "--width")),
-        "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),
-    }[script]
+def each(beginning: list[str], *cases: Case) -> list[Case]:
+    return [([*beginning, *arguments], said) for arguments, said in cases]
+
+
+EXAMPLES, ABSENT = str(ROOT / "example_images"), "nowhere/absent"
+LISTS = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
+FEATURES = ["--query_input_features_dir", EXAMPLES, "--index_input_features_dir", EXAMPLES]
+LISTED = ["--dataset_file_path", "example_imageNames_query.txt"]
+CONFIGURED = [
+    (["--config_path", ABSENT], f"{ABSENT}: no such file"),
+    (["--set", "global_params.num_pc=4"], "unknown key"),
+    (["--set", "global_params.threads=-1"], "expected a whole number"),
+    (["--device", "gpu"], "--device: gpu"),
+]
+WEIGHTS = [(["--set", f"global_params.resumepath={ABSENT}"], "no such checkpoint")]
+
+TRAINING = ["--dataset_root_dir", EXAMPLES, "--config_path", "train.ini"]
+LOCATED = ["--ground_truth_path", "example.npz", "--index_file_path", LISTS[-1]]
+LOCATED += ["--index_input_features_dir", EXAMPLES, "--picture", "queries/query00_0.jpg"]
+LOCATED += ["--dataset_root_dir", EXAMPLES]
+ROOT_ABSENT = (["--dataset_root_dir", ABSENT], f"{ABSENT}: no such folder")
+WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its line must say
+    "feature_extract": each(
+        [*LISTED, "--dataset_root_dir", EXAMPLES],
+        *CONFIGURED,
+        *WEIGHTS,
+        ROOT_ABSENT,
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "feature_match": each(
+        [*LISTS, *FEATURES],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--formats", "odd"], "'odd'"),
+        (["--set", f"feature_match.pred_input_path={ABSENT}"], f"{ABSENT}: no such file"),
+        (["--set", "feature_match.imageresizew=32"], "imageresizew = 32"),
+    ),
+    "match_two": each(
+        [],
+        *CONFIGURED,
+        *WEIGHTS,
+        (["--first_im_path", ABSENT, "--second_im_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--video", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "match_realtime": each([], *CONFIGURED, *WEIGHTS, (["--video", ABSENT], f"{ABSENT}: no such file")),
+    "download_models": each([], (["--models", "odd"], "'odd'")),
+    "tools/fit_model": each(
+        ["--dataset_root_dir", EXAMPLES, "--output_path", "made/new.pth.tar"],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "train": each(
+        TRAINING,
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--dataset_csv", ABSENT], f"{ABSENT}: no such file"),
+        (["--resume_path", ABSENT], f"{ABSENT}"),
+        (["--nEpochs", "0"], "--nEpochs"),
+    ),
+    "add_pca": each(
+        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--resume_path", ABSENT], f"{ABSENT}"),
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/evaluate_poses": each(
+        ["--predictions", ABSENT, "--database_poses", ABSENT, *LISTS],
+        ROOT_ABSENT,
+        (["--query_file_path", ABSENT], f"{ABSENT}: no such file"),
+        ([], f"{ABSENT}: "),
+    ),
+    "tools/locate": each(
+        LOCATED,
+        *CONFIGURED,
+        *WEIGHTS,
+        ROOT_ABSENT,
+        (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--picture", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/make_dataset": [(["nordland", ABSENT], f"{ABSENT}: no such folder"), (["odd", "."], "'odd'")],
+    "tools/measure": [([ABSENT], ABSENT), ([], "expected result folders")],
+    "tools/reproduce": each(
+        ["corridor", "--dataset_root_dir", EXAMPLES], *CONFIGURED[:2], ROOT_ABSENT, ([], "corridor")
+    ),
+    "tools/gen_image_file_list": each(["--out_file", "made/list.txt"], ROOT_ABSENT),
+    "tools/convert_kapture_to_msls": [([ABSENT, "made/msls.txt"], ABSENT)],
+    "tools/export_onnx": each(
+        ["--output_path", "made/model.onnx"],
+        *CONFIGURED[:2],
+        *WEIGHTS,
+        (["--output_path", "made/model.odd"], "must end in"),
+    ),
+    "tools/export_hloc": each(
+        ["--features_dir", EXAMPLES, *LISTED, "--output_path", "made/features.h5"],
+        ROOT_ABSENT,
+        (["--features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
+    "tools/render_example_places": each([], (["--width", "3"], "--width")),
+    "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_answers_about_arguments_need_no_torch_and_leave_nothing(script, tmp_path):
     (line,) = re.findall(r"^from (\S+) import (\w+)$", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
-    cases = wrong_arguments(script)
+    cases = WRONG_ARGUMENTS[script]
     calls = [["--help"], ["--version"], *(arguments for arguments, _ in cases)]
     answers, modules = run_python(ANSWERS, *line, json.dumps(calls), folder=tmp_path)
     assert not set(modules) & ANSWERED_WITHOUT
