@@ -19,6 +19,7 @@ from patchnetvlad.config_values import (
     whole,
 )
 from patchnetvlad.errors import UserError
+from patchnetvlad.paths import find_checkpoint, require_checkpoint
 
 MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
     "train": (
@@ -88,7 +89,7 @@ class GlobalParams:
     """[global_params]: the model and the machine."""
 
     pooling: str = setting("patchnetvlad", choice("netvlad", "patchnetvlad", "max", "avg"))
-    # The checkpoint's path without its end, which is num_pcs and .pth.tar.
+    # The checkpoint's path without its end, which is num_pcs and .pth.tar, or the whole path.
     resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
     threads: int = setting(4, whole(0))  # threads that load and check pictures; 0: as many as there are cores
     num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
@@ -186,10 +187,13 @@ class Config:
     def _place(self) -> str:
         return str(self.path or "configuration")
 
-    def checkpoint_name(self) -> str:
-        """The checkpoint as the file names it, still to be found: resumepath + num_pcs + .pth.tar."""
-        pcs = self.global_params.num_pcs
-        return f"{self.global_params.resumepath}{pcs or ''}.pth.tar"
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint that resumepath and num_pcs name, or None where it is not at hand."""
+        return find_checkpoint(self.global_params.resumepath, self.global_params.num_pcs, self.path)
+
+    def require_checkpoint(self) -> Path:
+        """The same; raises UserError where there is none. A published one may still have to be downloaded to there."""
+        return require_checkpoint(self.global_params.resumepath, self.global_params.num_pcs, self.path)
 
     @property
     def describes_on_demand(self) -> bool:

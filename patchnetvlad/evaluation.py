@@ -1,7 +1,7 @@
 """A matching run: lists, features and ground truth, ranked, held against the truth, and written for others."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import Config
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.feature_cache import cache_bytes
@@ -25,27 +26,21 @@ from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, Rankings, find_matcher
 from patchnetvlad.recall import Recall
 from patchnetvlad.result_files import (
-    Ranking,
+    FORMATS,
+    RERANKING,
+    RETRIEVAL,
     name_rankings,
     read_predictions,
-    write_hloc_pairs,
-    write_kapture_pairs,
     write_msls_predictions,
     write_recalls,
     write_scores,
 )
-from patchnetvlad.retrieval import Candidates, looks_like_cutouts
+from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
 
-RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages in result files
 _QUERY_SHARE = 8  # of the memory for patches an eighth is for those of the queries, which are read once
-FORMATS: dict[str, tuple[str, Callable[[Path, list[Ranking]], None]]] = {  # format: end of the file name, writer
-    "kapture": ("predictions.txt", write_kapture_pairs),
-    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
-    "msls": ("predictions_msls.txt", write_msls_predictions),
-}
 
 
 @dataclass(frozen=True)

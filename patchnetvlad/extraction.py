@@ -22,7 +22,6 @@ from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.paths import find_file
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ def expected_header(config: Config) -> StoreHeader:
     The checkpoint's hash is compared when the checkpoint is at hand, the dimensions when the configuration says them.
     """
     params = config.global_params
-    path = find_file(config.checkpoint_name(), "pretrained_models", config.path)
+    path = config.find_checkpoint()
     return _header(
         config,
         file_sha256(path) if path is not None else None,

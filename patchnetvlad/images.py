@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import functional
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
@@ -118,7 +117,7 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     Bilinear with antialiasing, to [0, 1], then ImageNet's mean and standard deviation.
     """
     if height > 0 and width > 0:
-        picture = functional.resize(picture, [height, width])
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     # In NumPy, with the result of torchvision's to_tensor and normalize bit for bit: torch would start a team
     # of threads of its own in each loading thread.
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)  # H×W×3 → 3×H×W

@@ -10,7 +10,7 @@ import numpy as np
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import write_text, writing
-from patchnetvlad.measures import LEVEL, Judged, Measures
+from patchnetvlad.measures import LEVEL, Judged, Measures, join, measure
 
 _CURVE_POINTS = 200  # of precision against recall, in the JSON
 
@@ -122,6 +122,22 @@ def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
         ) from error
     except (KeyError, ValueError, StopIteration) as error:
         raise UserError(f"{path}: not the judged rankings of a matching run") from error
+
+
+def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, dict[str, Measures]]:
+    """Measures over the queries of several matching runs, each searched in its own database."""
+    runs = [read_judged(folder / "judged.npz") for folder in results]
+    first, stages = runs[0]
+    for (protocol, judged), folder in zip(runs, results, strict=True):
+        if protocol.radius != first.radius or judged.keys() != stages.keys():
+            raise UserError(
+                f"{folder}: a match within {protocol.radius:g}, by {', '.join(judged)}; {results[0]}: within "
+                f"{first.radius:g}, by {', '.join(stages)}: only runs of one kind can be joined"
+            )
+    whole = Protocol(
+        sum(protocol.queries for protocol, _ in runs), sum(protocol.database for protocol, _ in runs), first.radius
+    )
+    return whole, {stage: measure(join([judged[stage] for _, judged in runs]), n_values) for stage in stages}
 
 
 def _recalls(measured: Measures) -> dict[str, object]:

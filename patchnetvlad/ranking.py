@@ -12,22 +12,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_rounding import products_are_exact
 from patchnetvlad.patch_sources import DescribedPictures, PatchSource
-from patchnetvlad.reranking import (
-    MATCHERS,
-    Matcher,
-    RankingScores,
-    Reranking,
-    collect_scores,
-    match_pair,
-    reorder,
-    rerank,
-)
-from patchnetvlad.retrieval import Candidates, DatabaseIndex
+from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, match_pair, reorder, rerank
+from patchnetvlad.retrieval import DatabaseIndex
 
 logger = logging.getLogger(__name__)
 

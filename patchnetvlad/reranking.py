@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.matching import Matches, Score, mutual_matches, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
@@ -69,22 +70,6 @@ class Reranking:
     """
 
     order: NDArray[np.int64]
-    fused: NDArray[np.float64]
-    per_scale: NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class RankingScores:
-    """Spatial scores of all queries' re-ranked candidates, best first; larger is better.
-
-    patch_sizes: S of them; matcher: its name in MATCHERS; indices: int64 nQ×r, database rows, −1 where a query has
-    fewer than r candidates (its scores there are 0); fused: float64 nQ×r; per_scale: float64 nQ×r×S, as the matcher
-    gave them.
-    """
-
-    patch_sizes: tuple[int, ...]
-    matcher: str
-    indices: NDArray[np.int64]
     fused: NDArray[np.float64]
     per_scale: NDArray[np.float64]
 

@@ -9,19 +9,19 @@
 Every file appears complete or not at all.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text, some_of, told, write_text, writing
 from patchnetvlad.recall import Recall
-from patchnetvlad.reranking import RankingScores
-from patchnetvlad.retrieval import Candidates
 
+RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages
 _KAPTURE_HEADER = ("# kapture format: 1.1", "# query_image, map_image, score")
 
 
@@ -98,6 +98,13 @@ def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool
         rows.append([key, *(database_key[name] for name in ranking.database)])
     width = max(map(len, rows), default=0)
     _write_lines(path, (" ".join(row + row[-1:] * (width - len(row))) for row in rows))
+
+
+FORMATS: dict[str, tuple[str, Callable[[Path, Iterable[Ranking]], None]]] = {  # format: end of the file name, writer
+    "kapture": ("predictions.txt", write_kapture_pairs),
+    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
+    "msls": ("predictions_msls.txt", write_msls_predictions),
+}
 
 
 def read_pairs(path: Path) -> list[Ranking]:

@@ -1,13 +1,13 @@
 """Nearest database pictures by global descriptor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates
 from patchnetvlad.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -18,18 +18,6 @@ _ROUNDING = 1e-5  # generous bound of a fast distance's error, relative to the v
 
 _Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 """Queries and a number n → squared distances, accurate to rounding, and rows of the n nearest, nearest first."""
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Database pictures proposed for each query, best first.
-
-    indices: int64 nQ×k, rows of the database; rows with fewer than k candidates end in −1.
-    scores: float32 nQ×k, larger is better (a search gives minus the squared distance), −inf where the index is −1.
-    """
-
-    indices: NDArray[np.int64]
-    scores: NDArray[np.float32]
 
 
 class DatabaseIndex:

@@ -13,8 +13,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from patchnetvlad.commands import features as commands
-from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_file_list
+from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.commands.models import download_models, fit_model
+from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -31,7 +33,7 @@ def features(small_model, tmp_path_factory):
 
 
 def extract(options, listed, folder, root=EXAMPLES, *more):
-    return commands.feature_extract(
+    return feature_extract(
         [*options, "--dataset_file_path", str(listed), "--dataset_root_dir", str(root)]
         + ["--output_features_dir", str(folder), *more]
     )
@@ -39,7 +41,7 @@ def extract(options, listed, folder, root=EXAMPLES, *more):
 
 def match(options, features, results, *more, truth="example.npz", query_list=QUERY_LIST, index_list=INDEX_LIST):
     ground_truth = ["--ground_truth_path", str(truth)] if truth else []
-    return commands.feature_match(
+    return feature_match(
         [*options, "--dataset_root_dir", str(EXAMPLES), *ground_truth, "--result_save_folder", str(results)]
         + ["--query_file_path", str(query_list), "--index_file_path", str(index_list)]
         + ["--query_input_features_dir", str(features / "query")]
@@ -163,7 +165,7 @@ def test_match_two_prints_and_draws(small_model, tmp_path, capsys):
     for second in ("place00_0.jpg", "place05_0.jpg"):
         arguments = ["--first_im_path", str(EXAMPLES / "queries/query00_0.jpg")]
         arguments += ["--second_im_path", str(EXAMPLES / "database" / second), "--plot_save_path", str(tmp_path)]
-        assert commands.match_two([*small_model, *arguments]) == 0
+        assert match_two([*small_model, *arguments]) == 0
         line = capsys.readouterr().out.splitlines()[0]
         before, after = "Similarity score between the two images is: ", ". Larger scores indicate better matches."
         assert line.startswith(before) and line.endswith(after)
@@ -180,7 +182,7 @@ def test_names_that_need_care(small_model, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         source.convert(mode).save(tmp_path / name)
     listed = tmp_path / "list.txt"
-    assert tool_commands.gen_image_file_list(
+    assert gen_image_file_list(
         ["--dataset_root_dir", str(tmp_path), "--out_file", str(listed), "--recursive"]
     ) == 0  # fmt: skip
     for name in ("query", "index"):
@@ -223,7 +225,7 @@ def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
         ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
         ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
         ([], {"truth": "absent.npz"}, "absent.npz"),
-        (["--device", "gpu"], {}, "--device gpu"),
+        (["--device", "gpu"], {}, "--device: gpu"),
         (["--posDistThr", "-1"], {}, "-1"),
     ]
     for more, changes, expected in cases:
@@ -241,7 +243,7 @@ def test_features_of_another_model_are_refused(small_model, features, tmp_path, 
         "--output_path",
         str(tmp_path / "other_WPCA32.pth.tar"),
     ]
-    assert tool_commands.fit_model([*changed, *fitting]) == 0
+    assert fit_model([*changed, *fitting]) == 0
     other = [*changed, "--set", f"global_params.resumepath={tmp_path / 'other_WPCA'}"]
     assert match(other, features, tmp_path / "out") == 2
     assert "checkpoint" in failure(capsys)
@@ -255,12 +257,12 @@ def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
         shutil.copy(EXAMPLES / "queries" / f"query0{number}_0.jpg", tmp_path / "more" / f"new{number}.jpg")
     folders = ["--dataset_root_dir", str(EXAMPLES / "database"), str(tmp_path / "more")]
     output = tmp_path / "both_WPCA32.pth.tar"
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
     assert torch.load(output, weights_only=True)["fitted_on"] == "32 pictures"
-    assert tool_commands.fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
+    assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
     assert "belongs to one folder" in failure(capsys)
     (tmp_path / "more" / "broken.jpg").write_bytes(b"")
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
     assert "1 of 3 pictures cannot be read" in (line := failure(capsys)) and "broken.jpg" in line
 
 
@@ -275,8 +277,8 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("patchnetvlad.weights.require_answer", unreachable)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
-    assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
+    assert download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
     assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
 
@@ -295,19 +297,19 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
     monkeypatch.setattr("patchnetvlad.weights.require_answer", lambda url: None)
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
     monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     name = "pittsburgh_WPCA128.pth.tar"
-    assert commands.download_models(["-q", "--models", name]) == 2  # another hash
+    assert download_models(["-q", "--models", name]) == 2  # another hash
     assert not list(tmp_path.iterdir())
     Metadata.etag = hashlib.sha256(content).hexdigest()
-    assert commands.download_models(["-q", "--models", name]) == 0
+    assert download_models(["-q", "--models", name]) == 0
     assert (tmp_path / name).read_bytes() == content
     assert (tmp_path / f"{name}.sha256").read_text().split() == [Metadata.etag, name]
 
 
 def test_kapture_to_msls(tmp_path, capsys):
     (tmp_path / "pairs.txt").write_text("# kapture format: 1.1\nq/1.jpg, db/7.jpg, 1\nq/1.jpg, db/8.jpg, 0.5\n")
-    assert tool_commands.convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
+    assert convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
     assert (tmp_path / "msls.txt").read_text() == "1 7 8\n"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from patchnetvlad.commands import features as commands
+from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.places import locate
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import estimate_position, score_positions
@@ -55,11 +55,11 @@ def run(small_model, tmp_path_factory):
     root = ["--dataset_root_dir", str(EXAMPLES)]
     for part, listed in lists.items():
         options = ["--dataset_file_path", listed, "--output_features_dir", str(folder / part)]
-        assert commands.feature_extract([*small_model, *root, *options]) == 0
+        assert feature_extract([*small_model, *root, *options]) == 0
     options = [f"--{part}_file_path={listed}" for part, listed in lists.items()]
     options += [f"--{part}_input_features_dir={folder / part}" for part in lists]
     options += ["--ground_truth_path", "example.npz", "--result_save_folder", str(folder / "results")]
-    assert commands.feature_match([*small_model, *root, *options]) == 0
+    assert feature_match([*small_model, *root, *options]) == 0
     return folder
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchnetvlad.candidates import RankingScores
 from patchnetvlad.errors import UserError
 from patchnetvlad.recall import recall_at
-from patchnetvlad.reranking import RankingScores
 from patchnetvlad.result_files import (
     Ranking,
     name_rankings,

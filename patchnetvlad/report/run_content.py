@@ -1,6 +1,7 @@
 """A run's rankings made ready for the result page."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def _pair_matches(run: MatchingRun) -> Callable[[int, int], Sequence[DrawnMatche
 def _settings(config: Config) -> dict[str, str]:
     params, match, size = config.global_params, config.feature_match, config.feature_extract
     shown = {
-        "weights": config.checkpoint_name().rsplit("/", 1)[-1],
+        "weights": (config.find_checkpoint() or Path(params.resumepath)).name,
         "encoder": params.backbone,
         "pooling": params.pooling,
         "dimensions": str(params.num_pcs or "without WPCA"),
