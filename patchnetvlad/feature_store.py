@@ -140,7 +140,7 @@ class FeatureStore:
         stored = zip(arrays[:count], picture.scales, strict=True)
         descriptors = tuple(self._codec.decode(StoredArray(array, scales)) for array, scales in stored)
         parts = [torch.from_numpy(array) for array in arrays[count:]]
-        rounded = tuple(RoundedPatches(*parts[first : first + 3]) for first in range(0, len(parts), 3))
+        rounded = tuple(RoundedPatches(*parts[first : first + 4]) for first in range(0, len(parts), 4))
         return PatchFeatures(descriptors, picture.grids, rounded)
 
     def round_references(self) -> None:
@@ -171,7 +171,7 @@ class FeatureStore:
         if self._rounded:
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
                 rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
-                arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm)]
+                arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]
         return tuple(arrays)
 
     def _load_array(self, path: Path, grid: PatchGrid) -> np.ndarray:

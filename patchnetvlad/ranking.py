@@ -1,7 +1,6 @@
 """The one run from described queries and a database to rankings: retrieval, then re-ranking by patches."""
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +15,15 @@ from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.patch_rounding import products_are_exact
+from patchnetvlad.matching import WAYS
 from patchnetvlad.patch_sources import DescribedPictures, PatchSource
-from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, match_pair, reorder, rerank
+from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
 from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.similarity_choice import choose_way
 
 logger = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
-_SHORTEST_ROUNDED = 256  # dimensions below which 8-bit products gain nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +129,8 @@ class Ranker:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""
         if self._rounded is None:
             reference = database.patches(candidate).to(self._device)
-            self._rounded = uses_rounding(self._options.similarity, query, reference)
+            self._rounded = WAYS[choose_way(self._options.similarity, query, reference)].rounds
             if self._rounded:
-                logger.info("similarities by 8-bit products, checked in float32")
                 database.round_references()
 
 
@@ -141,27 +139,3 @@ def find_matcher(name: str) -> Matcher:
     if name not in MATCHERS:
         raise UserError(f"[feature_match] matcher = {name}: expected {' or '.join(MATCHERS)}")
     return MATCHERS[name]
-
-
-def uses_rounding(similarity: str, query: PatchFeatures, reference: PatchFeatures) -> bool:
-    """Whether to match by 8-bit products; "auto" tries both ways on these two pictures, on this machine."""
-    if similarity == "float32":
-        return False
-    possible = query.descriptors[0].device.type == "cpu" and products_are_exact()
-    if similarity == "int8" and not possible:
-        raise UserError(
-            "[feature_match] similarity = int8: this device does not multiply 8-bit numbers exactly (auto takes what "
-            "suits it)"
-        )
-    if similarity == "int8":
-        return True
-    if not possible or query.descriptors[0].shape[1] < _SHORTEST_ROUNDED:
-        return False
-    rounded = query.round_as("query"), reference.round_as("reference")
-    seconds = {True: math.inf, False: math.inf}
-    for _ in range(3):
-        for way, (first, second) in ((True, rounded), (False, (query, reference))):
-            started = time.perf_counter()
-            match_pair(first, second)
-            seconds[way] = min(seconds[way], time.perf_counter() - started)
-    return seconds[True] < seconds[False]

@@ -12,11 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.matching import Matches, Score, mutual_matches, mutual_matches_batch
+from patchnetvlad.matching import WAYS, Matches, Prepared, Score, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ransac import ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.rounded_matching import rounded_mutual_matches
 
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
@@ -83,11 +82,15 @@ def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher)
 
 def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches, ...]:
     """Mutual matches of two pictures at every patch size, by 8-bit products where both have them."""
-    pairs = list(zip(query.descriptors, reference.descriptors, strict=True))
-    if query.rounded and reference.rounded:
-        rounded = zip(query.rounded, reference.rounded, strict=True)
-        return tuple(rounded_mutual_matches(*rows, *eight) for rows, eight in zip(pairs, rounded, strict=True))
-    return tuple(mutual_matches(*rows) for rows in pairs)
+    way = WAYS["int8" if query.rounded and reference.rounded else "float32"]
+    pairs = zip(_prepared(query, way.rounds), _prepared(reference, way.rounds), strict=True)
+    return tuple(way.match(*pair) for pair in pairs)
+
+
+def _prepared(picture: PatchFeatures, rounds: bool) -> list[Prepared]:
+    if not rounds:
+        return [Prepared(rows) for rows in picture.descriptors]
+    return [Prepared(*both) for both in zip(picture.descriptors, picture.rounded, strict=True)]
 
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:

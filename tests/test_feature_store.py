@@ -1051,4 +1051,5 @@ def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_p
             expected = round_patches(rows, "reference")
             assert torch.equal(rounded.levels, expected.levels)
             assert torch.equal(rounded.scale, expected.scale) and torch.equal(rounded.norm, expected.norm)
-        assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 8)
+            assert torch.equal(rounded.offset, expected.offset)
+        assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 12)
