@@ -172,16 +172,18 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
     """
     files = []
-    query_names, database_names = evaluation.queries.names, evaluation.database.names
+    queries, database = evaluation.queries, evaluation.database
     for stage, indices in evaluation.stages.items():
-        rankings = name_rankings(query_names, database_names, indices)
-        for name in formats:
-            ending, write = FORMATS[name]
-            files.append(results / f"{stage}_{ending}")
-            write(files[-1], rankings)
+        for form in (FORMATS[name] for name in formats):
+            files.append(results / f"{stage}_{form.ending}")
+            names = [
+                [str(path) for path in pictures.paths] if form.full_paths else pictures.names
+                for pictures in (queries, database)
+            ]
+            form.write(files[-1], name_rankings(names[0], names[1], indices))
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
-        write_scores(files[-1], evaluation.rankings.scores, query_names, database_names)
+        write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)
     if evaluation.protocol is not None:
         measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
         write_recalls(measured[0], evaluation.recalls)

@@ -75,6 +75,17 @@ def test_extract_then_match(small_model, features, tmp_path, capsys):
     assert "Recall@N" in capsys.readouterr().out
 
 
+def test_predictions_as_the_published_code_writes_them(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path, "--formats", "published") == 0
+    lines = (tmp_path / "PatchNetVLAD_predictions.txt").read_text().splitlines()
+    query, best = lines[2].split(", ")
+    assert lines[0] == "# kapture format: 1.0" and Path(query) == EXAMPLES / "queries/query00_0.jpg"
+    assert Path(best).is_file()
+    capsys.readouterr()
+    assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
+    assert "both write files of one name" in failure(capsys)
+
+
 def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
     assert match(small_model, features, tmp_path, truth=None) == 0
     assert not list(tmp_path.glob("recalls*"))
