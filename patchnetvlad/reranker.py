@@ -8,6 +8,7 @@ from patchnetvlad.matching import WAYS
 from patchnetvlad.patch_sources import PatchSource
 from patchnetvlad.reranking import Reranking, find_matcher, rerank
 from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.workers import Workers
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
 
@@ -22,6 +23,7 @@ class Reranker:
         self._options = options
         self._matcher = find_matcher(options.matcher)
         self._database = database
+        self._workers = Workers()
         self._rounded: bool | None = None  # until the first pair decides
 
     def rerank(self, query: PatchFeatures, candidates: Sequence[int]) -> Reranking:
@@ -32,8 +34,10 @@ class Reranker:
         if self._rounded:
             query = query.round_as("query")
         features = (self._database.patches(index) for index in candidates)
-        batch_size = 1 if device.type == "cpu" else CANDIDATES_AT_ONCE
-        return rerank(query, features, self._options.patchweights2use, self._matcher, batch_size)
+        weights = self._options.patchweights2use
+        if device.type == "cpu":
+            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+        return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def choose_similarity(self, query: PatchFeatures, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen.
@@ -42,6 +46,10 @@ class Reranker:
         """
         if self._rounded is None:
             reference = self._database.patches(candidate).to(query.descriptors[0].device)
-            self._rounded = WAYS[choose_way(self._options.similarity, query, reference)].rounds
+            # Measured where pairs will be matched
+            (chosen,) = self._workers.map(
+                lambda pair: choose_way(self._options.similarity, *pair), [(query, reference)]
+            )
+            self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 self._database.round_references()
