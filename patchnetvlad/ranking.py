@@ -20,6 +20,7 @@ from patchnetvlad.patch_sources import DescribedPictures, PatchSource
 from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Ranker:
         self._matcher = find_matcher(options.matcher)
         self._database = database
         self._device = device
+        self._workers = Workers()
         self._index: DatabaseIndex | None = None  # until the first query that is searched
         self._rounded: bool | None = None  # until the first pair decides
         check_panoramas(options.panorama_cutouts, len(database))
@@ -120,15 +122,20 @@ class Ranker:
     def _rerank(self, query: PatchFeatures, database: PatchSource, head: Sequence[int]) -> Reranking:
         if self._rounded:
             query = query.round_as("query")
-        batch_size = 1 if self._device.type == "cpu" else CANDIDATES_AT_ONCE
         features = (database.patches(index) for index in head)
-        return rerank(query, features, self._options.patchweights2use, self._matcher, batch_size)
+        weights = self._options.patchweights2use
+        if self._device.type == "cpu":
+            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+        return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""
         if self._rounded is None:
             reference = database.patches(candidate).to(self._device)
-            self._rounded = WAYS[choose_way(self._options.similarity, query, reference)].rounds
+            similarity = self._options.similarity
+            # Measured where pairs will be matched
+            (chosen,) = self._workers.map(lambda pair: choose_way(similarity, *pair), [(query, reference)])
+            self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 database.round_references()
 
