@@ -194,7 +194,7 @@ def _log_reads(database: PatchSource, asked: int) -> None:
     done = database.statistics
     if database.cache_bytes is not None:
         logger.info(
-            "database patches: %d pictures read (%.3g GB), %d times found in memory, of which %.3g of %.3g GB are taken",
+            "database patches: %d pictures read (%.3g GB), %d times found in memory, %.3g of %.3g GB in use",
             done.reads,
             done.bytes_read / 1e9,
             max(0, asked - done.reads),
