@@ -80,7 +80,7 @@ class Ranker:
             return Rankings(retrieved, retrieved.indices, None)
         heads = [row[row >= 0].tolist() for row in retrieved.indices[:, :top]]
         rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, heads, progress)
-        _log_reads(self._database.patches)
+        _log_reads(self._database.patches, sum(map(len, heads)))
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)
@@ -187,14 +187,14 @@ def _check_room(heads: Sequence[Sequence[int]], sizes: Mapping[int, int], room: 
         )
 
 
-def _log_reads(database: PatchSource) -> None:
+def _log_reads(database: PatchSource, asked: int) -> None:
     done = database.statistics
     if database.cache_bytes is not None:
         logger.info(
-            "database patches: %d pictures read (%.3g GB), %d times answered from memory, %.3g of %.3g GB in use",
+            "database patches: %d pictures read (%.3g GB), %d times found in memory, %.3g of %.3g GB in use",
             done.reads,
             done.bytes_read / 1e9,
-            done.hits,
+            max(0, asked - done.reads),
             done.held_bytes / 1e9,
             database.cache_bytes / 1e9,
         )
