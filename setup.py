@@ -19,7 +19,14 @@ SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "d
 TRAINING_SCRIPTS = ["train", "add_pca"]
 TOOLS = {  # module of patchnetvlad.commands: its commands
     "tools": [
-        *("demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"),
+        *(
+            "demo",
+            "fit_model",
+            "build_index",
+            "gen_image_file_list",
+            "convert_kapture_to_msls",
+            "render_example_places",
+        ),
     ],
     "training": [*TRAINING_SCRIPTS, "render_msls"],
     "datasets": ["make_dataset", "measure", "reproduce"],
@@ -40,7 +47,7 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
-        "faiss-cpu>=1.8",
+        "faiss-cpu>=1.11",
         "opencv-python-headless>=4.8",
         "scikit-learn>=1.3",
         "natsort>=8",

@@ -77,7 +77,8 @@ class FeatureMatchConfig:
     # Candidates that are re-ranked; None: as many as the largest of n_values_all.
     rerank_top: int | None = setting(None, optional(whole(1)))
     panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
-    index: str = setting("Flat", some_text())  # kind of search index; Flat is exact
+    # Flat, the exact search; a faiss factory string; or the .json file that tools/build_index.py made.
+    index: str = setting("Flat", some_text())
     # Patch descriptors are read from the store, or made when a candidate needs them.
     local_features: str = setting("stored", choice("stored", "on_demand"))
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or

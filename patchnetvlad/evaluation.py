@@ -36,6 +36,8 @@ from patchnetvlad.result_files import (
     write_scores,
 )
 from patchnetvlad.retrieval import Candidates, looks_like_cutouts, retrieve
+from patchnetvlad.search_index import ENDING as INDEX_ENDING
+from patchnetvlad.search_index import SearchIndex, open_index
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,12 @@ def open_store(config: Config, pictures: ImageList, folder: Path, cache_gb: floa
     )
 
 
+def open_global_store(config: Config, pictures: ImageList, folder: Path) -> FeatureStore:
+    """The same for global descriptors alone."""
+    expected = replace(expected_header(config, pictures, folder), patch_sizes=(), strides=())
+    return FeatureStore.open(folder, pictures.names, pictures.feature_names, expected)
+
+
 def _retrieve(
     config: Config,
     queries: ImageList,
@@ -210,8 +218,13 @@ def _retrieve(
         path = require_file(options.pred_input_path, "dataset_gt_files", config.path)
         given = read_predictions(path, queries.names, database.names)
         return Candidates(given.indices[:, :count], given.scores[:, :count])
+    index: str | SearchIndex = options.index
+    if options.index.endswith(INDEX_ENDING):
+        index = open_index(
+            require_file(options.index, "dataset_gt_files", config.path), index_store.global_, database.names
+        )
     started = time.perf_counter()
-    found = retrieve(query_store.global_, index_store.global_, count, options.index, device, options.panorama_cutouts)
+    found = retrieve(query_store.global_, index_store.global_, count, index, device, options.panorama_cutouts)
     logger.info(
         "retrieval: %d queries against %d pictures in %.2f s",
         len(queries),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import faiss
 import numpy as np
@@ -16,8 +17,19 @@ _QUERIES = 256  # queries searched at once
 _DATABASE_ROWS = 16384  # database rows compared at once on an accelerator
 _ROUNDING = 1e-5  # generous bound of a fast distance's error, relative to the vectors' squared norms
 
-_Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+Float32Rows: TypeAlias = NDArray[np.float32]
+"""Descriptors, one a row; a memory-mapped array is not read into memory."""
+
+_Search = Callable[[Float32Rows, int], tuple[Float32Rows, NDArray[np.int64]]]
 """Queries and a number n → squared distances, accurate to rounding, and rows of the n nearest, nearest first."""
+
+
+class ApproximateSearch(Protocol):
+    """A search that may miss neighbours; what it finds is compared exactly."""
+
+    def search(self, queries: Float32Rows, count: int) -> NDArray[np.int64]:
+        """At least `count` database rows for each query, in any order; −1 where fewer are found."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +45,19 @@ class Candidates:
 
 
 def retrieve(
-    queries: NDArray[np.float32],
-    database: NDArray[np.float32],
+    queries: Float32Rows,
+    database: Float32Rows,
     k: int,
-    index: str = "Flat",
+    index: str | ApproximateSearch = "Flat",
     device: torch.device = _CPU,
     panorama_cutouts: int = 1,
 ) -> Candidates:
     """The k nearest database rows (M×D) of each query (N×D) by Euclidean distance; at most M of them.
 
-    index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Any other index is a
-    faiss factory string, runs on the CPU and ranks what that index finds. panorama_cutouts: consecutive database
-    rows that show one panorama; only the best of each panorama is kept, and k counts panoramas.
+    index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Anything else runs on
+    the CPU and proposes rows, which are ranked by their exact distances: a faiss factory string, of which an index is
+    made here, or a search that was made before. panorama_cutouts: consecutive database rows that show one panorama;
+    only the best of each panorama is kept, and k counts panoramas.
 
     Raises UserError if faiss cannot make, train or search the index.
     """
@@ -55,8 +68,21 @@ def retrieve(
     elif index == "Flat":
         found = _exact(queries, database, wanted, device)
     else:
-        found = _approximate(queries, database, wanted, index)
+        proposed = (
+            _propose(queries, database, wanted, index) if isinstance(index, str) else index.search(queries, wanted)
+        )
+        found = _ranked(queries, database, proposed, wanted)
     return best_cutout_per_panorama(found, panorama_cutouts, k)
+
+
+def exact_rows(queries: Float32Rows, database: Float32Rows, k: int) -> NDArray[np.int64]:
+    """Rows of the k nearest of each query, up to the rounding of fast distances; nearest first, nQ×k."""
+    return _faiss_search(database)(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(database)))[1]
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """What faiss has to say: it raises one error for every mistake, and the reason follows the place in its source."""
+    return str(error).splitlines()[0].rsplit(": ", 1)[-1]
 
 
 def best_cutout_per_panorama(candidates: Candidates, panorama_cutouts: int, k: int) -> Candidates:
@@ -89,7 +115,7 @@ def looks_like_cutouts(utm_database: NDArray[np.floating], panorama_cutouts: int
     return one_place_each and not bool((coordinates == coordinates[0, 0]).all())
 
 
-def _exact(queries: NDArray[np.float32], database: NDArray[np.float32], k: int, device: torch.device) -> Candidates:
+def _exact(queries: Float32Rows, database: Float32Rows, k: int, device: torch.device) -> Candidates:
     """Fast search for a few more than k neighbours, which are then put in order by exact distances.
 
     Fast distances, |q|² − 2q·d + |d|², carry rounding that depends on the device and on the position in a block:
@@ -120,13 +146,17 @@ def _exact(queries: NDArray[np.float32], database: NDArray[np.float32], k: int, 
     return Candidates(indices, scores)
 
 
-def _faiss_search(database: NDArray[np.float32]) -> _Search:
-    flat = faiss.IndexFlatL2(database.shape[1])
-    flat.add(np.ascontiguousarray(database, dtype=np.float32))
-    return flat.search
+def _faiss_search(database: Float32Rows) -> _Search:
+    rows = np.ascontiguousarray(database, dtype=np.float32)  # descriptors as they are stored stay on disk
+
+    def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
+        distances, found = faiss.knn(queries, rows, count)
+        return distances, found
+
+    return search
 
 
-def _torch_search(database: NDArray[np.float32], device: torch.device) -> _Search:
+def _torch_search(database: Float32Rows, device: torch.device) -> _Search:
     blocks = [
         torch.tensor(database[start : start + _DATABASE_ROWS], dtype=torch.float32, device=device)
         for start in range(0, len(database), _DATABASE_ROWS)
@@ -151,20 +181,31 @@ def _torch_search(database: NDArray[np.float32], device: torch.device) -> _Searc
     return search
 
 
-def _approximate(queries: NDArray[np.float32], database: NDArray[np.float32], k: int, factory: str) -> Candidates:
+def _propose(queries: Float32Rows, database: Float32Rows, count: int, factory: str) -> NDArray[np.int64]:
+    """Rows that an index made for this search finds, nQ×count."""
     rows = np.ascontiguousarray(database, dtype=np.float32)
     try:
         index = faiss.index_factory(rows.shape[1], factory)
         if not index.is_trained:
             index.train(rows)
         index.add(rows)
-        distances, found = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-    except RuntimeError as error:  # faiss raises it for every mistake; the reason follows the place in its source
-        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+        _, found = index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
+    except RuntimeError as error:
         raise UserError(
             f"[feature_match] index = {factory}: faiss cannot search {rows.shape[0]} pictures of {rows.shape[1]} "
-            f"dimensions with it: {reason} (the exact search is Flat)"
+            f"dimensions with it: {faiss_reason(error)} (the exact search is Flat)"
         ) from error
-    distances[found < 0] = np.inf
-    order = np.lexsort((found, distances), axis=-1)
-    return Candidates(np.take_along_axis(found, order, axis=1), -np.take_along_axis(distances, order, axis=1))
+    return np.asarray(found, dtype=np.int64)
+
+
+def _ranked(queries: Float32Rows, database: Float32Rows, proposed: NDArray[np.int64], k: int) -> Candidates:
+    """The k best of the proposed rows (nQ×n, n ≥ k, −1 for none) by exact distance; equal ones by row."""
+    indices = np.full((len(queries), k), -1, dtype=np.int64)
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    for position, (query, rows) in enumerate(zip(queries, proposed, strict=True)):
+        rows = np.sort(rows[rows >= 0])  # in the order in which they lie on disk
+        difference = database[rows] - query
+        distances = np.einsum("nd,nd->n", difference, difference)
+        order = np.argsort(distances, kind="stable")[:k]
+        indices[position, : len(order)], scores[position, : len(order)] = rows[order], -distances[order]
+    return Candidates(indices, scores)

@@ -10,12 +10,14 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.features import feature_extract, feature_match, match_two
 from patchnetvlad.errors import UserError
+from patchnetvlad.evaluation import open_global_store
 from patchnetvlad.examples.rendered_city import make_city, write_city
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.images import require_readable
 from patchnetvlad.model_fitting import fit_model as fit
 from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.result_files import read_pairs, write_msls_predictions
+from patchnetvlad.search_index import build_index as build
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,72 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         print(f"model in {path}")
 
     return command_line.run(parser, command, arguments)
+
+
+def build_index(arguments: Sequence[str] | None = None) -> int:
+    """Make a search index of a database's global descriptors, once."""
+    parser = Parser(
+        "Make a search index of a database's global descriptors, for --set feature_match.index=FILE. Searching takes "
+        "the least effort that reaches the recall, measured on pictures of the database.",
+        "build_index.py",
+    )
+    parser.add_config_options("performance.ini")
+    parser.add_argument(
+        "--dataset_root_dir", default="", metavar="DIR", help="folder that the names in the list start from"
+    )
+    parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
+    parser.add_argument("--index_input_features_dir", required=True, metavar="DIR", help="descriptors of the database")
+    parser.add_argument(
+        "--output_path", metavar="FILE", help="file to write (.json); default: search_index.json with the descriptors"
+    )
+    parser.add_argument(
+        "--factory",
+        metavar="TEXT",
+        help="faiss's factory string; default: IVF with 8-bit numbers, SQ8 for few pictures",
+    )
+    parser.add_argument(
+        "--shards", type=_positive, default=1, metavar="N", help="files, of which one at a time is made"
+    )
+    parser.add_argument("--recall", type=_share, default=0.99, help="share of the exact nearest pictures to be found")
+    parser.add_argument("--candidates", type=_positive, default=100, metavar="N", help="how many nearest pictures")
+
+    def command(args: argparse.Namespace) -> None:
+        config = command_line.configuration(args)
+        pictures = read_image_list(
+            require_file(args.index_file_path, "dataset_imagenames"), Path(args.dataset_root_dir)
+        )
+        features = Path(args.index_input_features_dir)
+        path = Path(args.output_path) if args.output_path else features / "search_index.json"
+        with open_global_store(config, pictures, features) as store:
+            built = build(
+                store.global_, pictures.names, path, args.factory, args.shards, args.candidates, args.recall
+            ).record
+        effort = ", ".join(f"{name} {value}" for name, value in built.parameters.items()) or "no choice of effort"
+        print(
+            f"index of {built.num_pictures} pictures in {path}: {built.factory}, {effort}, "
+            f"{built.num_bytes / 1e6:.1f} MB"
+        )
+        print(f"Recall@{built.neighbours} against the exact search: {built.recall:.4f}")
+        if built.recall < args.recall:
+            logger.warning(
+                "%s: recall %.4f is below --recall %g (choose another --factory)", path, built.recall, args.recall
+            )
+
+    return command_line.run(parser, command, arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1")
+    return number
 
 
 def demo(arguments: Sequence[str] | None = None) -> int:
