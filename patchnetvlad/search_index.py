@@ -6,6 +6,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -30,6 +31,8 @@ _ROWS_AT_ONCE = 1 << 16  # rows added at a time
 _HASHED_ROWS = 1024  # rows whose bytes stand for all
 _TRIALS = 500  # pictures whose neighbours tell the recall
 _WIDEST = 16  # candidates looked up for each one wanted, at most
+_FEWEST_CODED = 10_000  # pictures below which a byte a dimension is short enough
+_FEWEST_IN_CELLS = 4_000_000  # pictures from which on comparing all takes too long
 _EFFORTS = ("nprobe", "efSearch")  # what faiss calls the effort of a search
 _DAMAGED = "edited or damaged; build the index again"
 
@@ -70,7 +73,8 @@ class SearchIndex:
         if len(self._parts) == 1:
             self._index = self._parts[0]
         else:
-            self._index = faiss.IndexShards(record.num_dims, False, True)  # one after the other, rows counted on
+            self._index = faiss.IndexShards(record.num_dims)
+            self._index.successive_ids = True  # rows are counted on from shard to shard
             for part in self._parts:
                 self._index.add_shard(part)
         self._set(record.parameters)
@@ -131,10 +135,17 @@ class SearchIndex:
                 space.set_index_parameter(part, name, value)
 
 
-def default_factory(num_pictures: int) -> str:
-    """Cells of about √N/4 pictures, a byte a dimension; for few pictures no cells."""
-    cells = 1 << round(np.log2(4 * np.sqrt(max(1, num_pictures))))
-    return f"IVF{cells},SQ8" if num_pictures >= 40 * cells else "SQ8"
+def default_factory(num_pictures: int, num_dims: int) -> str:
+    """All descriptors in short codes that a processor compares at once; in cells too where there are millions of them.
+
+    What the codes confuse the exact comparison puts right, so that a wider search makes up for them.
+    """
+    if num_pictures < _FEWEST_CODED or num_dims % 2:
+        return "SQ8"
+    codes = f"PQ{num_dims // 2}x4fs"
+    if num_pictures < _FEWEST_IN_CELLS:
+        return codes
+    return f"IVF{1 << round(math.log2(4 * math.sqrt(num_pictures)))},{codes}"
 
 
 def build_index(
@@ -156,7 +167,7 @@ def build_index(
     """
     if path.suffix != ENDING:
         raise UserError(f"{path}: a search index is named by a file that ends in {ENDING}")
-    factory = default_factory(len(database)) if factory is None else factory
+    factory = default_factory(*database.shape) if factory is None else factory
     shards = max(1, min(shards, len(database)))
     try:
         trained = faiss.index_factory(database.shape[1], factory)

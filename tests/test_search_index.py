@@ -160,10 +160,11 @@ def test_impossible_factories_are_refused_in_one_line(tmp_path, database, factor
 
 
 def test_the_default_grows_with_the_database():
-    assert default_factory(1_000_000) == "IVF4096,SQ8"
-    assert default_factory(100) == "SQ8"
-    for count in (0, 1, 10_000, 10**8):
-        faiss.index_factory(64, default_factory(count))
+    assert default_factory(100, 512) == "SQ8"
+    assert default_factory(1_000_000, 512) == "PQ256x4fs"
+    assert default_factory(10_000_000, 128) == "IVF16384,PQ64x4fs"
+    for count, dims in ((0, 64), (20_000, 64), (20_000, 63), (10**8, 64)):
+        faiss.index_factory(dims, default_factory(count, dims))
 
 
 def test_commands_build_and_use_an_index(tmp_path, capsys):
