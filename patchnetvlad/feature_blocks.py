@@ -1,0 +1,240 @@
+"""Blocks of a packed feature folder: the patch descriptors of consecutive pictures in one array file.
+
+A block file is a table of rows as they are stored, C-contiguous. Its pictures follow one another, and of each picture
+all patch sizes, so that what one candidate needs lies together and is read in one go. Codecs with scales have a second
+file, float32, a row for each picture. Both have their names only when they are whole.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from patchnetvlad.errors import UserError
+
+PICTURES_IN_BLOCK = 256
+
+_HEADER_BYTES = 128  # of every block file: the number of rows is filled in at the end
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A finished block, as the manifest has it.
+
+    number: it begins with picture number · PICTURES_IN_BLOCK; maps: (height, width, pictures) of the feature maps,
+    one element for each run of pictures of equal maps.
+    """
+
+    number: int
+    maps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures in the block."""
+        return sum(count for _, _, count in self.maps)
+
+    @classmethod
+    def of(cls, number: int, map_sizes: Iterable[tuple[int, int]]) -> "Block":
+        """The entry of a block whose pictures have these feature maps (height, width), in order."""
+        runs = ((size, sum(1 for _ in same)) for size, same in groupby(map_sizes))
+        return cls(number, tuple((height, width, count) for (height, width), count in runs))
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """What all blocks of a folder share.
+
+    num_pictures: of the folder; width and dtype: numbers of a stored row, and their type; patch_counts: feature map
+    (height, width) → patches at each stored patch size; num_scales: float32 numbers of a picture at each patch size,
+    0 for codecs without.
+    """
+
+    num_pictures: int
+    width: int
+    dtype: np.dtype
+    patch_counts: Callable[[tuple[int, int]], tuple[int, ...]]
+    num_scales: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a complete folder."""
+        return math.ceil(self.num_pictures / PICTURES_IN_BLOCK)
+
+    def pictures(self, number: int) -> range:
+        """Pictures of a block."""
+        return range(number * PICTURES_IN_BLOCK, min(self.num_pictures, (number + 1) * PICTURES_IN_BLOCK))
+
+
+def block_name(number: int) -> str:
+    """File with the stored rows of a block."""
+    return f"patchblock_{number:07}.npy"
+
+
+def scales_name(number: int) -> str:
+    """File with the scales of a block's pictures."""
+    return f"patchblock_{number:07}_scales.npy"
+
+
+class BlockWriter:
+    """Writes one block, picture after picture, without holding it in memory."""
+
+    def __init__(self, folder: Path, layout: BlockLayout, number: int) -> None:
+        self._folder, self._layout, self._number = folder, layout, number
+        self._path = folder / (block_name(number) + _PARTIAL)
+        self._rows = 0
+        self._scales: list[np.ndarray] = []
+        self._map_sizes: list[tuple[int, int]] = []
+        self._file: BinaryIO = self._path.open("wb")
+        self._file.write(bytes(_HEADER_BYTES))
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def next_picture(self) -> int:
+        """The picture that `add` expects."""
+        return self._number * PICTURES_IN_BLOCK + len(self._map_sizes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pictures of the block are there."""
+        return len(self._map_sizes) == len(self._layout.pictures(self._number))
+
+    def add(self, map_size: tuple[int, int], arrays: Sequence[np.ndarray], scales: np.ndarray | None = None) -> None:
+        """Append the next picture: a P×W array for each patch size, and its scales."""
+        for array in arrays:
+            if array.dtype != self._layout.dtype or array.ndim != 2 or array.shape[1] != self._layout.width:
+                raise ValueError(f"rows are {array.dtype} {array.shape}, expected {self._layout}")
+            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._rows += len(array)
+        if self._layout.num_scales:
+            self._scales.append(np.asarray(scales, dtype=np.float32).reshape(-1))
+        self._map_sizes.append(map_size)
+
+    def finish(self) -> Block:
+        """Give the complete block its name; returns its entry, which the manifest has still to be given."""
+        if not self.complete:
+            raise ValueError(f"block {self._number} lacks picture {self.next_picture}")
+        if self._layout.num_scales:
+            table = np.stack(self._scales)
+            partial = self._folder / (scales_name(self._number) + _PARTIAL)
+            partial.write_bytes(_header(table.shape, table.dtype) + table.tobytes())
+            partial.replace(self._folder / scales_name(self._number))
+        self._file.seek(0)
+        self._file.write(_header((self._rows, self._layout.width), self._layout.dtype))
+        self._file.close()
+        self._path.replace(self._folder / block_name(self._number))
+        return Block.of(self._number, self._map_sizes)
+
+
+class BlockReader:
+    """Stored rows of single pictures out of the blocks of a complete folder."""
+
+    def __init__(self, folder: Path, layout: BlockLayout, blocks: Iterable[Block]) -> None:
+        """Raises UserError when a block is missing or not as long as its entry says."""
+        self._folder, self._layout = folder, layout
+        self._counts = lru_cache(maxsize=1024)(layout.patch_counts)
+        self._blocks = {block.number: block for block in blocks}
+        there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        for number in range(layout.num_blocks):
+            self._check(number, there)
+
+    def _check(self, number: int, there: Mapping[str, int]) -> None:
+        block, wanted = self._blocks.get(number), len(self._layout.pictures(number))
+        if block is None or block.num_pictures != wanted:
+            found = 0 if block is None else block.num_pictures
+            raise UserError(
+                f"{self._folder}: block {number} has {found} of {wanted} pictures (extraction is not finished: run "
+                "feature_extract again with the same arguments to continue)"
+            )
+        rows = sum(count * sum(self._counts((height, width))) for height, width, count in block.maps)
+        for name, num_bytes in self._files(number, rows, wanted):
+            if there.get(name) != num_bytes:
+                has = "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
+                raise UserError(f"{self._folder / name}: {has} (interrupted copy or full disk; extract again)")
+
+    def _files(self, number: int, rows: int, pictures: int) -> Iterator[tuple[str, int]]:
+        yield block_name(number), _HEADER_BYTES + rows * self._row_bytes
+        if self._layout.num_scales:
+            sizes = len(self._layout.patch_counts((0, 0)))
+            yield scales_name(number), _HEADER_BYTES + pictures * sizes * self._layout.num_scales * 4
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._layout.width * self._layout.dtype.itemsize
+
+    def map_size(self, index: int) -> tuple[int, int]:
+        """Feature map (height, width) of a picture."""
+        return self._place(index)[0]
+
+    def num_bytes(self, index: int) -> int:
+        """Of a picture's stored rows."""
+        return sum(self._counts(self.map_size(index))) * self._row_bytes
+
+    def read(self, index: int) -> tuple[np.ndarray, ...]:
+        """Stored rows of a picture, P×W for each patch size, by a single read.
+
+        Raises UserError when the file cannot be read or has become shorter.
+        """
+        map_size, first = self._place(index)
+        counts = self._counts(map_size)
+        path = self._folder / block_name(index // PICTURES_IN_BLOCK)
+        numbers = sum(counts) * self._layout.width
+        rows = _read(path, self._layout.dtype, numbers, _HEADER_BYTES + first * self._row_bytes)
+        return tuple(np.split(rows.reshape(-1, self._layout.width), np.cumsum(counts)[:-1]))
+
+    def scales(self, index: int) -> np.ndarray | None:
+        """Scales of a picture, a row of float32 for each patch size, None for codecs without."""
+        if not self._layout.num_scales:
+            return None
+        number, place = divmod(index, PICTURES_IN_BLOCK)
+        each = len(self._counts(self.map_size(index))) * self._layout.num_scales
+        path = self._folder / scales_name(number)
+        return _read(path, np.dtype(np.float32), each, _HEADER_BYTES + 4 * each * place).reshape(
+            -1, self._layout.num_scales
+        )
+
+    def _place(self, index: int) -> tuple[tuple[int, int], int]:
+        """Feature map of a picture, and the first of its rows in its block."""
+        number, left = divmod(index, PICTURES_IN_BLOCK)
+        first = 0
+        for height, width, count in self._blocks[number].maps:
+            rows = sum(self._counts((height, width)))
+            if left < count:
+                return (height, width), first + left * rows
+            first, left = first + count * rows, left - count
+        raise IndexError(index)
+
+
+def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+    try:
+        with path.open("rb", buffering=0) as file:
+            numbers = np.fromfile(file, dtype, count, offset=offset)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(numbers) != count:
+        raise UserError(f"{path}: became shorter while it was read (another process writes into the folder)")
+    return numbers
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """A .npy header of version 1.0 of exactly _HEADER_BYTES."""
+    descr = npy_format.dtype_to_descr(dtype)
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("ascii")
+    before = npy_format.magic(1, 0) + (_HEADER_BYTES - 10).to_bytes(2, "little")
+    return before + text.ljust(_HEADER_BYTES - 11) + b"\n"
