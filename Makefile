@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 # Extract, match and compare on the rendered places that the project contains
 demo: $(VENV)/.installed
@@ -10,6 +10,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(RUN) -m pytest -q
+
+# Hours of interrupted runs in minutes; docs/reliability.md says what it found
+soak: $(VENV)/.installed-test
+	$(RUN) benchmarks/soak.py --moments 50
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -19,12 +23,21 @@ lint: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.py | $(VENV)/bin/python
-	$(VENV)/bin/pip install --disable-pip-version-check -q -e .
+# uv takes the build of torch that suits the machine: without a GPU the small one for processors. Where only the usual
+# package index can be reached pip takes what is there.
+INSTALL = $(RUN) -m uv pip install -q --torch-backend auto -e $(1) 2>$(VENV)/uv.log || \
+	{ echo "installing with pip (uv: $$(grep -m 1 -i error $(VENV)/uv.log))"; \
+	$(VENV)/bin/pip install --disable-pip-version-check -q -e $(1); }
+
+$(VENV)/bin/uv: | $(VENV)/bin/python
+	$(VENV)/bin/pip install --disable-pip-version-check -q uv
+
+$(VENV)/.installed: setup.py | $(VENV)/bin/uv
+	@$(call INSTALL,.)
 	@touch $@
 
-$(VENV)/.installed-test: setup.py | $(VENV)/bin/python
-	$(VENV)/bin/pip install --disable-pip-version-check -q -e '.[test]'
+$(VENV)/.installed-test: setup.py | $(VENV)/bin/uv
+	@$(call INSTALL,'.[test]')
 	@# kapture's own requirements would replace the headless OpenCV; what tests drive of it needs only these
 	@$(VENV)/bin/pip install --disable-pip-version-check -q cvxpy numba numpy-quaternion && \
 		$(VENV)/bin/pip install --disable-pip-version-check -q --no-deps kapture kapture-localization || \

@@ -15,23 +15,19 @@ DATA_FOLDERS = {
     "example_images": ["*.json", "*.npz", "*/*.jpg"],
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
-SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TRAINING_SCRIPTS = ["train", "add_pca"]
-TOOLS = {  # module of patchnetvlad.commands: its commands
-    "tools": [
-        *(
-            "demo",
-            "fit_model",
-            "build_index",
-            "gen_image_file_list",
-            "convert_kapture_to_msls",
-            "render_example_places",
-        ),
-    ],
-    "training": [*TRAINING_SCRIPTS, "render_msls"],
-    "datasets": ["make_dataset", "measure", "reproduce"],
+SCRIPTS = {  # module of patchnetvlad.commands: its commands
+    "features": ["feature_extract", "feature_match"],
+    "pairs": ["match_two", "match_realtime"],
+    "models": ["download_models"],
+    "training": ["train", "add_pca"],
+}
+TOOLS = {
+    "models": ["fit_model"],
+    "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
+    "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],
     "export": ["export_onnx", "export_hloc"],
+    "examples": ["demo", "render_example_places", "render_msls"],
 }
 
 setup(
@@ -59,6 +55,7 @@ setup(
         "huggingface_hub>=0.23",
         "pyproj>=3.6",
         "jinja2>=3.1",
+        "psutil>=5.9",
     ],
     extras_require={
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
@@ -88,11 +85,11 @@ setup(
         "patchnetvlad.report": ["template/*"],
         **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
     },
-    scripts=[f"{name}.py" for name in SCRIPTS + TRAINING_SCRIPTS],
+    scripts=[f"{name}.py" for names in SCRIPTS.values() for name in names],
     entry_points={
         "console_scripts": [
             f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands.{module}:{name}"
-            for module, names in {"features": SCRIPTS, **TOOLS}.items()
+            for module, names in (*SCRIPTS.items(), *TOOLS.items())
             for name in names
         ]
     },

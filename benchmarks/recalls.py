@@ -20,17 +20,18 @@ import torch
 from scipy.stats import spearmanr
 
 from patchnetvlad.config import Config
-from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate
+from patchnetvlad.evaluation import Evaluation, Sources, evaluate, open_run
 from patchnetvlad.extraction import describe_list, store_header
-from patchnetvlad.feature_store import FeatureStore, FeatureWriter
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.matching import Matches
+from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ransac import TOLERANCE
-from patchnetvlad.reranking import MATCHERS
-from patchnetvlad.scores import Score
+from patchnetvlad.reranking import MATCHERS, Matcher
+from patchnetvlad.result_files import RERANKING, RETRIEVAL
 from patchnetvlad.weights import load_model
 
 PARTS = ("query", "index")
@@ -64,9 +65,9 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
         for dtype in DTYPES:
             folder = work / dtype / part
             if dtype != "float32":
-                with FeatureStore.open(work / "float32" / part, pictures.names, pictures.feature_names) as store:
-                    header = store_header(model, checkpoint, stored_as(config, dtype), pictures)
-                    with FeatureWriter(folder, header) as writer:
+                with FeatureStore.open(work / "float32" / part, pictures) as store:
+                    header = store_header(model, checkpoint, stored_as(config, dtype))
+                    with FeatureWriter(folder, pictures, header) as writer:
                         for index in range(len(pictures)):
                             writer.write(index, torch.from_numpy(store.global_[index]), store.patches(index))
                         writer.finish()
@@ -80,7 +81,8 @@ def run(config: Config, root: Path, work: Path, dtype: str, matcher: str) -> Eva
     lists = [root / f"{root.name}_imageNames_{part}.txt" for part in PARTS]
     folders = [work / dtype / part for part in PARTS]
     sources = Sources(root, lists[0], lists[1], folders[0], folders[1], root / f"{root.name}.npz")
-    return evaluate(stored_as(config, dtype), sources, work / "results", torch.device("cpu"), progress=True)
+    with open_run(stored_as(config, dtype), sources, torch.device("cpu")) as opened:
+        return evaluate(opened, progress=True)
 
 
 def recalls(evaluation: Evaluation, stage: str) -> list[float]:
@@ -91,12 +93,14 @@ def recalls(evaluation: Evaluation, stage: str) -> list[float]:
 def agreement(first: Evaluation, second: Evaluation) -> dict[str, float]:
     """Of the same queries and candidates under two ways of scoring: how often the best is the same, in %, and the mean
     rank correlation of the fused scores."""
-    assert first.scores is not None and second.scores is not None
-    same = first.scores.indices[:, 0] == second.scores.indices[:, 0]
+    assert first.rankings.scores is not None and second.rankings.scores is not None
+    same = first.rankings.scores.indices[:, 0] == second.rankings.scores.indices[:, 0]
     correlations = []
     for rows in range(len(same)):
-        order = [np.argsort(one.scores.indices[rows]) for one in (first, second) if one.scores is not None]
-        fused = [one.scores.fused[rows] for one in (first, second) if one.scores is not None]
+        order = [
+            np.argsort(one.rankings.scores.indices[rows]) for one in (first, second) if one.rankings.scores is not None
+        ]
+        fused = [one.rankings.scores.fused[rows] for one in (first, second) if one.rankings.scores is not None]
         correlations.append(float(spearmanr(fused[0][order[0]], fused[1][order[1]]).statistic))
     return {
         "same_first": round(100 * float(same.mean()), 1),
@@ -114,7 +118,7 @@ def measure(config: Config, root: Path) -> dict:
         for dtype, evaluation in spatial.items():
             row = {"stage": f"rapid spatial, {dtype}", "recalls": recalls(evaluation, RERANKING)}
             rows.append(row | {"megabytes": round(megabytes[dtype], 2)})
-        MATCHERS["OpenCV"] = opencv_score
+        MATCHERS["OpenCV"] = Matcher(opencv_score)
         ransac, opencv = (run(config, root, work, "float32", matcher) for matcher in ("RANSAC", "OpenCV"))
         rows.append({"stage": "RANSAC, float32", "recalls": recalls(ransac, RERANKING)})
         rows.append({"stage": "RANSAC of OpenCV, float32", "recalls": recalls(opencv, RERANKING)})

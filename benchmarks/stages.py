@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,10 @@ from PIL import Image
 import patchnetvlad
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader
+from patchnetvlad.feature_header import StoreHeader
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.feature_writer import FeatureWriter
+from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import image_batches, prepare_image, read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches
@@ -38,8 +41,8 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
 from patchnetvlad.paths import require_file, shipped_folder
-from patchnetvlad.reranking import MATCHERS, TOGETHER, fuse, match_pair, rerank
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.reranking import MATCHERS, fuse, match_pair, rerank
+from patchnetvlad.retrieval import DatabaseIndex
 
 REPEATS = 5
 NO_TIMES = ("differing matches", "cosine, bfloat16")
@@ -110,15 +113,15 @@ def extraction_stages(config: Config, pictures: list[Path], folder: Path) -> dic
         "wpca": median_seconds(lambda: [wpca(patches) for patches in pooled]),
     }
     described = model.describe(picture)
-    header = store_header(model, [path.stem for path in pictures])
-    with FeatureWriter(folder / "stages", header, overwrite=True) as writer:
+    header, names = store_header(model), listed([path.stem for path in pictures])
+    with FeatureWriter(folder / "stages", names, header, overwrite=True) as writer:
         started = time.perf_counter()
         for index in range(len(pictures)):
             writer.write(index, described.global_[0], described.picture(0))
         writer.finish()
         stages["write"] = (time.perf_counter() - started) / len(pictures)
     batch = config.feature_extract.cachebatchsize
-    with FeatureWriter(folder / "whole", header, overwrite=True) as writer:
+    with FeatureWriter(folder / "whole", names, header, overwrite=True) as writer:
         started = time.perf_counter()
         for indices, tensors in image_batches(pictures, 480, 640, batch, 2):
             for position, index in enumerate(indices):
@@ -140,10 +143,12 @@ def centred_cosine(exact: torch.Tensor, rough: torch.Tensor) -> float:
     return float(F.cosine_similarity(exact - mean, rough - mean, dim=-1).median())
 
 
-def store_header(model: PlaceModel, names: list[str]) -> StoreHeader:
-    return StoreHeader(
-        "", {}, tuple(names), tuple(names), model.output_dims, model.patch_sizes, model.strides, model.geometry
-    )
+def store_header(model: PlaceModel) -> StoreHeader:
+    return StoreHeader("", {}, model.output_dims, model.patch_sizes, model.strides, model.geometry)
+
+
+def listed(names: Sequence[str]) -> ImageList:
+    return ImageList(tuple(names), tuple(map(Path, names)), tuple(names), Path("pictures.txt"))
 
 
 def overlapping_pictures(config: Config, count: int, dims: int | None = None) -> list[PatchFeatures]:
@@ -205,11 +210,7 @@ def matching_stages(config: Config, folder: Path) -> dict[str, float]:
 
     def score(matcher: str) -> None:
         for matches in found:
-            if MATCHERS[matcher] in TOGETHER:
-                TOGETHER[MATCHERS[matcher]](matches, query.grids, query.grids, torch.device("cpu"))
-            else:
-                for some, grid in zip(matches, query.grids, strict=True):
-                    MATCHERS[matcher](some, grid, grid)
+            MATCHERS[matcher].score(matches, query.grids, query.grids, torch.device("cpu"))
 
     stages = {
         "similarity": median_seconds(lambda: [first @ second.T for first, second in pairs]) / count,
@@ -224,16 +225,16 @@ def matching_stages(config: Config, folder: Path) -> dict[str, float]:
     stages["whole, 8 bits"] = median_seconds(lambda: rerank(rounded_query, rounded, weights, matcher)) / count
     stages["reference"] = median_seconds(lambda: [plain_pair(query, other, name) for other in candidates], 2) / count
     stages["differing matches"] = differing
-    names = [f"p{index}" for index in range(len(pictures))]
+    names = listed([f"p{index}" for index in range(len(pictures))])
     model = PlaceModel("vgg16", "patchnetvlad", 16, 0, config.global_params.patch_sizes, config.global_params.strides)
-    header = replace(store_header(model, names), num_dims=config.global_params.num_pcs)
-    with FeatureWriter(folder / "read", header, overwrite=True) as writer:
+    header = replace(store_header(model), num_dims=config.global_params.num_pcs)
+    with FeatureWriter(folder / "read", names, header, overwrite=True) as writer:
         for index, picture in enumerate(pictures):
             writer.write(index, picture.descriptors[0][0], picture)
         writer.finish()
 
     def read_all() -> None:
-        with FeatureStore.open(folder / "read", names, names, header) as store:
+        with FeatureStore.open(folder / "read", names, header) as store:
             for index in range(len(names)):
                 store.patches(index)
 
@@ -300,7 +301,7 @@ def retrieval_times(dims: int, sizes: list[int]) -> dict[int, float]:
     times = {}
     for size in sizes:
         database = np.random.default_rng(0).standard_normal((size, dims), dtype=np.float32)
-        times[size] = median_seconds(lambda: retrieve(database[:64], database, 100), 3) / 64  # noqa: B023
+        times[size] = median_seconds(lambda: DatabaseIndex(database).search(database[:64], 100), 3) / 64  # noqa: B023
     return times
 
 

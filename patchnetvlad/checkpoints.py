@@ -5,28 +5,41 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchnetvlad.config import GlobalParams
-from patchnetvlad.encoders import ENCODERS
+from patchnetvlad.encoders import is_encoder, same_encoder
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of, told, writing_with_torch
 from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
 
-# Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names
-_scalar = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS: list[Any] = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
+
+def _plain_dict(factory: object = None) -> dict[object, object]:
+    """What a defaultdict in a file becomes."""
+    return {}
+
+
+# Published files hold a few NumPy scalars beside the tensors, pickled under NumPy's old module names; files of others
+# arrays of numbers, and defaultdicts with a plain type's factory
+_scalar, _array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+_ALLOWED: list[Any] = [
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
     np.dtype,
+    (_plain_dict, "collections.defaultdict"),
+    *((kind, f"{home}.{kind.__name__}") for kind in (dict, list, int, float) for home in ("builtins", "__builtin__")),
     *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")},
 ]
 
@@ -59,7 +72,14 @@ class Checkpoint:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
+    with told(path, "cannot be read"):
+        state = path.stat()
+        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _file_sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -71,26 +91,85 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without running code from it.
 
     ``module.`` inside keys is dropped and floating tensors become float32. Raises UserError for anything that is
-    not tensors, plain values and NumPy scalars.
+    not tensors, plain values, NumPy numbers and arrays of numbers.
     """
+    content = _content(path)
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not _is_state(state):
+        raise UserError(f"{path}: has no `state_dict` of tensors (not a checkpoint of this toolkit?)")
+    extras = {key: value for key, value in content.items() if key != "state_dict"}
+    return Checkpoint(path, _plain(state), extras, file_sha256(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state, of whatever model: a checkpoint's, the one of a file that holds nothing else, or of .safetensors.
+
+    Read, and refused, as by `read_checkpoint`.
+    """
+    content = _content(path)
+    found = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else None
+    if not _is_state(found):
+        raise UserError(f"{path}: holds no state of tensors (not a file of weights?)")
+    return _plain(found)
+
+
+def _content(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        if path.suffix == ".safetensors":
+            return _safe_tensors(path)
+        with torch.serialization.safe_globals(_ALLOWED):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds a {found.group(1)}" if found else "is not a torch checkpoint"
-        raise UserError(
-            f"{path}: {what}; only tensors, plain values and NumPy scalars are read (damaged or foreign file?)"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        found = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
+        if found is None:
+            raise UserError(f"{path}: is not a torch checkpoint (damaged or foreign file?)") from error
+        raise UserError(_refusal(path, found.group(1) or found.group(2))) from error
+    except (OSError, MemoryError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint: {reason} (download incomplete?)") from error
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: has no `state_dict` of tensors (not a checkpoint of this toolkit?)")
-    plain = {key.replace("module.", ""): _float32(value) for key, value in state.items()}
-    extras = {key: value for key, value in content.items() if key != "state_dict"}
-    return Checkpoint(path, plain, extras, file_sha256(path))
+    for array in _arrays(content):
+        if array.dtype.kind not in "fiub":
+            raise UserError(_refusal(path, f"NumPy array of {array.dtype}"))
+    return content
+
+
+def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("module.", ""): _float32(value) for key, value in state.items()}
+
+
+def _safe_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path}: needs the safetensors package (pip install safetensors)") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _refusal(path: Path, what: str) -> str:
+    """Why a file is not read, and the command that makes one of it that is."""
+    plain = path.with_name(f"plain_{path.name}")
+    return (
+        f"{path}: holds a {what}; only tensors, plain values and NumPy numbers are read, since others can run code. If "
+        f"you trust its source, keep its tensors alone by: python -c \"import torch; torch.save({{'state_dict': "
+        f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)['state_dict']}}, {str(plain)!r})\""
+    )
+
+
+def _arrays(content: object) -> Iterator[NDArray[Any]]:
+    """All NumPy arrays in a tree of dicts, lists and tuples."""
+    if isinstance(content, np.ndarray):
+        yield content
+    elif isinstance(content, (Mapping, list, tuple)):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _arrays(value)
 
 
 def _float32(tensor: Tensor) -> Tensor:
@@ -112,9 +191,9 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
     Raises UserError where the two disagree: encoder, pooling, clusters, WPCA size, ``vladv2``.
     """
     path, state = checkpoint.path, checkpoint.state
-    if checkpoint.backbone not in ENCODERS:
+    if not is_encoder(checkpoint.backbone):
         raise UserError(f"{path}: made for the encoder `{checkpoint.backbone}`, which is unknown here")
-    if checkpoint.backbone != params.backbone:
+    if not same_encoder(checkpoint.backbone, params.backbone):
         raise UserError(
             f"{path}: made for backbone = {checkpoint.backbone}, the configuration says backbone = {params.backbone}"
         )
@@ -151,7 +230,7 @@ def load_state(model: PlaceModel, state: Mapping[str, Tensor], path: Path) -> No
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
+        parts = [f"lacks {some_of(missing)}"] * bool(missing) + [f"has unknown {some_of(extra)}"] * bool(extra)
         raise UserError(f"{path}: {' and '.join(parts)} (a checkpoint of another architecture?)")
     for key, value in state.items():
         if value.shape != expected[key].shape:
@@ -178,15 +257,9 @@ def write_checkpoint(path: Path, model: PlaceModel, half_precision_wpca: bool = 
         "backbone": model.backbone,
         "num_pcs": model.WPCA.output_dims if model.WPCA else 0,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save({**content, **extras}, partial)
-    partial.replace(path)
+    with writing_with_torch(path) as file:
+        torch.save({**content, **extras}, file)
 
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

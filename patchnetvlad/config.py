@@ -1,5 +1,6 @@
 """What can be configured: one frozen dataclass for each section of an INI file, with every key's rule and default."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,31 +19,17 @@ from patchnetvlad.config_values import (
     whole,
 )
 from patchnetvlad.errors import UserError
+from patchnetvlad.paths import find_checkpoint, require_checkpoint
 
-_TRAIN_CITIES = (
-    "trondheim",
-    "london",
-    "boston",
-    "melbourne",
-    "amsterdam",
-    "helsinki",
-    "tokyo",
-    "toronto",
-    "saopaulo",
-    "moscow",
-    "zurich",
-    "paris",
-    "bangkok",
-    "budapest",
-    "austin",
-    "berlin",
-    "ottawa",
-    "phoenix",
-    "goa",
-    "amman",
-    "nairobi",
-    "manila",
-)  # of MSLS
+MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
+    "train": (
+        *("trondheim", "london", "boston", "melbourne", "amsterdam", "helsinki", "tokyo", "toronto"),
+        *("saopaulo", "moscow", "zurich", "paris", "bangkok", "budapest", "austin", "berlin"),
+        *("ottawa", "phoenix", "goa", "amman", "nairobi", "manila"),
+    ),
+    "val": ("cph", "sf"),
+    "test": ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala"),
+}
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
 
@@ -84,7 +71,18 @@ class FeatureMatchConfig:
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
     # by the faster of these.
     similarity: str = setting("auto", choice("auto", "float32", "int8"))
-    cache_gb: float = setting(4.0, real(0))  # GB of patch descriptors kept in memory
+    # GB of patch descriptors kept in memory; None: half of the memory available.
+    cache_gb: float | None = setting(None, optional(real(0)))
+
+    @property
+    def reranked(self) -> int:
+        """Candidates of each query that are re-ranked."""
+        return self.rerank_top or max(self.n_values_all)
+
+    @property
+    def retrieved(self) -> int:
+        """Candidates of each query that are retrieved: all that are re-ranked or reported."""
+        return max(self.reranked, *self.n_values_all)
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,9 @@ class GlobalParams:
     """[global_params]: the model and the machine."""
 
     pooling: str = setting("patchnetvlad", choice("netvlad", "patchnetvlad", "max", "avg"))
-    # The checkpoint's path without its end, which is num_pcs and .pth.tar.
+    # The checkpoint's path without its end, which is num_pcs and .pth.tar, or the whole path.
     resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
-    threads: int = setting(4, whole(0))  # threads that load pictures; 0: none beside the computation
+    threads: int = setting(4, whole(0))  # threads that load and check pictures; 0: as many as there are cores
     num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
     ngpu: int = setting(1, whole(0))  # GPUs to use where there are any
     # Sides of the square patches, in positions of the feature map.
@@ -104,11 +102,16 @@ class GlobalParams:
     # Positions from one patch to the next, for each patch size; not given: 1 each.
     strides: tuple[int, ...] = setting((), list_of(whole(1), "whole numbers of 1 or more"))
     vladv2: bool = setting(False, flag())  # NetVLAD's soft assignment has a bias
-    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS
+    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS, or timm:NAME:LAYER
 
     def __post_init__(self) -> None:
         if not self.strides:
             object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
+
+    @property
+    def loading_threads(self) -> int:
+        """Threads that load pictures while others are described, 1 or more."""
+        return self.threads or _cores()
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class TrainConfig:
     momentum: float = setting(0.9, real(0, 1))  # of SGD
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
+    loss: str = setting("triplet", some_text())  # one of losses.LOSSES
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too
@@ -133,12 +137,17 @@ class TrainConfig:
     imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
     imageresizeh: int = setting(480, whole())
     whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
-    pretrained: str = setting("imagenet", weights_source())  # encoder's start: imagenet, none or a path
+    # imagenet: as published; none: random; package:NAME: of an installed Python package; or a file's path.
+    pretrained: str = setting("imagenet", weights_source())  # encoder's start
+    # What of the encoder learns beside the pooling: its last stage (VGG16's conv5), all of it, or none of it.
+    encoder_learns: str = setting("last", choice("last", "all", "none"))
     mixed_precision: bool = setting(False, flag())  # encoder in bfloat16; pooling stays float32
     # Cities of MSLS to learn from, and to be judged by.
-    cities: tuple[str, ...] = setting(_TRAIN_CITIES, list_of(some_text(), "different names of cities", distinct=True))
+    cities: tuple[str, ...] = setting(
+        MSLS_CITIES["train"], list_of(some_text(), "different names of cities", distinct=True)
+    )
     val_cities: tuple[str, ...] = setting(
-        ("cph", "sf"), list_of(some_text(), "different names of cities", distinct=True)
+        MSLS_CITIES["val"], list_of(some_text(), "different names of cities", distinct=True)
     )
     positive_radius: float = setting(10.0, real(0, above=True))  # metres within which two pictures show one place
     negative_radius: float = setting(25.0, real(0, above=True))  # metres within which a picture is no negative
@@ -179,10 +188,18 @@ class Config:
     def _place(self) -> str:
         return str(self.path or "configuration")
 
-    def checkpoint_name(self) -> str:
-        """The checkpoint as the file names it, still to be found: resumepath + num_pcs + .pth.tar."""
-        pcs = self.global_params.num_pcs
-        return f"{self.global_params.resumepath}{pcs or ''}.pth.tar"
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint that resumepath and num_pcs name, or None where it is not at hand."""
+        return find_checkpoint(self.global_params.resumepath, self.global_params.num_pcs, self.path)
+
+    def require_checkpoint(self) -> Path:
+        """The same; raises UserError where there is none. A published one may still have to be downloaded to there."""
+        return require_checkpoint(self.global_params.resumepath, self.global_params.num_pcs, self.path)
+
+    @property
+    def describes_on_demand(self) -> bool:
+        """Whether matching makes patch descriptors when it needs them, in place of reading them."""
+        return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
 
     def check_matching(self) -> None:
         """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""
@@ -226,10 +243,18 @@ class Config:
                 )
 
 
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 SECTIONS = {  # section of the file, and its type
     "feature_extract": FeatureExtractConfig,
     "feature_match": FeatureMatchConfig,
     "global_params": GlobalParams,
     "train": TrainConfig,
 }
+BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 PICTURE_SIZE = ("imageresizew", "imageresizeh")

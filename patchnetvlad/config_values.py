@@ -88,7 +88,7 @@ def weights_source() -> Rule[str]:
             raise ValueError
         return text.lower() if text.lower() in ("imagenet", "none") else text
 
-    return Rule("imagenet, none or the path of a checkpoint", parse)
+    return Rule("imagenet, none, package:NAME or the path of a file", parse)
 
 
 def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[T, ...]]:

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,39 +14,90 @@ from patchnetvlad.errors import UserError
 
 T = TypeVar("T")
 
+# Names that columns go by, in any case; the first that is there counts
+PICTURES = ("name", "path", "image", "filename", "file")
+LATITUDES, LONGITUDES = ("latitude", "lat"), ("longitude", "lon", "lng")
+EASTINGS, NORTHINGS = ("easting", "utm_east", "utm_easting", "x"), ("northing", "utm_north", "utm_northing", "y")
+
+_DELIMITERS = ",;\t"
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+
 
 class Table:
-    """Columns of a CSV file as text, by name; a column without a name (an index) is ignored."""
+    """Columns of a CSV file as text without blanks at its ends, found by name in any case.
 
-    def __init__(self, path: Path, columns: dict[str, list[str]]) -> None:
+    A column is asked for by its name, or by several names of which the first that is there counts; every method
+    raises UserError when there is none. A column without a name (an index) is ignored.
+    """
+
+    def __init__(self, path: Path, columns: dict[str, list[str]], lines: list[int]) -> None:
+        """lines: of each row, where it stands in the file, counted from 1."""
         self.path = path
+        self.lines = lines
         self._columns = columns
 
     def __len__(self) -> int:
-        return len(next(iter(self._columns.values()), []))
+        return len(self.lines)
 
-    def has(self, column: str) -> bool:
-        return column in self._columns
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns, in lower case."""
+        return tuple(self._columns)
 
-    def text(self, column: str) -> list[str]:
-        """A column as it is; raises UserError when there is none of that name."""
-        if column not in self._columns:
-            known = ", ".join(self._columns) or "none"
-            raise UserError(f"{self.path}: has no column {column} (its columns: {known})")
-        return self._columns[column]
+    def find(self, names: str | Sequence[str]) -> str | None:
+        """The first of the names that is a column."""
+        wanted = [names] if isinstance(names, str) else names
+        return next((name for name in wanted if name in self._columns), None)
 
-    def numbers(self, column: str) -> NDArray[np.float64]:
-        """A column of finite numbers."""
-        return np.array(self._parsed(column, _finite, "a number"), dtype=np.float64)
+    def text(self, names: str | Sequence[str]) -> list[str]:
+        """A column as it is."""
+        return self._columns[self._require(names)]
 
-    def whole_numbers(self, column: str) -> NDArray[np.int64]:
-        return np.array(self._parsed(column, int, "a whole number"), dtype=np.int64)
+    def unique(self, names: str | Sequence[str]) -> list[str]:
+        """A column in which every cell names something else: none is empty."""
+        name = self._require(names)
+        line_of: dict[str, int] = {}
+        for line, cell in zip(self.lines, self._columns[name], strict=True):
+            if not cell:
+                raise UserError(f"{self.path}: line {line}: {name} is empty, so the row names no picture")
+            if cell in line_of:
+                raise UserError(
+                    f"{self.path}: line {line}: {name} {cell} stands in line {line_of[cell]} too (joined from two "
+                    "files?)"
+                )
+            line_of[cell] = line
+        return self._columns[name]
 
-    def flags(self, column: str) -> NDArray[np.bool_]:
+    def numbers(self, names: str | Sequence[str], gaps: bool = False) -> NDArray[np.float64]:
+        """A column of finite numbers; with ``gaps`` an empty cell, or nan, is NaN."""
+
+        def parse(text: str) -> float:
+            if gaps and text.lower() in ("", "nan"):
+                return math.nan
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+
+        return np.array(self._parsed(names, parse, "a number"), dtype=np.float64)
+
+    def whole_numbers(self, names: str | Sequence[str]) -> NDArray[np.int64]:
+        return np.array(self._parsed(names, int, "a whole number"), dtype=np.int64)
+
+    def flags(self, names: str | Sequence[str]) -> NDArray[np.bool_]:
         """A column of True and False, or 1 and 0."""
-        return np.array(self._parsed(column, _flag, "True or False"), dtype=bool)
+        return np.array(self._parsed(names, lambda text: _TRUTH[text.lower()], "True or False"), dtype=bool)
 
-    def choices(self, column: str, known: Sequence[str]) -> list[str]:
+    def known_flags(
+        self, names: str | Sequence[str], words: Mapping[str, bool] = _TRUTH
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """What the words of a column (lower-case words: meaning) mean, False for any other, and which are known."""
+        cells = [text.lower() for text in self.text(names)]
+        known = np.array([cell in words for cell in cells], dtype=bool)
+        return np.array([words.get(cell, False) for cell in cells], dtype=bool), known
+
+    def choices(self, names: str | Sequence[str], known: Sequence[str]) -> list[str]:
         """A column of known words."""
 
         def parse(text: str) -> str:
@@ -53,26 +105,39 @@ class Table:
                 raise ValueError
             return text
 
-        return self._parsed(column, parse, f"one of {', '.join(known)}")
+        return self._parsed(names, parse, f"one of {', '.join(known)}")
 
-    def _parsed(self, column: str, parse: Callable[[str], T], expected: str) -> list[T]:
+    def _require(self, names: str | Sequence[str]) -> str:
+        name = self.find(names)
+        if name is None:
+            wanted = names if isinstance(names, str) else " or ".join(names)
+            raise UserError(f"{self.path}: has no column {wanted}: found {', '.join(self._columns) or 'none'}")
+        return name
+
+    def _parsed(self, names: str | Sequence[str], parse: Callable[[str], T], expected: str) -> list[T]:
+        name = self._require(names)
         values = []
-        for row, text in enumerate(self.text(column)):
+        for line, text in zip(self.lines, self._columns[name], strict=True):
             try:
-                values.append(parse(text.strip()))
+                values.append(parse(text))
             except (KeyError, ValueError) as error:
-                line = row + 2  # the header is line 1
-                raise UserError(f"{self.path}: line {line}: {column} = {text!r}: expected {expected}") from error
+                hint = " with a decimal point" if _DECIMAL_COMMA.fullmatch(text) else ""
+                raise UserError(f"{self.path}: line {line}: {name} = {text!r}: expected {expected}{hint}") from error
         return values
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV file with a header line; raises UserError when it cannot be read or a line has other columns."""
+    """Read a CSV file with a header line, its values apart by commas, semicolons or tabs.
+
+    Raises UserError when it cannot be read, a line has another number of values, or a column's name comes twice.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            rows = []
+            header_line = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(_DELIMITERS, key=header_line.count))
+            header = [name.strip().lower() for name in next(reader, [])]
+            rows, lines = [], []
             for row in reader:
                 if not row:
                     continue
@@ -81,24 +146,18 @@ def read_table(path: Path) -> Table:
                         f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns (cut off?)"
                     )
                 rows.append(row)
+                lines.append(reader.line_num)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file (dataset incomplete, or another root?)") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8") from error
-    if not header:
-        raise UserError(f"{path}: is empty (expected a header line)")
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
-    return Table(path, {name: list(column) for name, column in zip(header, columns, strict=True) if name})
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def _flag(text: str) -> bool:
-    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}[text.lower()]
+    if not any(header):
+        raise UserError(f"{path}: has no header line with the columns' names (empty file?)")
+    twice = [name for place, name in enumerate(header) if name and name in header[:place]]
+    if twice:
+        raise UserError(f"{path}: two columns are called {twice[0]} (names are taken in any case)")
+    cells = zip(*rows, strict=True) if rows else [()] * len(header)
+    columns = {name: [cell.strip() for cell in column] for name, column in zip(header, cells, strict=True) if name}
+    return Table(path, columns, lines)

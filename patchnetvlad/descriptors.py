@@ -21,6 +21,12 @@ class PatchFeatures:
     grids: tuple[PatchGrid, ...]
     rounded: tuple[RoundedPatches, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """What the descriptors take in memory."""
+        rounded = sum(part.levels.nbytes + part.scale.nbytes + part.norm.nbytes for part in self.rounded)
+        return sum(rows.nbytes for rows in self.descriptors) + rounded
+
     def round_as(self, role: Role) -> "PatchFeatures":
         """With 8-bit descriptors beside the others, for pictures on the CPU in the role of query or reference."""
         return replace(self, rounded=tuple(round_patches(some, role) for some in self.descriptors))

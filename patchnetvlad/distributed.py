@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 
 _ROWS_AT_ONCE = 4096  # rows sent at a time
+# How long processes wait for one that checks pictures or makes clusters; torchrun ends all when one dies
+_PATIENCE = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class Processes:
             whole[start : start + _ROWS_AT_ONCE] = self.sum(part).cpu().numpy()
         return whole
 
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, by rank, in all of them."""
+        values = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
     def from_first(self, value: T) -> T:
         """The first process's value, in all."""
         if self.count == 1:
@@ -81,7 +91,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(distributed.get_rank(), count, device)
     finally:

@@ -1,24 +1,27 @@
 """Describe every picture of a list and store the descriptors: one run from configuration to feature folder."""
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config
-from patchnetvlad.encoders import Encoder, make_encoder
-from patchnetvlad.feature_header import read_manifest
-from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
+from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.encoders import encoder_geometry
+from patchnetvlad.errors import UserError
+from patchnetvlad.feature_files import array_file_bytes
+from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.paths import find_file
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ def extract(
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
-    require_readable(pictures.paths, pictures.source, loading_threads(config), progress)
+    require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
     return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
 
 
@@ -65,10 +68,10 @@ def describe_list(
     overwrite: bool = False,
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
-    header = store_header(model, checkpoint, config, pictures)
+    header = store_header(model, checkpoint, config)
     size = config.feature_extract
     started = time.perf_counter()
-    with FeatureWriter(folder, header, overwrite=overwrite) as writer:
+    with FeatureWriter(folder, pictures, header, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
         batches = image_batches(
@@ -76,7 +79,7 @@ def describe_list(
             size.imageresizeh,
             size.imageresizew,
             size.cachebatchsize,
-            loading_threads(config),
+            config.global_params.loading_threads,
             size.exif_rotation,
             missing,
         )
@@ -87,7 +90,7 @@ def describe_list(
                 step = 1 if model.device.type == "cpu" else len(indices)
                 for first in range(0, len(indices), step):
                     began = time.perf_counter()
-                    described = model.describe(batch[first : first + step].to(model.device))
+                    described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
                     if not estimated:  # the first ones tell the feature map's size and the speed
                         seconds = (time.perf_counter() - began) / step * len(missing)
                         _announce(folder, header, described.grids, len(missing), seconds)
@@ -101,34 +104,38 @@ def describe_list(
     return Extraction(folder, len(pictures), len(missing), seconds)
 
 
-def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config, pictures: ImageList) -> StoreHeader:
-    """What decides the features of a list under a configuration."""
-    return _header(config, pictures, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
+def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:
+    """Describe pictures of one size; name: of the first."""
+    try:
+        return model.describe(batch.to(model.device))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
-def expected_header(config: Config, pictures: ImageList, folder: Path) -> StoreHeader:
+def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config) -> StoreHeader:
+    """What decides the features of a model under a configuration."""
+    return _header(config, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
+
+
+def expected_header(config: Config) -> StoreHeader:
     """What a feature folder must have been made with to fit a configuration; needs no weights.
 
-    The checkpoint's hash is compared when the checkpoint is at hand, and otherwise taken from the folder.
+    The checkpoint's hash is compared when the checkpoint is at hand, the dimensions when the configuration says them.
     """
     params = config.global_params
-    path = find_file(config.checkpoint_name(), "pretrained_models", config.path)
-    manifest = read_manifest(folder)
-    stored_hash = manifest.header.checkpoint_sha256 if manifest else ""
+    path = config.find_checkpoint()
     return _header(
         config,
-        pictures,
-        file_sha256(path) if path is not None else stored_hash,
-        params.num_pcs or stored_dims(folder),
+        file_sha256(path) if path is not None else None,
+        params.num_pcs,
         params.patch_sizes if params.pooling == "patchnetvlad" else (),
-        cast(Encoder, make_encoder(params.backbone)).geometry,
+        encoder_geometry(params.backbone),
     )
 
 
 def _header(
     config: Config,
-    pictures: ImageList,
-    checkpoint_sha256: str,
+    checkpoint_sha256: str | None,
     num_dims: int,
     patch_sizes: tuple[int, ...],
     geometry: EncoderGeometry,
@@ -144,20 +151,36 @@ def _header(
             "precision": size.precision,
             "exif_rotation": size.exif_rotation,
         },
-        names=pictures.names,
-        feature_names=pictures.feature_names,
         num_dims=num_dims,
         patch_sizes=patch_sizes,
         strides=config.global_params.strides if patch_sizes else (),
         geometry=geometry,
         dtype=size.feature_dtype,
-        list_name=pictures.source.name,
     )
 
 
-def loading_threads(config: Config) -> int:
-    """Threads that load pictures while others are described; published files say 0, and loading overlaps anyway."""
-    return max(1, config.global_params.threads)
+def estimate_bytes(header: StoreHeader, map_size: tuple[int, int], num_pictures: int) -> int:
+    """Bytes on disk for the features of pictures with a feature map of (height, width)."""
+    codec = header.codec
+    scales = ((1e-5 / 3,) * codec.num_scales(header.num_dims),) * len(header.strides)
+    line = entry_line(ManifestEntry(num_pictures, "n" * 64, "n" * 64, map_size, tuple(filter(None, scales))))
+    width = codec.width(header.num_dims)
+    patches = sum(array_file_bytes((width, len(grid)), codec.dtype) for grid in header.grids(map_size))
+    return num_pictures * (patches + 4 * header.num_dims + len(line))
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """Raise UserError when the disk of a folder, which need not exist yet, has less than num_bytes free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise UserError(
+            f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
+            "(use another disk, feature_dtype = float16 or int8, a configuration with fewer dimensions or patch "
+            "sizes, or local_features = on_demand)"
+        )
 
 
 def _announce(

@@ -8,12 +8,39 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
 
 import numpy as np
+import psutil
 
 Arrays: TypeAlias = tuple[np.ndarray, ...]
+
+_CONTAINER = Path("/sys/fs/cgroup")
+_CONTAINER_FILES = (  # limit, use, and what of it the system can take back, in both versions of Linux's control groups
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def cache_bytes(cache_gb: float | None) -> int:
+    """What a cache may hold: [feature_match] cache_gb in bytes, or half of the memory available."""
+    return available_memory() // 2 if cache_gb is None else int(cache_gb * 1e9)
+
+
+def available_memory(container: Path = _CONTAINER) -> int:
+    """Bytes that this process can still take without making others swap, within the limit of its container."""
+    available = int(psutil.virtual_memory().available)
+    for limit_name, used_name, details_name, spare_key in _CONTAINER_FILES:
+        try:
+            limit, used, details = ((container / name).read_text() for name in (limit_name, used_name, details_name))
+        except OSError:
+            continue  # no container, or another kind of system
+        if limit.strip().isdecimal():  # and not "max"
+            spare = dict(line.split() for line in details.splitlines()).get(spare_key, "0")
+            available = min(available, max(0, int(limit) - int(used) + int(spare)))
+    return available
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,11 @@ class PictureCache:
         self._ahead: dict[int, int] = {}  # scheduled and not yet asked for: bytes
         self._ahead_bytes = 0
         self._hits = self._reads = self._bytes_read = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """What the cache may hold."""
+        return self._max_bytes
 
     @property
     def statistics(self) -> CacheStatistics:

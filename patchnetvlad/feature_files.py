@@ -1,4 +1,4 @@
-"""The array files of a feature folder: their names, how descriptors are stored, checked reading, atomic writing.
+"""The array files of a feature folder: their names, how descriptors are stored in them, writing and checked reading.
 
 Patch descriptors are D×P on disk, as scripts of the published code expect, and P×D in memory. Both are the same bytes:
 a C-contiguous P×D array is written under a ``fortran_order`` header of shape (D, P), so nothing is transposed.
@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,132 +16,157 @@ from numpy.lib import format as npy_format
 from torch import Tensor
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import replacing, told, writing
 
 GLOBAL_NAME = "globalfeats.npy"
 PATCH_GLOB = "patchfeats_psize*_*.npy"
 
-# Not made from the feature name, which may already fill what a file system allows.
-_TEMPORARY_NAME = ".writing.npy.tmp"
+_ABSENT = "extraction not finished, or the file was removed"
 
 # Below this the reciprocal leaves float32; next to unit rows it is zero.
 _SMALLEST_SCALE = 1e-34
 
-# Bands of consecutive dimensions with a scale of their own: WPCA orders dimensions by variance.
-_BANDS = 16
+_BANDS = 16  # of dimensions, with a scale each
 
 
 class StoredArray(NamedTuple):
-    """Patch descriptors as stored: a P×D array, and for int8 a factor for each band of dimensions.
-
-    A band is ⌈D/16⌉ dimensions, the last one what is left.
-    """
+    """Patch descriptors as stored: an array of a row for each patch, and the codec's scales if it has any."""
 
     array: np.ndarray
     scales: tuple[float, ...] | None
 
 
 def patch_file_name(patch_size: int, feature_name: str) -> str:
-    """File with the descriptors of one picture at one patch size (SPEC 10)."""
+    """File with the descriptors of one picture at one patch size, as the published code names it."""
     return f"patchfeats_psize{patch_size}_{feature_name}.npy"
 
 
-def encode(descriptors: Tensor, dtype: str) -> StoredArray:
-    """P×D descriptors as float32, float16 or int8, on the CPU; without a copy where they already are.
+class Codec(Protocol):
+    """How patch descriptors are stored: P×D float32, unit rows, to arrays on disk and back.
 
-    int8 keeps square roots, so that small numbers, which most are, get the finer steps: with the scale
-    max|descriptors| / 127² of each band of dimensions, value = integer · |integer| · scale, rounded to the nearest
-    root. Raises ValueError for NaN or infinity.
+    A new one is a class and a line in CODECS. dtype: of the stored array.
     """
+
+    dtype: np.dtype
+
+    def width(self, dims: int) -> int:
+        """Numbers that the array holds of a patch of D = dims."""
+        ...
+
+    def num_scales(self, dims: int) -> int:
+        """Numbers that the manifest holds of a picture's patch size."""
+        ...
+
+    def encode(self, descriptors: Tensor) -> StoredArray:
+        """P×D descriptors as stored, on the CPU. Raises ValueError for NaN or infinity."""
+        ...
+
+    def decode(self, stored: StoredArray) -> Tensor:
+        """Stored descriptors as a float32 P×D tensor."""
+        ...
+
+
+class FloatCodec:
+    """Descriptors as they are, in some floating type; float32 is never copied."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.dtype = torch.empty(0, dtype=dtype).numpy().dtype
+
+    def width(self, dims: int) -> int:
+        """All dimensions."""
+        return dims
+
+    def num_scales(self, dims: int) -> int:
+        """None."""
+        return 0
+
+    def encode(self, descriptors: Tensor) -> StoredArray:
+        """The same in this type, on the CPU; without a copy where they already are."""
+        return StoredArray(_finite(descriptors).to(self._dtype).contiguous().cpu().numpy(), None)
+
+    def decode(self, stored: StoredArray) -> Tensor:
+        """As float32, which shares its memory with the array."""
+        return torch.from_numpy(stored.array).to(torch.float32)
+
+
+class SquareRootCodec:
+    """int8 square roots, so that small numbers, which most are, get the finer steps.
+
+    With the scale max|descriptors| / 127² of each band of ⌈D/16⌉ consecutive dimensions, value = integer · |integer| ·
+    scale, rounded to the nearest root. WPCA orders dimensions by variance, so that those of a band are alike.
+    """
+
+    dtype = np.dtype(np.int8)
+
+    def width(self, dims: int) -> int:
+        """All dimensions."""
+        return dims
+
+    def num_scales(self, dims: int) -> int:
+        """One for each band."""
+        return math.ceil(dims / self._band_width(dims))
+
+    def encode(self, descriptors: Tensor) -> StoredArray:
+        """Integers −127 to 127, and the scales."""
+        descriptors = _finite(descriptors).to(torch.float32)
+        dims = descriptors.shape[1]
+        largest = descriptors.abs().amax(dim=0) if len(descriptors) else descriptors.new_zeros(dims)
+        bands = torch.stack([band.max() for band in largest.split(self._band_width(dims))]) / 127**2
+        bands = torch.where(bands < _SMALLEST_SCALE, 0.0, bands)
+        scales = tuple(bands.tolist())
+        inverse = self._of_dimensions(scales, descriptors).reciprocal().nan_to_num_(posinf=0.0)
+        roots = (descriptors * inverse).abs_().sqrt_()
+        return StoredArray(roots.copysign_(descriptors).round_().to(torch.int8).contiguous().cpu().numpy(), scales)
+
+    def decode(self, stored: StoredArray) -> Tensor:
+        """value = integer · |integer| · scale."""
+        descriptors = torch.from_numpy(stored.array).to(torch.float32)
+        return descriptors.mul_(descriptors.abs()).mul_(self._of_dimensions(stored.scales or (), descriptors))
+
+    def _band_width(self, dims: int) -> int:
+        return math.ceil(dims / _BANDS)
+
+    def _of_dimensions(self, scales: tuple[float, ...], descriptors: Tensor) -> Tensor:
+        """The scale of each dimension of P×D descriptors: (D,)."""
+        dims = descriptors.shape[1]
+        return descriptors.new_tensor(scales).repeat_interleave(self._band_width(dims))[:dims]
+
+
+CODECS: dict[str, Codec] = {  # by feature_dtype
+    "float32": FloatCodec(torch.float32),
+    "float16": FloatCodec(torch.float16),
+    "int8": SquareRootCodec(),
+}
+
+
+def _finite(descriptors: Tensor) -> Tensor:
     descriptors = descriptors.detach()
     if not math.isfinite(_largest_magnitude(descriptors)):
         raise ValueError("descriptors hold NaN or infinity")
-    scales = None
-    if dtype == "int8":
-        descriptors = descriptors.to(torch.float32)
-        dims = descriptors.shape[1]
-        largest = descriptors.abs().amax(dim=0) if len(descriptors) else descriptors.new_zeros(dims)
-        bands = torch.stack([band.max() for band in largest.split(band_width(dims))]) / 127**2
-        bands = torch.where(bands < _SMALLEST_SCALE, 0.0, bands)
-        scales = tuple(bands.tolist())
-        roots = (descriptors * _of_dimensions(scales, descriptors).reciprocal().nan_to_num_(posinf=0.0)).abs_().sqrt_()
-        descriptors = roots.copysign_(descriptors).round_().to(torch.int8)
-    else:
-        descriptors = descriptors.to(getattr(torch, dtype))
-    return StoredArray(descriptors.contiguous().cpu().numpy(), scales)
+    return descriptors
 
 
-def decode(stored: StoredArray) -> Tensor:
-    """Stored descriptors as a float32 P×D tensor; float32 shares its memory with the array."""
-    descriptors = torch.from_numpy(stored.array).to(torch.float32)
-    if stored.scales is None:
-        return descriptors
-    return descriptors.mul_(descriptors.abs()).mul_(_of_dimensions(stored.scales, descriptors))
-
-
-def band_width(dims: int) -> int:
-    """Dimensions of one band of an int8 array."""
-    return math.ceil(dims / _BANDS)
-
-
-def num_bands(dims: int) -> int:
-    """Bands, and so scales, of an int8 array."""
-    return math.ceil(dims / band_width(dims))
-
-
-def _of_dimensions(scales: tuple[float, ...], descriptors: Tensor) -> Tensor:
-    """The scale of each dimension of P×D descriptors: (D,)."""
-    dims = descriptors.shape[1]
-    return descriptors.new_tensor(scales).repeat_interleave(band_width(dims))[:dims]
-
-
-def array_file_bytes(shape: tuple[int, int], dtype: str) -> int:
+def array_file_bytes(shape: tuple[int, int], dtype: np.dtype) -> int:
     """Length of an array file in bytes, header included."""
-    return len(_header(shape, np.dtype(dtype))) + shape[0] * shape[1] * np.dtype(dtype).itemsize
+    return len(_header(shape, dtype)) + shape[0] * shape[1] * dtype.itemsize
 
 
 def write_patch_array(path: Path, array: np.ndarray) -> None:
-    """Write a C-contiguous P×D array as a D×P file: all of it or, after a crash, nothing under this name.
+    """Write a C-contiguous P×W array as a W×P file: all of it or, after a crash, nothing under this name.
 
-    There is no fsync: the file survives a killed process; a lost machine may leave it short, which reading refuses
-    and resuming repairs.
+    It is not made to outlive the loss of the machine: the writer sees to that for many files at once.
     """
-
-    def write(file: BinaryIO) -> None:
+    with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
         file.write(_header((array.shape[1], array.shape[0]), array.dtype, fortran_order=True))
         file.write(array.reshape(-1).view(np.uint8).data)
-
-    write_atomically(path, write)
 
 
 def create_rows_file(path: Path, shape: tuple[int, int]) -> None:
     """Make a float32 array file of zero rows, to be filled in place."""
-
-    def write(file: BinaryIO) -> None:
+    with writing(path) as file:
         file.write(_header(shape, np.dtype(np.float32)))
-        file.truncate(array_file_bytes(shape, "float32"))
-
-    write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name in the same folder, then give it its own.
-
-    Whatever goes wrong, the unfinished file is removed; only a killed process leaves it behind, for
-    `remove_temporary_files`.
-    """
-    temporary = path.with_name(_TEMPORARY_NAME)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed process left half written."""
-    (folder / _TEMPORARY_NAME).unlink(missing_ok=True)
+        file.truncate(array_file_bytes(shape, np.dtype(np.float32)))
 
 
 class ArrayInfo(NamedTuple):
@@ -158,33 +183,27 @@ def read_array_info(path: Path) -> ArrayInfo:
 
     Raises UserError when the file is missing, is no .npy file, or is not as long as its header says.
     """
-    try:
-        with path.open("rb") as file:
-            return _array_info(file, path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with told(path, "cannot be read", _ABSENT), path.open("rb") as file:
+        return _array_info(file, path)
 
 
 def read_array(path: Path, check: Callable[[ArrayInfo], None]) -> np.ndarray:
     """Read a two-dimensional .npy file of numbers as it is stored, after `check` has accepted its header.
 
-    The answer is native-endian float32, float16 or int8 (other floating types become float32) and writable; it is
-    C- or Fortran-contiguous as the file is. Raises UserError as `read_array_info` does, and for NaN or infinity.
+    The answer is native-endian and writable, integers and float16 as they are, other floating types as float32; it
+    is C- or Fortran-contiguous as the file is. Raises UserError as `read_array_info` does, and for NaN or infinity.
     """
-    try:
-        with path.open("rb") as file:
-            info = _array_info(file, path)
-            check(info)
-            if len(info.shape) != 2 or (info.dtype.kind != "f" and info.dtype != np.int8):
-                raise UserError(f"{path}: holds {info.dtype} of shape {info.shape}, expected a table of numbers")
-            array = np.fromfile(file, info.dtype, info.shape[0] * info.shape[1])
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with told(path, "cannot be read", _ABSENT), path.open("rb") as file:
+        info = _array_info(file, path)
+        check(info)
+        if len(info.shape) != 2 or info.dtype.kind not in "fiu":
+            raise UserError(f"{path}: holds {info.dtype} of shape {info.shape}, expected a table of numbers")
+        array = np.fromfile(file, info.dtype, info.shape[0] * info.shape[1])
     if array.size != info.shape[0] * info.shape[1]:
         raise UserError(f"{path}: became shorter while it was read (another process writes into the folder)")
-    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int8)):
+    if array.dtype.kind == "f" and array.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
         array = array.astype(np.float32)
-    if not math.isfinite(_largest_magnitude(torch.from_numpy(array))):
+    if array.dtype.kind == "f" and not math.isfinite(_largest_magnitude(torch.from_numpy(array))):
         raise UserError(f"{path}: holds NaN or infinity (made by a broken checkpoint or another program)")
     return array.reshape(info.shape[::-1]).T if info.fortran_order else array.reshape(info.shape)
 
@@ -218,15 +237,9 @@ def _array_info(file: BinaryIO, path: Path) -> ArrayInfo:
     if dtype.hasobject:
         raise UserError(f"{path}: holds Python objects, which are not read (made by another program)")
     info = ArrayInfo(shape, fortran_order, dtype, file.tell())
-    wanted = info.offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    wanted = info.offset + math.prod(shape) * dtype.itemsize
     found = file.seek(0, io.SEEK_END)
     if found != wanted:
         raise UserError(f"{path}: has {found} bytes, its header says {wanted} (interrupted copy or full disk)")
     file.seek(info.offset)
     return info
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: is missing (extraction not finished, or the file was removed)")
-    return UserError(f"{path}: cannot be read ({error.strerror or error})")

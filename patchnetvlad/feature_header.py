@@ -14,11 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import num_bands
+from patchnetvlad.feature_files import CODECS, Codec
+from patchnetvlad.files import told
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 
 MANIFEST_NAME = "manifest.jsonl"
-FEATURE_DTYPES = ("float32", "float16", "int8")
+FEATURE_DTYPES = tuple(CODECS)
 
 _FORMAT = "patchnetvlad features"
 _VERSION = 2
@@ -27,83 +28,46 @@ _DAMAGED = "edited or damaged; restore it, or extract again with --overwrite"
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What makes the features of one picture list: two runs with equal headers may share a folder.
+    """What makes features, of whatever picture list: two folders with equal headers may be compared.
 
     checkpoint_sha256: hash of the model's file, "" for a model without one; settings: further settings that decide
-    the descriptors (backbone, pooling, picture size, …) as JSON values; names and feature_names: one for each
-    picture, as in the list and as in its files; num_dims: D; patch_sizes and strides: one for each scale, both empty
-    for a purely global store; dtype: how patch descriptors are stored, one of FEATURE_DTYPES; list_name: told to
-    readers of the manifest only.
+    the descriptors (backbone, pooling, picture size, …) as JSON values; num_dims: D; patch_sizes and strides: one for
+    each scale, both empty for a purely global store; dtype: how patch descriptors are stored, one of FEATURE_DTYPES.
+    Of a header that is expected and not stored, checkpoint_sha256 = None and num_dims = 0 stand for any.
     """
 
-    checkpoint_sha256: str
+    checkpoint_sha256: str | None
     settings: Mapping[str, object]
-    names: tuple[str, ...]
-    feature_names: tuple[str, ...]
     num_dims: int
     patch_sizes: tuple[int, ...]
     strides: tuple[int, ...]
     geometry: EncoderGeometry
     dtype: str = "float32"
-    list_name: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in FEATURE_DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(FEATURE_DTYPES)}")
-        if len(self.names) != len(self.feature_names) or len(self.patch_sizes) != len(self.strides):
-            raise ValueError("names and feature_names, patch_sizes and strides must be of equal length")
-        # A picture may be listed twice; two pictures must not share files.
-        if len(set(self.feature_names)) != len(set(zip(self.names, self.feature_names, strict=True))):
-            raise ValueError("feature_names must differ from picture to picture")
-        if any("/" in name or "\\" in name or "\0" in name for name in self.feature_names):
-            raise ValueError("feature_names must be plain file names")
+        if self.dtype not in CODECS:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(CODECS)}")
+        if len(self.patch_sizes) != len(self.strides):
+            raise ValueError("patch_sizes and strides must be of equal length")
         if len(set(self.patch_sizes)) != len(self.patch_sizes):
             raise UserError(f"patch_sizes: {list(self.patch_sizes)} names a size twice (files are named by it)")
 
+    @property
+    def codec(self) -> Codec:
+        """How patch descriptors are stored."""
+        return CODECS[self.dtype]
+
     def grids(self, map_size: tuple[int, int]) -> tuple[PatchGrid, ...]:
         """Where the patches lie on a feature map of (height, width), one grid for each patch size."""
-        return tuple(
-            PatchGrid(*map_size, patch_size, stride, self.geometry)
-            for patch_size, stride in zip(self.patch_sizes, self.strides, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class ManifestHeader:
-    """A StoreHeader as the manifest keeps it: the names are in the lines, here only their number and hash."""
-
-    checkpoint_sha256: str
-    settings: Mapping[str, object]
-    num_pictures: int
-    names_sha256: str
-    num_dims: int
-    patch_sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    geometry: EncoderGeometry
-    dtype: str
-
-    @classmethod
-    def of(cls, header: StoreHeader) -> "ManifestHeader":
-        """The header as it would be read back from a manifest."""
-        return cls(
-            header.checkpoint_sha256,
-            json.loads(json.dumps(dict(header.settings))),
-            len(header.names),
-            hashlib.sha256(json.dumps(header.names).encode("ascii")).hexdigest(),
-            header.num_dims,
-            header.patch_sizes,
-            header.strides,
-            header.geometry,
-            header.dtype,
-        )
+        return PatchGrid.of_map(map_size, self.patch_sizes, self.strides, self.geometry)
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
     """One finished picture.
 
-    map_size: (height, width) of its feature map, None in a purely global store; scales: for int8, those of
-    each patch size (one for each band of dimensions), otherwise empty.
+    map_size: (height, width) of its feature map, None in a purely global store; scales: the codec's for each patch
+    size, empty where the codec has none.
     """
 
     index: int
@@ -115,17 +79,27 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as read: entries by picture index, the last line of a picture wins; whole_bytes: its length in
-    bytes without a torn last line."""
+    """A manifest as read.
+
+    num_pictures and names_sha256: of the picture list, see `hash_names`; entries: by picture index, the last line of
+    a picture wins; whole_bytes: its length in bytes without a torn last line.
+    """
 
     path: Path
-    header: ManifestHeader
+    header: StoreHeader
+    num_pictures: int
+    names_sha256: str
     entries: Mapping[int, ManifestEntry]
     whole_bytes: int
 
 
-def header_line(header: StoreHeader) -> bytes:
-    """First line of a new manifest."""
+def hash_names(names: Sequence[str]) -> str:
+    """SHA-256 of a list of names, their order included, in hexadecimal."""
+    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
+
+
+def header_line(header: StoreHeader, names: Sequence[str], list_name: str) -> bytes:
+    """First line of a new manifest; list_name is for people only."""
     try:
         software = importlib.metadata.version("patchnetvlad")
     except importlib.metadata.PackageNotFoundError:
@@ -135,8 +109,10 @@ def header_line(header: StoreHeader) -> bytes:
         "version": _VERSION,
         "software": software,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "list": header.list_name,
-        **asdict(ManifestHeader.of(header)),
+        "list": list_name,
+        "num_pictures": len(names),
+        "names_sha256": hash_names(names),
+        **asdict(header),
     }
     return json.dumps(record).encode("ascii") + b"\n"
 
@@ -157,58 +133,54 @@ def entry_line(entry: ManifestEntry) -> bytes:
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a feature folder; None when it has none.
 
-    Raises UserError when the manifest is of another version or damaged elsewhere than in its last line.
+    Raises UserError when the manifest is of another version or damaged elsewhere than at its end.
     """
     path = folder / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    lines = content.splitlines(keepends=True)
-    header = _parse_header(lines[0] if lines else b"", path)
+    with told(path, "cannot be read"):
+        content = path.read_bytes()
+    # Where a machine was lost while it wrote, a file may end in zero bytes.
+    lines = content.partition(b"\0")[0].splitlines(keepends=True)
+    header, num_pictures, names_sha256 = _parse_header(lines[0] if lines else b"", path)
     entries: dict[int, ManifestEntry] = {}
     whole_bytes = len(lines[0])
     for number, line in enumerate(lines[1:], start=2):
-        entry = _parse_entry(line, header) if line.endswith(b"\n") else None
+        entry = _parse_entry(line, header, num_pictures) if line.endswith(b"\n") else None
         if entry is not None:
             entries[entry.index] = entry
             whole_bytes += len(line)
         elif number < len(lines):
             raise UserError(f"{path}: line {number} does not describe a picture ({_DAMAGED})")
-    return Manifest(path, header, entries, whole_bytes)
+    return Manifest(path, header, num_pictures, names_sha256, entries, whole_bytes)
 
 
-def _parse_header(line: bytes, path: Path) -> ManifestHeader:
+def _parse_header(line: bytes, path: Path) -> tuple[StoreHeader, int, str]:
+    """The header, the number of pictures and the hash of their names."""
     try:
         record = json.loads(line)
         if record["format"] != _FORMAT:
             raise ValueError(record["format"])
         version = int(record["version"])
         if version == _VERSION:
-            header = ManifestHeader(
+            header = StoreHeader(
                 checkpoint_sha256=str(record["checkpoint_sha256"]),
                 settings=dict(record["settings"]),
-                num_pictures=int(record["num_pictures"]),
-                names_sha256=str(record["names_sha256"]),
                 num_dims=int(record["num_dims"]),
                 patch_sizes=tuple(int(size) for size in record["patch_sizes"]),
                 strides=tuple(int(stride) for stride in record["strides"]),
                 geometry=EncoderGeometry(**record["geometry"]),
                 dtype=str(record["dtype"]),
             )
-            if header.dtype not in FEATURE_DTYPES or len(header.patch_sizes) != len(header.strides):
-                raise ValueError(header)
-            return header
-    except (KeyError, TypeError, ValueError) as error:
+            return header, int(record["num_pictures"]), str(record["names_sha256"])
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: line 1 is not the header of a feature manifest ({_DAMAGED})") from error
     raise UserError(
         f"{path}: written in format version {version}, this program reads {_VERSION} (made by another version of it)"
     )
 
 
-def _parse_entry(line: bytes, header: ManifestHeader) -> ManifestEntry | None:
+def _parse_entry(line: bytes, header: StoreHeader, num_pictures: int) -> ManifestEntry | None:
     """The picture of a line, None when the line does not describe one."""
     try:
         record = json.loads(line)
@@ -222,18 +194,18 @@ def _parse_entry(line: bytes, header: ManifestHeader) -> ManifestEntry | None:
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
-    num_scales = len(header.patch_sizes) if header.dtype == "int8" else 0
+    num_scales = header.codec.num_scales(header.num_dims)
     right = (
-        0 <= entry.index < header.num_pictures
-        and len(entry.scales) == num_scales
-        and all(len(bands) == num_bands(header.num_dims) for bands in entry.scales)
+        0 <= entry.index < num_pictures
+        and len(entry.scales) == (len(header.patch_sizes) if num_scales else 0)
+        and all(len(scales) == num_scales for scales in entry.scales)
         and (entry.map_size is not None or not header.patch_sizes)
         and "/" not in entry.feature_name
     )
     return entry if right else None
 
 
-def writing_differences(stored: ManifestHeader, wanted: ManifestHeader) -> list[str]:
+def writing_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
     """In words, everything that forbids to add pictures to a folder; empty when a run may resume there."""
     differences = _model_differences(stored, wanted)
     for key in ("patch_sizes", "strides", "dtype"):
@@ -241,22 +213,16 @@ def writing_differences(stored: ManifestHeader, wanted: ManifestHeader) -> list[
         if there != here:
             differences.append(_difference(key, _plain(there), _plain(here)))
     keys = [*wanted.settings, *(key for key in stored.settings if key not in wanted.settings)]
-    differences += _setting_differences(stored, wanted, keys)
-    if stored.num_pictures != wanted.num_pictures:
-        differences.append(_difference("pictures in the list", stored.num_pictures, wanted.num_pictures))
-    elif stored.names_sha256 != wanted.names_sha256:
-        differences.append("picture list: other names, or another order")
-    return differences
+    return differences + _setting_differences(stored, wanted, keys)
 
 
-def reading_differences(stored: ManifestHeader, expected: StoreHeader) -> list[str]:
+def reading_differences(stored: StoreHeader, expected: StoreHeader) -> list[str]:
     """In words, everything that forbids to use stored features where `expected` is wanted.
 
     The dtype may differ, patch sizes may be a selection of the stored ones, and only the settings that `expected`
-    has are compared; names are not looked at.
+    has are compared.
     """
-    wanted = ManifestHeader.of(expected)
-    differences = _model_differences(stored, wanted)
+    differences = _model_differences(stored, expected)
     strides = dict(zip(stored.patch_sizes, stored.strides, strict=True))
     for patch_size, stride in zip(expected.patch_sizes, expected.strides, strict=True):
         if patch_size not in strides:
@@ -264,26 +230,27 @@ def reading_differences(stored: ManifestHeader, expected: StoreHeader) -> list[s
             break
         if strides[patch_size] != stride:
             differences.append(_difference(f"stride of patch size {patch_size}", strides[patch_size], stride))
-    return differences + _setting_differences(stored, wanted, list(wanted.settings))
+    return differences + _setting_differences(stored, expected, list(expected.settings))
 
 
-def _model_differences(stored: ManifestHeader, wanted: ManifestHeader) -> list[str]:
+def _model_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
     differences = []
-    if stored.checkpoint_sha256 != wanted.checkpoint_sha256:
-        hashes = (value[:12] or "none" for value in (stored.checkpoint_sha256, wanted.checkpoint_sha256))
+    if wanted.checkpoint_sha256 not in (None, stored.checkpoint_sha256):
+        hashes = ((value or "")[:12] or "none" for value in (stored.checkpoint_sha256, wanted.checkpoint_sha256))
         differences.append(_difference("checkpoint sha256", *hashes))
-    if stored.num_dims != wanted.num_dims:
+    if wanted.num_dims not in (0, stored.num_dims):
         differences.append(_difference("descriptor dimensions", stored.num_dims, wanted.num_dims))
     if stored.geometry != wanted.geometry:
         differences.append(_difference("encoder geometry", asdict(stored.geometry), asdict(wanted.geometry)))
     return differences
 
 
-def _setting_differences(stored: ManifestHeader, wanted: ManifestHeader, keys: Sequence[str]) -> list[str]:
+def _setting_differences(stored: StoreHeader, wanted: StoreHeader, keys: Sequence[str]) -> list[str]:
+    wanted_settings = json.loads(json.dumps(dict(wanted.settings)))  # tuples become lists, as in the manifest
     return [
-        _difference(key, stored.settings.get(key, "absent"), wanted.settings.get(key, "absent"))
+        _difference(key, stored.settings.get(key, "absent"), wanted_settings.get(key, "absent"))
         for key in keys
-        if stored.settings.get(key) != wanted.settings.get(key)
+        if stored.settings.get(key) != wanted_settings.get(key)
     ]
 
 

@@ -1,11 +1,14 @@
-"""Descriptors on disk, for those who read them; writing is `FeatureWriter`'s, both speak of the same StoreHeader.
+"""Descriptors on disk, for those who read them; writing is `FeatureWriter`'s, and both speak of one StoreHeader.
 
 A folder of ours has a manifest, which is checked against the picture list and the configuration. A folder made by the
 published code has none; its files are found by file stem and their shapes checked against the patch grid.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePath
 from types import TracebackType
 
 import numpy as np
@@ -15,30 +18,18 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.feature_files import (
+    CODECS,
     GLOBAL_NAME,
     ArrayInfo,
+    Codec,
     StoredArray,
-    decode,
+    patch_file_name,
     read_array,
-    read_array_info,
 )
-from patchnetvlad.feature_folder import check_disk, estimate_bytes
-from patchnetvlad.feature_header import FEATURE_DTYPES, Manifest, StoreHeader, read_manifest, reading_differences
-from patchnetvlad.feature_lookup import StoredPicture, check_files, manifest_pictures, published_pictures
-from patchnetvlad.feature_writer import FeatureWriter
+from patchnetvlad.feature_header import Manifest, StoreHeader, read_manifest, reading_differences
+from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
-
-__all__ = [
-    "FEATURE_DTYPES",
-    "CacheStatistics",
-    "FeatureStore",
-    "FeatureWriter",
-    "StoreHeader",
-    "check_disk",
-    "estimate_bytes",
-    "stored_dims",
-]
 
 
 class FeatureStore:
@@ -56,20 +47,21 @@ class FeatureStore:
         folder: Path,
         names: tuple[str, ...],
         global_: np.ndarray,
-        pictures: Sequence[StoredPicture],
+        pictures: Sequence["StoredPicture"],
         patch_sizes: tuple[int, ...],
-        dtype: str | None,
+        codec: Codec | None,
         cache_gb: float,
         workers: int,
     ) -> None:
-        """Use `open`; dtype: what the patch files must hold, None for any float."""
+        """Use `open`; codec: how the manifest says that descriptors are stored, None for any float."""
         self.folder = folder
         self.names = names
         self.global_ = global_
         self.num_dims = int(global_.shape[1])
         self.patch_sizes = patch_sizes
         self._pictures = pictures
-        self._dtype = dtype
+        self._codec = codec or CODECS["float32"]
+        self._dtype = None if codec is None else codec.dtype
         self._rounded = False
         self._cache = PictureCache(self._load, self._size, int(cache_gb * 1e9), workers)
 
@@ -77,8 +69,7 @@ class FeatureStore:
     def open(
         cls,
         folder: Path,
-        names: Sequence[str],
-        feature_names: Sequence[str],
+        pictures: ImageList,
         expected: StoreHeader | None = None,
         *,
         map_size: tuple[int, int] | None = None,
@@ -87,32 +78,30 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Open a folder for a picture list and check that it is what the configuration expects.
 
-        names and feature_names: of the list, in its order; expected: what the configuration would make (its own
-        names do not matter, so that one serves both sides; its patch sizes may be a selection of the stored ones,
-        whose order is then that of `expected`), None to take the folder as its manifest says; map_size: (height,
-        width) of the feature maps, needed for patches in a folder without a manifest; cache_gb: limit of the cache
-        in 10⁹ bytes; workers: threads that read ahead.
+        expected: what the configuration would make (its patch sizes may be a selection of the stored ones, whose
+        order is then that of `expected`), None to take the folder as its manifest says; map_size: (height, width) of
+        the feature maps, needed for patches in a folder without a manifest; cache_gb: limit of the cache in 10⁹
+        bytes; workers: threads that read ahead.
 
         Raises UserError, in one line, when files are missing or the folder is of another list, model or setting.
         """
-        names = tuple(names)
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder (features not extracted yet, or another path)")
         manifest = read_manifest(folder)
-        pictures: Sequence[StoredPicture]
+        stored: Sequence[StoredPicture]
         if manifest is not None:
-            _check_manifest(manifest, names, expected)
+            _check_manifest(manifest, pictures.names, expected)
             sizes = manifest.header.patch_sizes if expected is None else expected.patch_sizes
-            global_ = _read_global(folder / GLOBAL_NAME, len(names), manifest.header.num_dims)
-            pictures, dtype = manifest_pictures(folder, manifest, sizes), manifest.header.dtype
+            global_ = _read_global(folder / GLOBAL_NAME, len(pictures), manifest.header.num_dims)
+            stored, codec = _manifest_pictures(folder, manifest, sizes), manifest.header.codec
         elif expected is not None:
-            sizes, dtype = expected.patch_sizes, None
-            global_ = _read_global(folder / GLOBAL_NAME, len(names), expected.num_dims)
-            pictures = published_pictures(folder, names, feature_names, expected, map_size)
+            sizes, codec = expected.patch_sizes, None
+            global_ = _read_global(folder / GLOBAL_NAME, len(pictures), expected.num_dims)
+            stored = _published_pictures(folder, pictures, expected, map_size)
         else:
             raise UserError(f"{folder}: has no manifest.jsonl, so what made it is unknown (give the configuration)")
-        check_files(folder, names, pictures)
-        return cls(folder, names, global_, pictures, sizes, dtype, cache_gb, workers)
+        _check_files(folder, pictures.names, stored)
+        return cls(folder, pictures.names, global_, stored, sizes, codec, cache_gb, workers)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -130,6 +119,15 @@ class FeatureStore:
         """What the cache has done since the store was opened."""
         return self._cache.statistics
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache may hold."""
+        return self._cache.max_bytes
+
+    def picture_bytes(self, index: int) -> int:
+        """What a picture takes in the cache."""
+        return self._size(index)
+
     def patches(self, index: int) -> PatchFeatures:
         """Patch descriptors of a picture as float32; no patch sizes in a purely global store.
 
@@ -140,9 +138,9 @@ class FeatureStore:
         count = len(picture.grids)
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
-        descriptors = tuple(decode(StoredArray(array, scales)) for array, scales in stored)
+        descriptors = tuple(self._codec.decode(StoredArray(array, scales)) for array, scales in stored)
         parts = [torch.from_numpy(array) for array in arrays[count:]]
-        rounded = tuple(RoundedPatches(*parts[first : first + 3]) for first in range(0, len(parts), 3))
+        rounded = tuple(RoundedPatches(*parts[first : first + 4]) for first in range(0, len(parts), 4))
         return PatchFeatures(descriptors, picture.grids, rounded)
 
     def round_references(self) -> None:
@@ -163,65 +161,60 @@ class FeatureStore:
         self._cache.close()
 
     def _size(self, index: int) -> int:
-        itemsize = np.dtype(self._dtype or np.float32).itemsize
         counts = [len(grid) for grid in self._pictures[index].grids]
         rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if self._rounded else 0
-        return sum(counts) * self.num_dims * itemsize + rounded
+        return sum(counts) * self._codec.width(self.num_dims) * self._codec.dtype.itemsize + rounded
 
     def _load(self, index: int) -> Arrays:
         picture = self._pictures[index]
         arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
         if self._rounded:
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
-                rounded = round_patches(decode(StoredArray(array, scales)), "reference")
-                arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm)]
+                rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
+                arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]
         return tuple(arrays)
 
     def _load_array(self, path: Path, grid: PatchGrid) -> np.ndarray:
+        width = self._codec.width(self.num_dims)
+
         def check(info: ArrayInfo) -> None:
-            if info.shape != (self.num_dims, len(grid)):
+            if info.shape != (width, len(grid)):
                 raise UserError(
-                    f"{path}: has shape {info.shape}, expected {self.num_dims} dimensions × {len(grid)} patches of "
+                    f"{path}: has shape {info.shape}, expected {width} numbers for each of {len(grid)} patches of "
                     f"size {grid.patch_size}, stride {grid.stride} on a {grid.map_height}×{grid.map_width} map "
                     "(extracted with another picture size, stride or num_pcs)"
                 )
             if self._dtype is None and info.dtype.kind != "f":
                 raise UserError(f"{path}: holds {info.dtype} without a manifest (its scales are lost; extract again)")
-            if self._dtype is not None and info.dtype != np.dtype(self._dtype):
+            if self._dtype is not None and info.dtype != self._dtype:
                 raise UserError(
                     f"{path}: holds {info.dtype}, the manifest says {self._dtype} (written by another run or program)"
                 )
 
-        return read_array(path, check).T  # D×P to P×D
+        return read_array(path, check).T  # W×P to P×W
 
 
-def stored_dims(folder: Path) -> int:
-    """Dimensions D of the descriptors in a folder, for when the configuration does not say (num_pcs = 0).
+@dataclass(frozen=True)
+class StoredPicture:
+    """Where the patch descriptors of one picture are, one element for each patch size that is read."""
 
-    Raises UserError when the folder holds no features.
-    """
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        return manifest.header.num_dims
-    path = folder / GLOBAL_NAME
-    shape = read_array_info(path).shape
-    if len(shape) != 2:
-        raise UserError(f"{path}: has shape {shape}, expected N×D numbers (another file)")
-    return shape[1]
+    files: tuple[Path, ...]
+    grids: tuple[PatchGrid, ...]
+    scales: tuple[tuple[float, ...] | None, ...]
 
 
 def _check_manifest(manifest: Manifest, names: tuple[str, ...], expected: StoreHeader | None) -> None:
-    folder, header = manifest.path.parent, manifest.header
+    folder = manifest.path.parent
     if expected is not None:
-        differences = reading_differences(header, expected)
+        differences = reading_differences(manifest.header, expected)
         if differences:
             raise UserError(
                 f"{folder}: features do not fit the configuration, {'; '.join(differences)} (extracted with another "
                 "configuration or checkpoint: give the same one, or extract again)"
             )
-    if header.num_pictures != len(names):
+    if manifest.num_pictures != len(names):
         raise UserError(
-            f"{folder}: features are of {header.num_pictures} pictures, the list has {len(names)} (made from another "
+            f"{folder}: features are of {manifest.num_pictures} pictures, the list has {len(names)} (made from another "
             "list, or the folders of query and database are swapped)"
         )
     for index, name in enumerate(names):
@@ -238,8 +231,85 @@ def _check_manifest(manifest: Manifest, names: tuple[str, ...], expected: StoreH
         )
 
 
+def _manifest_pictures(folder: Path, manifest: Manifest, patch_sizes: tuple[int, ...]) -> list[StoredPicture]:
+    """Pictures of a finished folder, with a selection of its patch sizes."""
+    header = manifest.header
+    places = [header.patch_sizes.index(patch_size) for patch_size in patch_sizes]
+
+    @lru_cache(maxsize=1024)
+    def grids(map_size: tuple[int, int] | None) -> tuple[PatchGrid, ...]:
+        if map_size is None:
+            return ()
+        stored = header.grids(map_size)
+        return tuple(stored[place] for place in places)
+
+    pictures = []
+    for index in range(manifest.num_pictures):
+        entry = manifest.entries[index]
+        files = tuple(folder / patch_file_name(patch_size, entry.feature_name) for patch_size in patch_sizes)
+        scales = tuple(entry.scales[place] if entry.scales else None for place in places)
+        pictures.append(StoredPicture(files, grids(entry.map_size), scales))
+    return pictures
+
+
+def _published_pictures(
+    folder: Path,
+    listed: ImageList,
+    expected: StoreHeader,
+    map_size: tuple[int, int] | None,
+) -> list[StoredPicture]:
+    """Pictures of a folder without a manifest, by file stem or else by their names of our own."""
+    if not expected.patch_sizes:
+        return [StoredPicture((), (), ())] * len(listed)
+    if map_size is None:
+        raise UserError(
+            f"{folder}: has no manifest.jsonl, and pictures of their own size leave the patch grids unknown (give "
+            "imageresizew and imageresizeh, or extract again)"
+        )
+    there = {path.name for path in folder.iterdir()}
+    stems = [PurePath(name).stem for name in listed.names]
+    counts = Counter(PurePath(name).stem for name in set(listed.names))  # a picture may be listed twice
+    grids = expected.grids(map_size)
+    scales = (None,) * len(grids)
+    pictures = []
+    for name, stem, feature_name in zip(listed.names, stems, listed.feature_names, strict=True):
+        # The published code wrote pictures of one stem over each other: that file is of nobody knows which.
+        candidates = (stem, feature_name) if counts[stem] == 1 else (feature_name,)
+        found = candidates[0]
+        for candidate in candidates:
+            if patch_file_name(grids[0].patch_size, candidate) in there:
+                found = candidate
+                break
+        else:
+            if patch_file_name(grids[0].patch_size, stem) in there:
+                raise UserError(
+                    f"{folder}: the features of {name} may be another picture's, {counts[stem]} pictures of the list "
+                    f"are called {stem} (the published code wrote them over each other; extract again)"
+                )
+        files = tuple(folder / patch_file_name(grid.patch_size, found) for grid in grids)
+        pictures.append(StoredPicture(files, grids, scales))
+    return pictures
+
+
+def _check_files(folder: Path, names: Sequence[str], pictures: Sequence[StoredPicture]) -> None:
+    """UserError unless every file is there: better now than after hours of matching."""
+    there = {path.name for path in folder.iterdir()}
+    missing = [
+        (path, name)
+        for name, picture in zip(names, pictures, strict=True)
+        for path in picture.files
+        if path.name not in there and not path.exists()  # file systems may spell a name their own way
+    ]
+    if missing:
+        path, name = missing[0]
+        raise UserError(
+            f"{path}: is missing, the patch features of {name}, as are {len(missing) - 1} further files (extracted "
+            "with other patch sizes, not finished, or removed)"
+        )
+
+
 def _read_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:
-    """N×D float32, C-contiguous."""
+    """N×D float32, C-contiguous; num_dims = 0 stands for any."""
 
     def check(info: ArrayInfo) -> None:
         if len(info.shape) != 2 or info.dtype.kind != "f":
@@ -249,7 +319,7 @@ def _read_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:
                 f"{path}: has {info.shape[0]} rows, the list has {num_pictures} pictures (made from another list, or "
                 "the folders of query and database are swapped)"
             )
-        if info.shape[1] != num_dims:
+        if num_dims not in (0, info.shape[1]):
             raise UserError(
                 f"{path}: descriptors have {info.shape[1]} dimensions, expected {num_dims} (extracted with another "
                 "num_pcs or checkpoint)"

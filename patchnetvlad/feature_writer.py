@@ -1,16 +1,19 @@
-"""Writing a feature folder so that a run of hours may be killed at any moment and continued.
+"""Writing a feature folder so that a run of hours may be killed at any moment and continued, or grow with its list.
 
 A picture counts as finished once its line is in the manifest, and the line is written after its files have their
-names. Global descriptors are rows of ``globalfeats.npy.partial``, which becomes ``globalfeats.npy`` when all pictures
-are there.
+names and are on the disk. Global descriptors are rows of ``globalfeats.npy.partial``, which becomes
+``globalfeats.npy`` when all pictures are there: whoever finds that file may trust all of them.
 """
 
 import contextlib
 import errno
 import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -21,15 +24,43 @@ from torch import Tensor
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import GLOBAL_NAME, StoredArray, encode, patch_file_name, write_patch_array
-from patchnetvlad.feature_folder import PARTIAL_NAME, open_folder
-from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.feature_files import (
+    GLOBAL_NAME,
+    PATCH_GLOB,
+    StoredArray,
+    create_rows_file,
+    patch_file_name,
+    read_array_info,
+    write_patch_array,
+)
+from patchnetvlad.feature_header import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestEntry,
+    StoreHeader,
+    entry_line,
+    hash_names,
+    header_line,
+    read_manifest,
+    writing_differences,
+)
+from patchnetvlad.files import locked, make_folder, reason, remove_temporary_files, sync_files, told, writing
+from patchnetvlad.image_lists import ImageList
+
+PARTIAL_NAME = GLOBAL_NAME + ".partial"
+
+_WAYS_OUT = "choose another --output_features_dir, or replace these features with --overwrite"
+
+# Pictures are put on the disk together, in a fraction of the time that each alone would take. A killed process loses
+# no more than these, or those of so many seconds.
+_TOGETHER = 64
+_SECONDS = 2.0
 
 
 class FeatureWriter:
     """Writes the features of a picture list into a folder, beside the computation that makes them.
 
-        with FeatureWriter(folder, header) as writer:
+        with FeatureWriter(folder, pictures, header) as writer:
             for index in writer.missing:
                 writer.write(index, global_row, patch_features)
             writer.finish()
@@ -43,18 +74,29 @@ class FeatureWriter:
     either), when another process writes there, when the disk fails or is full, and for NaN or infinity.
     """
 
-    def __init__(self, folder: Path, header: StoreHeader, *, overwrite: bool = False, queue_size: int = 4) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pictures: ImageList,
+        header: StoreHeader,
+        *,
+        overwrite: bool = False,
+        queue_size: int = 4,
+    ) -> None:
+        _check_list(pictures)
+        if header.checkpoint_sha256 is None or header.num_dims < 1:
+            raise ValueError("the header says not what makes the features")
         self.folder = folder
+        self.pictures = pictures
         self.header = header
         self._queue_size = max(1, queue_size)
-        with contextlib.ExitStack() as files:
-            try:
-                self._opened = open_folder(folder, header, overwrite, files)
-            except OSError as error:
-                raise UserError(f"{folder}: features cannot be written there ({error.strerror})") from error
+        with ExitStack() as files, told(folder, "features cannot be written there"):
+            self._opened = _open_folder(folder, pictures, header, overwrite, files)
             self._files = files.pop_all()
         self._lock = Lock()
         self._missing = set(self._opened.missing)
+        self._unrecorded: list[tuple[ManifestEntry, list[Path]]] = []
+        self._recorded_at = time.monotonic()
         self._failure: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
         self._pending: deque[Future[None]] = deque()
@@ -122,8 +164,12 @@ class FeatureWriter:
             self._files.close()
 
     def _wait(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
+        """Let the background thread do what it was given, and record it; raises its error."""
+        try:
+            while self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._pool.submit(self._record).result()
 
     def _check(self, index: int, global_: Tensor, patches: PatchFeatures) -> None:
         """ValueError when what the program hands over does not fit the header."""
@@ -141,7 +187,7 @@ class FeatureWriter:
 
     def _encode(self, index: int, descriptors: Sequence[Tensor]) -> list[StoredArray]:
         try:
-            return [encode(tensor, self.header.dtype) for tensor in descriptors]
+            return [self.header.codec.encode(tensor) for tensor in descriptors]
         except ValueError as error:
             raise self._not_finite(index) from error
 
@@ -149,42 +195,186 @@ class FeatureWriter:
         """Write one picture; runs in the background thread."""
         if self._failure is not None:
             raise self._failure
-        name, feature_name = self.header.names[index], self.header.feature_names[index]
+        name, feature_name = self.pictures.names[index], self.pictures.feature_names[index]
         try:
             if not np.isfinite(row).all():
                 raise self._not_finite(index)
             stored = self._encode(index, patches.descriptors) if encoded is None else encoded
-            for patch_size, (array, _) in zip(self.header.patch_sizes, stored, strict=True):
-                write_patch_array(self.folder / patch_file_name(patch_size, feature_name), array)
+            paths = [self.folder / patch_file_name(size, feature_name) for size in self.header.patch_sizes]
+            for path, (array, _) in zip(paths, stored, strict=True):
+                write_patch_array(path, array)
             assert self._opened.rows is not None  # this picture is missing, so the rows are not complete
             self._opened.rows.seek(self._opened.rows_offset + index * row.nbytes)
             _write_all(self._opened.rows, row.tobytes())
-            scales = tuple(bands for _, bands in stored if bands is not None)
-            entry = ManifestEntry(index, name, feature_name, _map_size(patches), scales)
-            _append(self._opened.manifest, entry_line(entry))
-        except UserError as error:
-            self._failure = error
-            raise
+        except (UserError, OSError) as error:
+            with contextlib.suppress(UserError):
+                self._record()
+            self._failure = self._told(error, name)
+            raise self._failure from error
+        scales = tuple(bands for _, bands in stored if bands is not None)
+        self._unrecorded.append((ManifestEntry(index, name, feature_name, _map_size(patches), scales), paths))
+        if len(self._unrecorded) >= _TOGETHER or time.monotonic() - self._recorded_at >= _SECONDS:
+            self._record()
+
+    def _record(self) -> None:
+        """Put the pictures that are written on the disk, then into the manifest; in the background thread."""
+        done, self._unrecorded = self._unrecorded, []
+        self._recorded_at = time.monotonic()
+        if not done:
+            return
+        try:
+            sync_files(path for _, paths in done for path in paths)
+            assert self._opened.rows is not None
+            os.fsync(self._opened.rows.fileno())
+            _append(self._opened.manifest, b"".join(entry_line(entry) for entry, _ in done))
+            os.fsync(self._opened.manifest.fileno())
         except OSError as error:
-            self._failure = self._disk_error(error, name)
+            self._failure = self._failure or self._told(error, done[0][0].name)
             raise self._failure from error
         with self._lock:
-            self._missing.discard(index)
+            self._missing.difference_update(entry.index for entry, _ in done)
 
     def _not_finite(self, index: int) -> UserError:
         return UserError(
-            f"{self.header.names[index]}: its descriptors hold NaN or infinity (broken checkpoint, or overflow under "
+            f"{self.pictures.names[index]}: its descriptors hold NaN or infinity (broken checkpoint, or overflow under "
             "mixed precision)"
         )
 
+    def _told(self, error: UserError | OSError, name: str) -> UserError:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        return self._disk_error(cause, name) if isinstance(cause, OSError) else UserError(str(error))
+
     def _disk_error(self, error: OSError, name: str) -> UserError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        total = len(self.header.names)
-        advice = "free some space, or store less with feature_dtype, then " if full else ""
+        total = len(self.pictures)
+        advice = "or store less with feature_dtype, then " if full else ""
         return UserError(
-            f"{self.folder}: writing the features of {name} failed: {error.strerror} ({total - len(self.missing)} of "
+            f"{self.folder}: writing the features of {name} failed: {reason(error)} ({total - len(self.missing)} of "
             f"{total} pictures are kept; {advice}run the same command again to continue)"
         )
+
+
+@dataclass(frozen=True)
+class _WritableFolder:
+    """A folder that is ready for the features of a header.
+
+    manifest: open at its end; rows: the global descriptors' partial file, None when they are complete already;
+    rows_offset: where its first row begins, in bytes; missing: the pictures still to be made. The files are
+    unbuffered and closed, and the folder released, by the exit stack they were opened with.
+    """
+
+    manifest: BinaryIO
+    rows: BinaryIO | None
+    rows_offset: int
+    missing: frozenset[int]
+
+
+def _open_folder(
+    folder: Path, pictures: ImageList, header: StoreHeader, overwrite: bool, files: ExitStack
+) -> _WritableFolder:
+    """Make a folder, or check that it holds the same features and see which are missing."""
+    make_folder(folder)
+    files.enter_context(locked(folder))
+    remove_temporary_files(folder)
+    if overwrite:
+        _remove_features(folder)
+    finished = _resume(folder, pictures, header)
+    shape = len(pictures), header.num_dims
+    complete, partial = folder / GLOBAL_NAME, folder / PARTIAL_NAME
+    source = partial if partial.exists() else complete
+    if source.exists():
+        finished = _with_rows(source, shape, finished)
+    else:
+        finished = frozenset()
+        create_rows_file(partial, shape)
+    missing = frozenset(range(len(pictures))) - finished
+    if missing and not partial.exists():
+        complete.replace(partial)
+    rows = files.enter_context(partial.open("r+b", buffering=0)) if partial.exists() else None
+    manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
+    rows_offset = 0 if rows is None else read_array_info(partial).offset
+    return _WritableFolder(manifest, rows, rows_offset, missing)
+
+
+def _resume(folder: Path, pictures: ImageList, header: StoreHeader) -> frozenset[int]:
+    """Check the manifest against the header, or start it; the pictures whose patch files are all there."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        foreign = next(_feature_files(folder), None)
+        if foreign is not None:
+            raise UserError(
+                f"{folder}: holds features without a manifest, such as {foreign.name}, and two kinds must not be "
+                f"mixed (made by the published code? {_WAYS_OUT})"
+            )
+        (folder / PARTIAL_NAME).unlink(missing_ok=True)
+        with writing(folder / MANIFEST_NAME) as file:
+            file.write(header_line(header, pictures.names, pictures.source.name))
+        return frozenset()
+    differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
+    if differences:
+        raise UserError(f"{folder}: holds other features, {'; '.join(differences)} ({_WAYS_OUT})")
+    os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
+    entries = manifest.entries.values()
+    return frozenset(entry.index for entry in entries if _has_files(folder, pictures, header, entry))
+
+
+def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
+    if manifest.num_pictures != len(pictures):
+        return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted"]
+    if manifest.names_sha256 != hash_names(pictures.names):
+        return ["picture list: other names, or another order"]
+    return []
+
+
+def _has_files(folder: Path, pictures: ImageList, header: StoreHeader, entry: ManifestEntry) -> bool:
+    """Whether a picture's patch files are there and whole: a lost machine or a user may have removed them."""
+    # The files of another name would be left behind, and the manifest line must name those that are read.
+    if entry.feature_name != pictures.feature_names[entry.index]:
+        return False
+    for grid in header.grids(entry.map_size) if entry.map_size is not None else ():
+        try:
+            info = read_array_info(folder / patch_file_name(grid.patch_size, entry.feature_name))
+        except UserError:
+            return False
+        if info.shape != (header.codec.width(header.num_dims), len(grid)) or info.dtype != header.codec.dtype:
+            return False
+    return True
+
+
+def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> frozenset[int]:
+    """Those pictures whose global descriptor was written: a row that a lost machine did not write is all zero."""
+    rows = _open_rows(path, shape)
+    return frozenset(index for index in finished if rows[index].any())
+
+
+def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Global descriptors, memory-mapped for reading."""
+    info = read_array_info(path)
+    if info.shape != shape or info.dtype != np.float32 or info.fortran_order:
+        raise UserError(f"{path}: is not the {shape[0]}×{shape[1]} float32 table of the manifest ({_WAYS_OUT})")
+    return np.memmap(path, np.float32, "r", info.offset, shape)
+
+
+def _feature_files(folder: Path) -> Iterator[Path]:
+    yield from folder.glob(GLOBAL_NAME)
+    yield from folder.glob(PATCH_GLOB)
+
+
+def _remove_features(folder: Path) -> None:
+    # The manifest goes first: what a killed run leaves then counts as foreign, never as finished.
+    for name in (MANIFEST_NAME, PARTIAL_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for path in list(_feature_files(folder)):
+        path.unlink()
+
+
+def _check_list(pictures: ImageList) -> None:
+    """ValueError when files could not be told apart by the names that the program gives them."""
+    # A picture may be listed twice; two pictures must not share files.
+    if len(set(pictures.feature_names)) != len(set(zip(pictures.names, pictures.feature_names, strict=True))):
+        raise ValueError("feature_names must differ from picture to picture")
+    if any("/" in name or "\\" in name or "\0" in name for name in pictures.feature_names):
+        raise ValueError("feature_names must be plain file names")
 
 
 def _map_size(patches: PatchFeatures) -> tuple[int, int] | None:
@@ -196,11 +386,11 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def _append(manifest: BinaryIO, line: bytes) -> None:
-    """Append a line, or nothing."""
+def _append(manifest: BinaryIO, lines: bytes) -> None:
+    """Append lines, or nothing."""
     end = os.fstat(manifest.fileno()).st_size
     try:
-        _write_all(manifest, line)
+        _write_all(manifest, lines)
     except OSError:
         os.ftruncate(manifest.fileno(), end)
         raise

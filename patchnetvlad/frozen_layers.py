@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from patchnetvlad.encoders import VGG16
 from patchnetvlad.errors import UserError
 from patchnetvlad.images import image_batches
 from patchnetvlad.model import PlaceModel
@@ -26,7 +25,7 @@ class LearnedPart(nn.Module):
 
     def __init__(self, model: PlaceModel, half: bool) -> None:
         super().__init__()
-        self.layers = learned_layers(model)
+        _, self.layers = encoder_parts(model)
         self.pool = model.pool
         self.output_dims = model.output_dims
         self._half = half
@@ -44,7 +43,7 @@ class FrozenPart:
     """
 
     def __init__(self, model: PlaceModel, half: bool, capacity: float) -> None:
-        self._layers = frozen_layers(model)
+        self._layers, _ = encoder_parts(model)
         self._half = half
         self._capacity = capacity
         self._kept: dict[int, Tensor] = {}
@@ -99,32 +98,39 @@ class FrozenPart:
             yield torch.stack(outputs)
 
 
-def frozen_layers(model: PlaceModel) -> nn.Module:
-    """The encoder up to its first layer that learns; all of an encoder without such layers."""
-    if isinstance(model.encoder, VGG16):
-        return nn.Sequential(*list(model.encoder)[: VGG16.trainable_layers[0]])
-    return model.encoder
+def encoder_parts(model: PlaceModel) -> tuple[nn.Module, nn.Module]:
+    """The encoder in two, one behind the other: layers none of which learns, and the rest."""
+    learning = {parameter for parameter in model.encoder.parameters() if parameter.requires_grad}
+    if not learning:
+        return model.encoder, nn.Identity()
+    first, rest = model.encoder.in_two()
+    return (first, rest) if learning <= set(rest.parameters()) else (nn.Identity(), model.encoder)
 
 
-def learned_layers(model: PlaceModel) -> nn.Module:
-    """The rest of the encoder."""
-    if isinstance(model.encoder, VGG16):
-        return nn.Sequential(*list(model.encoder)[VGG16.trainable_layers[0] :])
-    return nn.Identity()
-
-
-def freeze(model: PlaceModel) -> list[nn.Parameter]:
+def freeze(model: PlaceModel, encoder_learns: str = "last") -> list[nn.Parameter]:
     """Leave gradients to the layers that learn alone: those of the encoder, and the pooling; returns their parameters.
 
-    Raises UserError when nothing is left to learn.
+    encoder_learns: the encoder's "last" stage, "all" of it, or "none". Raises UserError when nothing is left to learn.
     """
+    encoder = model.encoder
+    names = {"last": encoder.last_stage(), "all": ("",), "none": ()}[encoder_learns]
     model.requires_grad_(False)
-    parameters = [*learned_layers(model).parameters(), *model.pool.parameters()]
+    for part in (model.pool, *(encoder.get_submodule(name) for name in names)):
+        part.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise UserError(
             f"backbone = {model.backbone} with pooling = {model.pooling} has no parameters that learn "
             "(set [global_params] pooling = netvlad)"
         )
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     return parameters
+
+
+def learning_layers(model: PlaceModel) -> str:
+    """What `freeze` left to learn, for a message."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.encoder.parameters()]
+    learning, every = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    if not learning:
+        return "the pooling, and nothing of the encoder"
+    names = ", ".join(model.encoder.last_stage()) if learning < every else "all layers"
+    return f"the pooling, and of the encoder {names} ({learning:,} of {every:,} parameters)"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import told, writing
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +101,8 @@ def write_ground_truth(
     }
     if zone is not None:
         arrays["utmZone"] = np.array(zone)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with writing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its own options
 
 
 def ground_truth_lengths(path: Path) -> tuple[int, int]:
@@ -130,11 +125,8 @@ def _within(
 
 
 def _read_arrays(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
-    try:
-        with path.open("rb") as file:
-            return _read_open_file(path, file, keys)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with told(path, "cannot be read"), path.open("rb") as file:
+        return _read_open_file(path, file, keys)
 
 
 def _read_open_file(path: Path, file: BinaryIO, keys: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:

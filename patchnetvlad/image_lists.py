@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from natsort import natsorted
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import read_text, write_text
 
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -42,15 +43,7 @@ def read_image_list(list_path: Path, root: Path) -> ImageList:
     matching stored features needs none. Raises UserError for a list that cannot be read, is empty or is not
     UTF-8 text.
     """
-    try:
-        text = list_path.read_text(encoding="utf-8-sig")  # turns every kind of line end into \n
-    except OSError as error:
-        raise UserError(f"{list_path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{list_path}: not UTF-8 text (is it a list of pictures?)") from error
-    if "\0" in text:
-        raise UserError(f"{list_path}: holds binary data (is it a list of pictures?)")
-    lines = [line.strip() for line in text.split("\n")]
+    lines = [line.strip() for line in read_text(list_path, "a list of pictures").split("\n")]
     names = tuple(_name_below(root, line) for line in lines if line)
     if not names:
         raise UserError(f"{list_path}: names no picture (expected one path a line)")
@@ -69,8 +62,7 @@ def write_image_list(list_path: Path, names: Sequence[str]) -> None:
             name.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"{list_path}: the name {name!r} is not Unicode (rename the picture)") from error
-    list_path.parent.mkdir(parents=True, exist_ok=True)
-    list_path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="\n")
+    write_text(list_path, (f"{name}\n" for name in names))
 
 
 def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:

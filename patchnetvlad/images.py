@@ -1,29 +1,46 @@
-"""Picture files become checked RGB tensors, in batches loaded while the batch before is computed."""
+"""Picture files become checked RGB tensors, in batches loaded while the batch before is computed.
 
+Checking many pictures takes long, so the user's cache remembers which file was found whole, by its size and time.
+"""
+
+import hashlib
+import logging
+import sqlite3
 import struct
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import functional
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
+from patchnetvlad.paths import user_cache
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _PROBLEMS_SHOWN = 10
+_TIMED = 100  # pictures whose checking tells how long the others will take
+_REMEMBERED = "checked_pictures.sqlite"
+_REMEMBERED_AT_ONCE = 5000
 _HEADER_BYTES = 1 << 16  # read ahead, so that opening a picture under the lock seldom waits for the disk
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation: what turns the picture upright
@@ -50,30 +67,48 @@ def read_image(path: Path, exif_rotation: bool = False) -> Image.Image:
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
-def check_images(paths: Sequence[Path], workers: int = 4, progress: bool = False) -> list[str]:
-    """Decode every picture; one line "FILE: reason" for each that ``read_image`` would refuse, in list order.
+def check_images(paths: Sequence[Path], workers: int = 4, progress: bool = False) -> dict[Path, str]:
+    """Decode every picture; "FILE: reason" for each that ``read_image`` would refuse, by its path, in list order.
 
     Only decoding finds a truncated file; JPEGs are decoded at an eighth of their size, which is faster and
-    reads them whole all the same. ``workers`` threads share the work; ``progress`` shows a bar.
+    reads them whole all the same. ``workers`` threads share the work; ``progress`` shows a bar. Pictures that were
+    found whole before, and have the same size and time, are not decoded again.
     """
     distinct = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        checked = tqdm(
-            pool.map(_problem, distinct), "Checking pictures", len(distinct), disable=not progress, unit="img"
-        )
-        return [problem for problem in checked if problem is not None]
+    states = dict(zip(distinct, in_order(_file_state, distinct, workers), strict=True))
+    known = _remembered(states)
+    unknown = [path for path in distinct if path not in known]
+    problems: dict[Path, str] = {}
+    whole: list[tuple[bytes, str]] = []
+    checked = zip(unknown, in_order(_problem, unknown, workers), strict=True)
+    started = perf_counter()
+    try:
+        for number, (path, problem) in enumerate(
+            tqdm(checked, "Checking pictures", len(unknown), disable=not progress, unit="img"), start=1
+        ):
+            state = states[path]
+            if problem is not None:
+                problems[path] = problem
+            elif state is not None:
+                whole.append(state)
+            if number == _TIMED < len(unknown):
+                _announce_check(len(unknown), len(known), (perf_counter() - started) / number, workers)
+            if len(whole) == _REMEMBERED_AT_ONCE:
+                _remember(whole)
+                whole.clear()
+    finally:  # an interrupted check goes on where it stopped
+        _remember(whole)
+    return problems
 
 
 def require_readable(paths: Sequence[Path], source: Path, workers: int = 4, progress: bool = False) -> None:
     """Raises one UserError that counts the unreadable pictures of a list or folder, source, and names the first ten."""
-    problems = check_images(paths, workers, progress)
+    problems = list(check_images(paths, workers, progress).values())
     if not problems:
         return
-    shown = "; ".join(problems[:_PROBLEMS_SHOWN])
-    more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-    total = len(set(paths))
+    total, shown = len(set(paths)), some_of(problems, _PROBLEMS_SHOWN, "; ")
     hint = " (is the dataset's root folder right?)" if not any(map(Path.exists, paths)) else ""
-    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}{more}")
+    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}")
 
 
 def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
@@ -82,7 +117,7 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     Bilinear with antialiasing, to [0, 1], then ImageNet's mean and standard deviation.
     """
     if height > 0 and width > 0:
-        picture = functional.resize(picture, [height, width])
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     # In NumPy, with the result of torchvision's to_tensor and normalize bit for bit: torch would start a team
     # of threads of its own in each loading thread.
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)  # H×W×3 → 3×H×W
@@ -131,26 +166,32 @@ def image_batches(
         batches = [list(wanted[start : start + batch_size]) for start in range(0, len(wanted), batch_size)]
     else:
         batches = _batches_of_one_size(dataset, wanted, batch_size, threads)
+    ahead = (2 + threads // batch_size) * batch_size  # enough for every thread, and for the next batch to be ready
+    loaded = in_order(dataset.__getitem__, [index for batch in batches for index in batch], threads, ahead)
+    with closing(loaded):
+        for batch in batches:
+            yield batch, torch.stack([next(loaded)[1] for _ in batch])
+
+
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int | None = None
+) -> Generator[R, None, None]:
+    """The function's results in the order of the items, computed by threads, at most ``ahead`` of them beforehand;
+    with 0 threads each is computed when it is asked for."""
     if threads < 1:
-        for batch in batches:
-            yield batch, torch.stack([dataset[index][1] for index in batch])
+        yield from map(function, items)
         return
-    ahead = 2 + threads // batch_size  # batches under way: enough for every thread and for the next one to be ready
     pool = ThreadPoolExecutor(threads)
-    under_way: deque[tuple[list[int], list[Future[tuple[int, Tensor]]]]] = deque()
+    under_way: deque[Future[R]] = deque()
     try:
-        for batch in batches:
-            under_way.append((batch, [pool.submit(dataset.__getitem__, index) for index in batch]))
-            if len(under_way) > ahead:
-                yield _finished(*under_way.popleft())
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) > (4 * threads if ahead is None else ahead):
+                yield under_way.popleft().result()
         while under_way:
-            yield _finished(*under_way.popleft())
+            yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _finished(batch: list[int], loading: list[Future[tuple[int, Tensor]]]) -> tuple[list[int], Tensor]:
-    return batch, torch.stack([future.result()[1] for future in loading])
 
 
 def _batches_of_one_size(
@@ -165,13 +206,12 @@ def _batches_of_one_size(
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}  # the newest batch of each size
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for index, picture_size in zip(indices, pool.map(size, indices), strict=True):
-            batch = filling.get(picture_size)
-            if batch is None or len(batch) == batch_size:
-                batch = filling[picture_size] = []
-                batches.append(batch)
-            batch.append(index)
+    for index, picture_size in zip(indices, in_order(size, indices, threads), strict=True):
+        batch = filling.get(picture_size)
+        if batch is None or len(batch) == batch_size:
+            batch = filling[picture_size] = []
+            batches.append(batch)
+        batch.append(index)
     return batches
 
 
@@ -212,6 +252,59 @@ def _problem(path: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _file_state(path: Path) -> tuple[bytes, str] | None:
+    """A hash of a file's absolute name, and its size and time; None for no file."""
+    try:
+        status, name = path.stat(), str(path.absolute()).encode("utf-8", "surrogateescape")
+    except (OSError, ValueError):
+        return None
+    return hashlib.blake2b(name, digest_size=16).digest(), f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _remembered(states: Mapping[Path, tuple[bytes, str] | None]) -> set[Path]:
+    """The pictures that were found whole as they are now."""
+
+    def look_up(memory: sqlite3.Connection) -> set[Path]:
+        query = "SELECT 1 FROM whole WHERE name = ? AND state = ?"
+        return {path for path, state in states.items() if state and memory.execute(query, state).fetchone()}
+
+    return _with_memory(look_up) or set()
+
+
+def _remember(whole: Sequence[tuple[bytes, str]]) -> None:
+    if whole:
+        _with_memory(lambda memory: memory.executemany("REPLACE INTO whole VALUES (?, ?)", whole))
+
+
+def _with_memory(work: Callable[[sqlite3.Connection], R]) -> R | None:
+    """Work with what is remembered; None where that cannot be used, which costs time and nothing else."""
+    try:
+        file = user_cache() / _REMEMBERED
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file, timeout=30)) as memory, memory:
+            memory.execute("CREATE TABLE IF NOT EXISTS whole (name BLOB PRIMARY KEY, state TEXT) WITHOUT ROWID")
+            return work(memory)
+    except (OSError, RuntimeError, sqlite3.OperationalError) as error:  # RuntimeError: a user without a home folder
+        logger.debug("%s is not at hand: %s", _REMEMBERED, error)
+    except sqlite3.DatabaseError as error:
+        logger.debug("%s is damaged and begun anew: %s", file, error)
+        with suppress(OSError):
+            file.unlink()
+    return None
+
+
+def _announce_check(count: int, before: int, each: float, workers: int) -> None:
+    seconds = count * each
+    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    logger.info(
+        "checking %d pictures with %d threads: about %s%s",
+        count,
+        workers,
+        duration,
+        f" ({before} more were found whole before)" if before else "",
+    )
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -21,6 +21,7 @@ from patchnetvlad.config import (
 )
 from patchnetvlad.config_values import Rule, value_text
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import read_text
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -77,11 +78,7 @@ def _file_entries(path: Path) -> Iterator[tuple[str, str, str, str]]:
         empty_lines_in_values=False,
     )
     try:
-        parser.read_string(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (is it an INI file?)") from error
+        parser.read_string(read_text(path, "an INI file"))
     except configparser.DuplicateSectionError as error:
         raise UserError(f"{path}: line {error.lineno}: [{error.section}] appears a second time") from error
     except configparser.DuplicateOptionError as error:

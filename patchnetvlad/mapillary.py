@@ -1,18 +1,62 @@
-"""Mapillary Street-Level Sequences (MSLS): its tree of cities, tasks and subtasks (Warburg et al. 2020)."""
+"""Mapillary Street-Level Sequences (MSLS): its tree of cities, tasks and subtasks (Warburg et al. 2020).
+
+The subtask selects pictures of validation and test cities; training cities give every row of their tables.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.csv_table import Table, read_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.training_data import CityPictures, PictureSet, Rows, require_unique_keys
+from patchnetvlad.training_data import CityPictures, PictureSet, Rows
 
-TEST_CITIES = ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala")
+SIDES = ("query", "database")
 TASKS = ("im2im", "im2seq", "seq2im", "seq2seq")  # queries to database, single pictures or sequences
 SUBTASKS = ("all", "s2w", "w2s", "o2n", "n2o", "d2n", "n2d")  # changes of season, of years, of day and night
-_VIEWS = ("Forward", "Backward", "Sideways")
+_VIEWS = {"forward": False, "backward": False, "sideways": True}  # view_direction: whether it is sideways
+
+
+@dataclass(frozen=True, eq=False)
+class CitySide:
+    """Queries or database of a city, all rows of its tables.
+
+    keys: of the pictures, in the order of the tables; positions: float64 n×2, easting and northing in metres, NaN
+    where a cell is empty, None where they are secret; selected: bool n, of the subtask; panorama, night, sideways:
+    bool n; unlabelled: bool n, those whose night or view_direction is not told, which count as day and forward.
+    """
+
+    folder: Path
+    keys: tuple[str, ...]
+    positions: NDArray[np.float64] | None
+    selected: NDArray[np.bool_]
+    panorama: NDArray[np.bool_]
+    night: NDArray[np.bool_]
+    sideways: NDArray[np.bool_]
+    unlabelled: NDArray[np.bool_]
+
+    def kept(self, include_panoramas: bool) -> NDArray[np.bool_]:
+        """Pictures of the subtask, without panoramas unless they are included: bool n."""
+        return self.selected if include_panoramas else self.selected & ~self.panorama
+
+    def require_positions(self, keep: NDArray[np.bool_]) -> None:
+        """Raises UserError when one of the pictures where ``keep`` is true has no position that could be known."""
+        if self.positions is None:
+            return
+        lost = np.flatnonzero(keep & np.isnan(self.positions).any(axis=1))
+        if len(lost):
+            raise UserError(
+                f"{self.folder / 'postprocessed.csv'}: {len(lost)} pictures have no easting and northing, the first is "
+                f"{self.keys[lost[0]]} (cut off?)"
+            )
+
+    def picture(self, key: str) -> Path:
+        """File of a picture."""
+        return self.folder / "images" / f"{key}.jpg"
 
 
 def read_cities(
@@ -23,7 +67,7 @@ def read_cities(
     subtask: str = "all",
     include_panoramas: bool = False,
 ) -> tuple[CityPictures, ...]:
-    """Read cities of an MSLS tree, each CSV file once.
+    """Read cities of an MSLS tree for training and validation, each CSV file once.
 
     sequence_length: odd number of pictures of a sequence, for the sides of the task that have sequences. A sequence
     is a run of consecutive frames; it belongs to a subtask when its middle picture does, and is left out when one of
@@ -32,90 +76,145 @@ def read_cities(
     """
     if task not in TASKS:
         raise UserError(f"task {task}: expected one of {', '.join(TASKS)}")
-    if subtask not in SUBTASKS:
-        raise UserError(f"subtask {subtask}: expected one of {', '.join(SUBTASKS)}")
     if "seq" in task and (sequence_length < 3 or sequence_length % 2 == 0):
         raise UserError(f"sequence length {sequence_length}: expected an odd number of 3 or more")
     lengths = [sequence_length if side == "seq" else 1 for side in task.split("2")]
     found = []
     for city in cities:
-        folder = _city_folder(root, city)
         queries, database = (
-            _read_side(folder / side, length, subtask, include_panoramas)
-            for side, length in zip(("query", "database"), lengths, strict=True)
+            _picture_set(read_side(root, city, side, subtask), length, subtask, include_panoramas)
+            for side, length in zip(SIDES, lengths, strict=True)
         )
         found.append(CityPictures(city, queries, database))
     return tuple(found)
 
 
-def _city_folder(root: Path, city: str) -> Path:
-    part = "test" if city in TEST_CITIES else "train_val"
-    folder = root / part / city
-    if not folder.is_dir():
-        there = sorted(path.name for path in (root / part).glob("*") if path.is_dir())
-        hint = f"cities there: {', '.join(there)}" if there else "not the root of an MSLS tree?"
-        raise UserError(f"{folder}: no such folder, for city {city} ({hint}; [train] cities chooses)")
-    return folder
+def read_side(root: Path, city: str, side: str, subtask: str = "all") -> CitySide:
+    """Queries or database of a city, below the tree's root or the folder that holds the root.
 
-
-def _read_side(folder: Path, length: int, subtask: str, include_panoramas: bool) -> PictureSet:
-    sequences = read_table(folder / "seq_info.csv")
-    raw = read_table(folder / "raw.csv")
-    subtasks = read_table(folder / "subtask_index.csv")
-    keys = sequences.text("key")
-    if not keys:
-        raise UserError(f"{folder / 'seq_info.csv'}: lists no picture")
-    require_unique_keys(folder / "seq_info.csv", keys)
-    count = len(keys)
+    Files of a folder belong together row by row. A test city needs only subtask_index.csv; panoramas are not told
+    apart there, since its evaluation asks for every picture of the subtask.
+    """
+    if subtask not in SUBTASKS:
+        raise UserError(f"subtask {subtask}: expected one of {', '.join(SUBTASKS)}")
+    is_test, is_training = city in MSLS_CITIES["test"], _is_training(city)
+    if is_training and subtask != "all":
+        raise UserError(f"subtask {subtask}: selects pictures of validation and test cities, and {city} is neither")
+    folder = _city_folder(root, city) / side
+    tables = {} if is_training else {"subtask_index.csv": read_table(folder / "subtask_index.csv")}
+    for name in ("raw.csv", "postprocessed.csv"):
+        if not is_test or (folder / name).exists():
+            tables[name] = read_table(folder / name)
+    keys = _common_keys(folder, tables)
+    nowhere = np.zeros(len(keys), dtype=bool)
+    details = tables.get("postprocessed.csv")
     positions = None
-    night = sideways = np.zeros(count, dtype=bool)
-    if (folder / "postprocessed.csv").exists() or folder.parent.name not in TEST_CITIES:
-        details = read_table(folder / "postprocessed.csv")
-        _check_same_pictures(sequences, details)
-        if details.has("easting") or folder.parent.name not in TEST_CITIES:
-            positions = np.column_stack([details.numbers("easting"), details.numbers("northing")])
-        night = details.flags("night")
-        sideways = np.array([view == "Sideways" for view in details.choices("view_direction", _VIEWS)], dtype=bool)
-    _check_same_pictures(sequences, raw)
-    _check_same_pictures(sequences, subtasks)
-    panorama = raw.flags("pano")
-    units = _units(sequences, length)
-    units = units[subtasks.flags(subtask)[units[:, length // 2]]]
-    pictures = PictureSet(
-        folder, tuple(keys), tuple(folder / "images" / f"{key}.jpg" for key in keys), positions, night, sideways, units
+    if details is not None and (not is_test or details.find("easting")):
+        positions = np.column_stack([details.numbers(name, gaps=True) for name in ("easting", "northing")])
+    night, sideways, unlabelled = _labels(details) if details is not None else (nowhere, nowhere, ~nowhere)
+    return CitySide(
+        folder,
+        keys,
+        positions,
+        ~nowhere if is_training else tables["subtask_index.csv"].flags(subtask),
+        nowhere if is_test else tables["raw.csv"].flags("pano"),
+        night,
+        sideways,
+        unlabelled,
     )
-    kept = pictures.kept(np.ones(count, dtype=bool) if include_panoramas else ~panorama)
+
+
+def _is_training(city: str) -> bool:
+    return city not in MSLS_CITIES["val"] and city not in MSLS_CITIES["test"]
+
+
+def _city_folder(root: Path, city: str) -> Path:
+    bases = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    base = next((path for path in bases if (path / "train_val").is_dir() or (path / "test").is_dir()), None)
+    if base is None:
+        raise UserError(f"{root}: holds no folder train_val or test, nor does a folder in it (not the root of MSLS?)")
+    parent = base / ("test" if city in MSLS_CITIES["test"] else "train_val")
+    if not (parent / city).is_dir():
+        there = ", ".join(sorted(path.name for path in parent.glob("*") if path.is_dir())) or "none"
+        raise UserError(f"{parent / city}: no such folder, for city {city} (cities there: {there}; not downloaded?)")
+    return parent / city
+
+
+def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[str, ...]:
+    """The pictures' keys; every table has as many rows, and the same keys in the same order where it has keys."""
+    keyed = next((table for table in tables.values() if table.find("key")), None)
+    if keyed is None:
+        keyed = read_table(folder / "seq_info.csv")
+    keys = keyed.unique("key")
+    if not keys:
+        raise UserError(f"{keyed.path}: lists no picture")
+    for table in tables.values():
+        _check_same_pictures(table, keyed)
+    return tuple(keys)
+
+
+def _check_same_pictures(table: Table, keyed: Table) -> None:
+    if len(table) != len(keyed):
+        raise UserError(
+            f"{table.path}: {len(table)} rows, but {keyed.path.name} has {len(keyed)} (cut off, or of another version "
+            "of the dataset?)"
+        )
+    if table.find("key"):
+        for line, key, expected in zip(table.lines, table.text("key"), keyed.text("key"), strict=True):
+            if key != expected:
+                raise UserError(f"{table.path}: line {line}: key {key}, but {keyed.path.name} has {expected}")
+
+
+def _labels(details: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Night, sideways, and which rows lack one of the two."""
+    nothing = np.zeros(len(details), dtype=bool)
+    night, night_known = details.known_flags("night") if details.find("night") else (nothing, nothing)
+    sideways, view_known = nothing, nothing
+    if details.find("view_direction"):
+        sideways, view_known = details.known_flags("view_direction", _VIEWS)
+    return night, sideways, ~(night_known & view_known)
+
+
+def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: bool) -> PictureSet:
+    units = np.arange(len(side.keys), dtype=np.int64)[:, None] if length == 1 else _sequences(side, length)
+    units = units[side.selected[units[:, length // 2]]]
+    keep = np.ones_like(side.panorama) if include_panoramas else ~side.panorama
+    whole = PictureSet(
+        side.folder,
+        side.keys,
+        tuple(map(side.picture, side.keys)),
+        side.positions,
+        side.night,
+        side.sideways,
+        side.unlabelled,
+        units,
+    )
+    kept = whole.kept(keep)
+    side.require_positions(np.isin(side.keys, kept.keys))
     if not len(kept.units):
         raise UserError(
-            f"{folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of {count} "
-            f"pictures (panoramas: {panorama.sum()}, includepanos = {include_panoramas}; subtask {subtask})"
+            f"{side.folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of "
+            f"{len(side.keys)} pictures (panoramas: {side.panorama.sum()}, includepanos = {include_panoramas}; subtask "
+            f"{subtask})"
         )
     return kept
 
 
-def _check_same_pictures(sequences: Table, other: Table) -> None:
-    """Rows of the files of a folder belong together: the same number, and the same keys where both have them."""
-    if len(other) != len(sequences):
+def _sequences(side: CitySide, length: int) -> Rows:
+    """Rows of the pictures of every run of ``length`` consecutive frames, u×length."""
+    table = read_table(side.folder / "seq_info.csv")
+    if len(table) != len(side.keys) or (table.find("key") and tuple(table.text("key")) != side.keys):
         raise UserError(
-            f"{other.path}: {len(other)} rows, but {sequences.path.name} has {len(sequences)} (cut off, or of another "
-            "version of the dataset?)"
+            f"{table.path}: its {len(table)} rows are not the {len(side.keys)} of the tables beside it, in their order "
+            "(of another version of the dataset?)"
         )
-    if other.has("key"):
-        for row, (key, expected) in enumerate(zip(other.text("key"), sequences.text("key"), strict=True)):
-            if key != expected:
-                raise UserError(f"{other.path}: line {row + 2}: key {key}, but {sequences.path.name} has {expected}")
-
-
-def _units(sequences: Table, length: int) -> Rows:
-    """Rows of the pictures of every unit, u×length: single pictures, or all runs of that many consecutive frames."""
-    if length == 1:
-        return np.arange(len(sequences), dtype=np.int64)[:, None]
-    frames = sequences.whole_numbers("frame_number")
+    frames = table.whole_numbers("frame_number")
     rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(sequences.text("sequence_key")):
+    for row, key in enumerate(table.text("sequence_key")):
         rows_of.setdefault(key, []).append(row)
     units = []
     for rows in rows_of.values():
         ordered = sorted(rows, key=lambda row: frames[row])
-        units += [ordered[start : start + length] for start in range(len(ordered) - length + 1)]
+        windows = (ordered[start : start + length] for start in range(len(ordered) - length + 1))
+        units += [window for window in windows if (np.diff(frames[window]) == 1).all()]
     return np.array(units, dtype=np.int64).reshape(-1, length)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.measures import LEVEL, Judged, Measures
+from patchnetvlad.files import write_text, writing
+from patchnetvlad.measures import LEVEL, Judged, Measures, join, measure
 
 _CURVE_POINTS = 200  # of precision against recall, in the JSON
 
@@ -83,8 +84,7 @@ def measure_record(protocol: Protocol, measures: Mapping[str, Measures]) -> dict
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:
     """Write a record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -> None:
@@ -98,8 +98,7 @@ def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -
         arrays |= {f"{name}/hits": part.hits, f"{name}/num_matches": part.num_matches}
         if part.scores is not None:
             arrays[f"{name}/scores"] = part.scores
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with writing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its options
 
 
@@ -123,6 +122,22 @@ def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
         ) from error
     except (KeyError, ValueError, StopIteration) as error:
         raise UserError(f"{path}: not the judged rankings of a matching run") from error
+
+
+def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, dict[str, Measures]]:
+    """Measures over the queries of several matching runs, each searched in its own database."""
+    runs = [read_judged(folder / "judged.npz") for folder in results]
+    first, stages = runs[0]
+    for (protocol, judged), folder in zip(runs, results, strict=True):
+        if protocol.radius != first.radius or judged.keys() != stages.keys():
+            raise UserError(
+                f"{folder}: a match within {protocol.radius:g}, by {', '.join(judged)}; {results[0]}: within "
+                f"{first.radius:g}, by {', '.join(stages)}: only runs of one kind can be joined"
+            )
+    whole = Protocol(
+        sum(protocol.queries for protocol, _ in runs), sum(protocol.database for protocol, _ in runs), first.radius
+    )
+    return whole, {stage: measure(join([judged[stage] for _, judged in runs]), n_values) for stage in stages}
 
 
 def _recalls(measured: Measures) -> dict[str, object]:

@@ -1,16 +1,22 @@
-"""Hard negatives: which pictures a part of an epoch looks at, and which of them make triplets (SPEC 13).
+"""Hard negatives: which pictures a part of an epoch looks at, their descriptors, and which of them make triplets.
 
 Everything random follows from (seed, epoch, subset), so that a resumed run sees what an uninterrupted one does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
+from patchnetvlad.config import Config
+from patchnetvlad.distributed import Processes
+from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
+from patchnetvlad.images import image_batches
 from patchnetvlad.training_data import Rows, TripletPlaces
 
 _QUERIES_AT_ONCE = 64  # bounds the memory of a distance matrix
@@ -55,6 +61,44 @@ def make_subset(
     positives = [places.positives[query] for query in distinct]
     pictures = np.unique(np.concatenate([distinct, candidates, *positives]))
     return Subset(queries, candidates.astype(np.int64), pictures.astype(np.int64))
+
+
+class Describer:
+    """Describes pictures with the model as it is now, the work shared; every process gets all descriptors."""
+
+    def __init__(
+        self, frozen: FrozenPart, learned: LearnedPart, config: Config, processes: Processes, progress: bool
+    ) -> None:
+        self._frozen = frozen
+        self._learned = learned
+        self._size = (config.train.imageresizeh, config.train.imageresizew)
+        self._batch_size = config.train.cachebatchsize
+        self._threads = config.global_params.loading_threads
+        self._processes = processes
+        self._progress = progress
+
+    @torch.no_grad()
+    def __call__(
+        self, paths: Sequence[Path], numbers: Sequence[int], label: str, keep: bool = False
+    ) -> NDArray[np.float32]:
+        """One row for each number, an index into ``paths``; ``keep`` stores the frozen layers' output for steps.
+
+        Batches are the same however many processes share them.
+        """
+        rows = np.zeros((len(numbers), self._learned.output_dims), dtype=np.float32)
+        batches = [
+            list(numbers[start : start + self._batch_size]) for start in range(0, len(numbers), self._batch_size)
+        ]
+        own = [number for batch in self._processes.share(batches) for number in batch]
+        row_of = {number: row for row, number in enumerate(numbers)}
+        with tqdm(total=len(own), desc=label, unit="img", leave=False, disable=not self._progress) as bar:
+            for found, pictures in image_batches(paths, *self._size, self._batch_size, self._threads, indices=own):
+                maps = self._frozen(pictures)
+                if keep:
+                    self._frozen.keep(found, maps)
+                rows[[row_of[number] for number in found]] = self._learned(maps).float().cpu().numpy()
+                bar.update(len(found))
+        return self._processes.joined(rows)
 
 
 def mine(

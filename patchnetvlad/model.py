@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.encoders import Encoder, make_encoder
+from patchnetvlad.encoders import make_encoder
+from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
 from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
@@ -41,8 +42,8 @@ class PlaceModel(nn.Module):
         self.backbone = backbone
         self.pooling = pooling
         self.encoder = make_encoder(backbone)
-        channels = cast(Encoder, self.encoder).channels
-        self.geometry = cast(Encoder, self.encoder).geometry
+        channels = self.encoder.channels
+        self.geometry = self.encoder.geometry
         self.pool: NetVLAD | MaxPooling | AveragePooling
         if pooling in ("netvlad", "patchnetvlad"):
             self.pool = NetVLAD(num_clusters, channels, vladv2)
@@ -70,11 +71,18 @@ class PlaceModel(nn.Module):
         return parameter.device if parameter is not None else torch.device("cpu")
 
     def grids(self, map_height: int, map_width: int) -> tuple[PatchGrid, ...]:
-        """Where the patches of each size lie on a feature map of that size."""
-        return tuple(
-            PatchGrid(map_height, map_width, size, stride, self.geometry)
-            for size, stride in zip(self.patch_sizes, self.strides, strict=True)
-        )
+        """Where the patches of each size lie on a feature map of that size.
+
+        Raises UserError when a patch is larger than the map.
+        """
+        largest = max(self.patch_sizes, default=0)
+        if largest > min(map_height, map_width):
+            stride = self.geometry.stride
+            raise UserError(
+                f"a patch of size {largest} is larger than the feature map, which has {map_height}×{map_width} "
+                f"positions, one for each {stride}×{stride} pixels (take larger pictures or smaller patch_sizes)"
+            )
+        return PatchGrid.of_map((map_height, map_width), self.patch_sizes, self.strides, self.geometry)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Global descriptors alone, N×D, with gradients: what training sees."""
@@ -82,16 +90,19 @@ class PlaceModel(nn.Module):
 
     @torch.inference_mode()
     def describe(self, pictures: Tensor) -> Descriptors:
-        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``; float32."""
+        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``; float32.
+
+        Raises UserError when a patch is larger than the feature map.
+        """
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             feature_map = self.encoder(pictures)
         if not self.patch_sizes:
             return Descriptors(self.whiten(self.pool(feature_map)), (), ())
         assert isinstance(self.pool, NetVLAD)
+        grids = self.grids(feature_map.shape[2], feature_map.shape[3])
         local, assignment = self.pool.assign(feature_map)
         global_ = self.whiten(self.pool.aggregate(local, assignment))
         patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
-        grids = self.grids(local.shape[1], local.shape[2])
         return Descriptors(global_, tuple(self.whiten(some) for some in patches), grids)
 
     def whiten(self, descriptors: Tensor) -> Tensor:

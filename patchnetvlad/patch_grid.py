@@ -1,6 +1,6 @@
 """Where each patch of a picture lies, derived from the encoder's geometry."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,18 @@ class EncoderGeometry:
     @classmethod
     def of_windows(cls, windows: Iterable[tuple[int, int, int]]) -> "EncoderGeometry":
         """Geometry of windows (kernel, stride, padding) one behind the other, along either axis."""
-        stride, receptive_field, padding = 1, 1, 0
-        for kernel, step, around in windows:
-            receptive_field += (kernel - 1) * stride
-            padding += around * stride
-            stride *= step
-        return cls(stride, receptive_field, padding)
+        geometry = cls(stride=1, receptive_field=1, padding=0)
+        for window in windows:
+            geometry = geometry.then(*window)
+        return geometry
+
+    def then(self, kernel: int, stride: int, padding: int) -> "EncoderGeometry":
+        """The geometry with one more window behind; padding is that before the first position."""
+        return EncoderGeometry(
+            self.stride * stride,
+            self.receptive_field + (kernel - 1) * self.stride,
+            self.padding + padding * self.stride,
+        )
 
     @property
     def first_center(self) -> float:
@@ -48,6 +54,17 @@ class PatchGrid:
     patch_size: int
     stride: int = 1
     geometry: EncoderGeometry = EncoderGeometry()
+
+    @classmethod
+    def of_map(
+        cls,
+        map_size: tuple[int, int],
+        patch_sizes: Sequence[int],
+        strides: Sequence[int],
+        geometry: EncoderGeometry,
+    ) -> "tuple[PatchGrid, ...]":
+        """The grids of several patch sizes on one feature map of (height, width)."""
+        return tuple(cls(*map_size, size, stride, geometry) for size, stride in zip(patch_sizes, strides, strict=True))
 
     @property
     def rows(self) -> int:

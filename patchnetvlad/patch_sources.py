@@ -1,14 +1,17 @@
 """Where matching gets a picture's patch descriptors: from a store, from memory, or made when asked for."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from patchnetvlad.candidates import ApproximateSearch
 from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_cache import PictureCache
+from patchnetvlad.feature_cache import CacheStatistics, PictureCache
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
@@ -30,6 +33,36 @@ class PatchSource(Protocol):
         """Announce the order in which pictures will be asked for."""
         ...
 
+    @property
+    def cache_bytes(self) -> int | None:
+        """What may be kept in memory; None where all pictures are there."""
+        ...
+
+    def picture_bytes(self, index: int) -> int:
+        """What a picture takes of it, an estimate where it has not been described yet."""
+        ...
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """What the cache has done."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DescribedPictures:
+    """Pictures as ranking takes them, queries or a database.
+
+    global_: N×D float32, unit rows; patches: their patch descriptors by the same rows, None for a purely global model;
+    index: a search index of global_ that was made before.
+    """
+
+    global_: NDArray[np.float32]
+    patches: PatchSource | None
+    index: ApproximateSearch | None = None
+
+    def __len__(self) -> int:
+        return len(self.global_)
+
 
 class PatchesInMemory:
     """Pictures that are described already."""
@@ -48,20 +81,35 @@ class PatchesInMemory:
     def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing: all are here."""
 
+    @property
+    def cache_bytes(self) -> None:
+        """All are here."""
+        return None
+
+    def picture_bytes(self, index: int) -> int:
+        """What a picture takes in memory."""
+        return self._pictures[index].nbytes
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """Nothing is read."""
+        return CacheStatistics(0, 0, 0, len(self._pictures), sum(picture.nbytes for picture in self._pictures))
+
 
 class OnDemandPatches:
-    """Describes a picture when its patches are asked for, and keeps as many as fit into cache_gb.
+    """Describes a picture when its patches are asked for, and keeps as many as fit into cache_bytes.
 
     Trades the disk that a store takes for computing: every candidate is described once while it stays in memory.
     """
 
-    def __init__(self, model: PlaceModel, pictures: ImageList, size: FeatureExtractConfig, cache_gb: float) -> None:
+    def __init__(self, model: PlaceModel, pictures: ImageList, size: FeatureExtractConfig, cache_bytes: int) -> None:
         self._model = model
         self._pictures = pictures
         self._settings = size
         self._rounded = False
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
-        self._cache = PictureCache(self._describe, lambda index: 0, int(cache_gb * 1e9))
+        self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes)
+        self._bytes = 0  # of the picture described last
 
     def patches(self, index: int) -> PatchFeatures:
         """Patch descriptors of one picture, float32, on the CPU."""
@@ -76,10 +124,25 @@ class OnDemandPatches:
     def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing: describing ahead would take the processor from matching."""
 
+    @property
+    def cache_bytes(self) -> int:
+        """What may be kept in memory."""
+        return self._cache.max_bytes
+
+    def picture_bytes(self, index: int) -> int:
+        """That of the picture described last."""
+        return self._bytes
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """What the cache has done; its reads are pictures described."""
+        return self._cache.statistics
+
     def _describe(self, index: int) -> tuple[np.ndarray, ...]:
         settings = self._settings
         picture = read_image(self._pictures.paths[index], settings.exif_rotation)
         tensor = prepare_image(picture, settings.imageresizeh, settings.imageresizew)
         features = self._model.describe(tensor[None].to(self._model.device)).picture(0)
         self._grids[index] = features.grids
+        self._bytes = features.nbytes
         return tuple(descriptors.cpu().numpy() for descriptors in features.descriptors)

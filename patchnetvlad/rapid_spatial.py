@@ -2,9 +2,8 @@
 
 import torch
 
-from patchnetvlad.matching import Matches
+from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.scores import Score
 
 TOLERANCE = 1.5  # patch pitches from the mean displacement; only marks inliers, the score does not use it
 

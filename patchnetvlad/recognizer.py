@@ -1,6 +1,7 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.images import prepare_image, read_image
+from patchnetvlad.errors import UserError
+from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.paths import require_file
-from patchnetvlad.reranker import Reranker
-from patchnetvlad.reranking import PairScore, find_matcher, score_pair, weighted_sum
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.ranking import Ranker, find_matcher
+from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
 from patchnetvlad.weights import load_model
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -80,16 +81,18 @@ class PlaceRecognizer:
         return cls(model.to(device), config)
 
     def describe(self, pictures: Pictures) -> list[Description]:
-        """Describe one picture or several, one at a time, in the order given.
+        """Describe one picture or several, in the order given; while one is described, the next are loaded.
 
         Raises UserError for a file that cannot be read, ValueError for an array or tensor of another shape or type.
         """
-        return list(self._described([pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)))
+        several = [pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)
+        threads = 0 if _is_one(pictures) else self.config.global_params.loading_threads
+        with closing(in_order(self._tensor, several, threads, ahead=threads)) as tensors:
+            return [self._described(tensor) for tensor in tensors]
 
-    def _described(self, pictures: Iterable[Picture]) -> Iterator[Description]:
-        for picture in pictures:
-            described = self.model.describe(self._tensor(picture)[None].to(self.model.device))
-            yield Description(described.global_[0], described.picture(0))
+    def _described(self, tensor: Tensor) -> Description:
+        described = self.model.describe(tensor[None].to(self.model.device))
+        return Description(described.global_[0], described.picture(0))
 
     def compare(self, query: Description, reference: Description) -> Comparison:
         """Match two pictures at every patch size and score how well the matches agree in space."""
@@ -124,15 +127,19 @@ def _is_one(pictures: Pictures) -> TypeGuard[Picture]:
 
 
 class PlaceDatabase:
-    """Described pictures in memory; answers name them by their position, from 0 in the order given."""
+    """Described pictures in memory; answers name them by their position, from 0 in the order given.
+
+    Raises UserError for settings of [feature_match] that such a database cannot follow: candidates of another method,
+    patches on demand, more patches than cache_gb, and what `Ranker` refuses.
+    """
 
     def __init__(self, recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> None:
         self.recognizer = recognizer
         self.pictures = list(pictures)
-        patches = PatchesInMemory(described.patches for described in self.pictures)
-        self._reranker = Reranker(recognizer.config.feature_match, patches)
-        vectors = [described.global_.cpu().numpy() for described in self.pictures]
-        self._global = np.stack(vectors) if vectors else np.zeros((0, recognizer.model.output_dims), dtype=np.float32)
+        _check_in_memory(recognizer.config, self.pictures)
+        self._ranker = Ranker(
+            recognizer.config.feature_match, described_pictures(recognizer, self.pictures), recognizer.model.device
+        )
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -140,15 +147,44 @@ class PlaceDatabase:
     def query(self, picture: Picture | Description, top: int = 5) -> list[Answer]:
         """The database pictures most like a query, best first: at most ``top``.
 
-        The [feature_match] rerank_top nearest by global descriptor (at least ``top``; without it 100) are re-ranked
-        by their patches. With a global model the order is the retrieval's.
+        The nearest by global descriptor are re-ranked by their patches, as many as [feature_match] says and at least
+        ``top``. With a global model the order is the retrieval's.
         """
         if not isinstance(picture, Description):
             (picture,) = self.recognizer.describe([picture])
-        count = max(top, self.recognizer.config.feature_match.rerank_top or 100)
-        found = retrieve(picture.global_[None].cpu().numpy(), self._global, count)
-        indices = found.indices[0].tolist()
-        if not picture.patches.descriptors:
-            return [Answer(i, float(score)) for i, score in zip(indices, found.scores[0], strict=True)][:top]
-        ranking = self._reranker.rerank(picture.patches, indices)
-        return [Answer(indices[position], float(ranking.fused[position])) for position in ranking.order[:top]]
+        rankings = self._ranker.rank(described_pictures(self.recognizer, [picture]), at_least=top)
+        if rankings.scores is None:
+            indices, scores = rankings.indices[0], rankings.retrieved.scores[0]
+        else:
+            indices, scores = rankings.scores.indices[0], rankings.scores.fused[0]
+        best = zip(indices[:top].tolist(), scores[:top].tolist(), strict=True)
+        return [Answer(index, score) for index, score in best if index >= 0]
+
+
+def described_pictures(recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> DescribedPictures:
+    """Descriptions as ranking takes them."""
+    vectors = [described.global_.cpu().numpy() for described in pictures]
+    dims = recognizer.model.output_dims
+    global_ = np.stack(vectors) if vectors else np.zeros((0, dims), dtype=np.float32)
+    if recognizer.config.global_params.pooling != "patchnetvlad":
+        return DescribedPictures(global_, None)
+    return DescribedPictures(global_, PatchesInMemory(described.patches for described in pictures))
+
+
+def _check_in_memory(config: Config, pictures: Sequence[Description]) -> None:
+    options = config.feature_match
+    if options.pred_input_path is not None:
+        raise UserError(
+            f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, which a "
+            "database in memory does not have (feature_match takes it)"
+        )
+    if config.describes_on_demand:
+        raise UserError(
+            "[feature_match] local_features = on_demand: a database in memory keeps its patches (take stored)"
+        )
+    held = sum(described.patches.nbytes for described in pictures)
+    if options.cache_gb is not None and held > options.cache_gb * 1e9:
+        raise UserError(
+            f"[feature_match] cache_gb = {options.cache_gb:g}: the patches of {len(pictures)} pictures in memory take "
+            f"{held / 1e9:.3g} GB (take more, or features on disk with feature_match)"
+        )

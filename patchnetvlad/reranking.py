@@ -10,36 +10,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.errors import UserError
-from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
+from patchnetvlad.matching import WAYS, Matches, Prepared, Score, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ransac import ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.rounded_matching import rounded_mutual_matches
-from patchnetvlad.scores import Score
 
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
-Matcher = Callable[[Matches, PatchGrid, PatchGrid], Score]
-"""Matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement."""
 
-ManyMatcher = Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]]
-"""The same for many pairs together, computed on a device."""
+@dataclass(frozen=True)
+class Matcher:
+    """How the matches of two pictures at one patch size are scored.
+
+    one: matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement; many: the same
+    for many pairs together, computed on a device, where that is faster.
+    """
+
+    one: Callable[[Matches, PatchGrid, PatchGrid], Score]
+    many: Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]] | None = (
+        None
+    )
+
+    def score(
+        self,
+        matches: Sequence[Matches],
+        query_grids: Sequence[PatchGrid],
+        reference_grids: Sequence[PatchGrid],
+        device: torch.device,
+    ) -> list[Score]:
+        """Scores of many pairs, in the way that is faster."""
+        if self.many is not None:
+            return self.many(matches, query_grids, reference_grids, device)
+        return [self.one(*pair) for pair in zip(matches, query_grids, reference_grids, strict=True)]
+
 
 MATCHERS: dict[str, Matcher] = {
-    "RANSAC": ransac_score,
-    "spatialApproximator": rapid_spatial_score,
+    "RANSAC": Matcher(ransac_score, ransac_scores),
+    "spatialApproximator": Matcher(rapid_spatial_score),
 }
-
-TOGETHER: dict[Matcher, ManyMatcher] = {ransac_score: ransac_scores}  # for matchers that gain by it
-
-
-def find_matcher(name: str) -> Matcher:
-    """A matcher by its name in the table; raises UserError for another name."""
-    if name not in MATCHERS:
-        raise UserError(f"[feature_match] matcher = {name}: expected {' or '.join(MATCHERS)}")
-    return MATCHERS[name]
 
 
 @dataclass(frozen=True)
@@ -63,22 +73,6 @@ class Reranking:
     per_scale: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class RankingScores:
-    """Spatial scores of all queries' re-ranked candidates, best first; larger is better.
-
-    patch_sizes: S of them; matcher: its name in MATCHERS; indices: int64 nQ×r, database rows, −1 where a query has
-    fewer than r candidates (its scores there are 0); fused: float64 nQ×r; per_scale: float64 nQ×r×S, as the matcher
-    gave them.
-    """
-
-    patch_sizes: tuple[int, ...]
-    matcher: str
-    indices: NDArray[np.int64]
-    fused: NDArray[np.float64]
-    per_scale: NDArray[np.float64]
-
-
 def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
     """Match and score two pictures at every patch size; their grids may differ."""
     matches = match_pair(query, reference)
@@ -88,11 +82,15 @@ def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher)
 
 def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches, ...]:
     """Mutual matches of two pictures at every patch size, by 8-bit products where both have them."""
-    pairs = list(zip(query.descriptors, reference.descriptors, strict=True))
-    if query.rounded and reference.rounded:
-        rounded = zip(query.rounded, reference.rounded, strict=True)
-        return tuple(rounded_mutual_matches(*rows, *eight) for rows, eight in zip(pairs, rounded, strict=True))
-    return tuple(mutual_matches(*rows) for rows in pairs)
+    way = WAYS["int8" if query.rounded and reference.rounded else "float32"]
+    pairs = zip(_prepared(query, way.rounds), _prepared(reference, way.rounds), strict=True)
+    return tuple(way.match(*pair) for pair in pairs)
+
+
+def _prepared(picture: PatchFeatures, rounds: bool) -> list[Prepared]:
+    if not rounds:
+        return [Prepared(rows) for rows in picture.descriptors]
+    return [Prepared(*both) for both in zip(picture.descriptors, picture.rounded, strict=True)]
 
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:
@@ -124,11 +122,13 @@ def rerank(
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
+    positions: Sequence[int] | None = None,
 ) -> Reranking:
-    """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
+    """Order a query's candidates by their fused spatial scores; ties keep the retrieval order.
 
     candidates is consumed once and no more than a batch is held, so they may come from disk one by one.
     batch_size: candidates matched and scored in one go on the query's device; 1 suits the CPU, more an accelerator.
+    positions: of the candidates in the retrieval order, where they come in another.
     """
     values: list[list[float]] = []
     stream = iter(candidates)
@@ -137,6 +137,8 @@ def rerank(
         scored = _score_all(query, [candidate.grids for candidate in batch], matches, matcher)
         values += [[score.value for score in scores] for scores in scored]
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
+    if positions is not None:
+        per_scale = per_scale[np.argsort(np.array(positions, dtype=np.int64))]
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
 
@@ -154,9 +156,9 @@ def collect_scores(
     indices = np.full((len(rerankings), most), -1, dtype=np.int64)
     fused = np.zeros((len(rerankings), most))
     per_scale = np.zeros((len(rerankings), most, len(patch_sizes)))
-    for row, (found, reranking) in enumerate(zip(candidates, rerankings, strict=True)):
+    for row, (retrieved, reranking) in enumerate(zip(candidates, rerankings, strict=True)):
         count = len(reranking.order)
-        indices[row, :count] = found[:count][reranking.order]
+        indices[row, :count] = retrieved[:count][reranking.order]
         fused[row, :count] = reranking.fused[reranking.order]
         per_scale[row, :count] = reranking.per_scale[reranking.order]
     return RankingScores(tuple(patch_sizes), matcher, indices, fused, per_scale)
@@ -168,15 +170,16 @@ def _score_all(
     matches: Sequence[tuple[Matches, ...]],
     matcher: Matcher,
 ) -> list[tuple[Score, ...]]:
-    """Scores of some references, one for each patch size."""
+    """Scores of several references, one for each patch size."""
     sizes = len(query.grids)
-    found = [one for some in matches for one in some]
-    others = [grid for grids in reference_grids for grid in grids]
-    own = list(query.grids) * len(matches)
-    if matcher in TOGETHER and found:
-        scores = TOGETHER[matcher](found, own, others, query.descriptors[0].device)
-    else:
-        scores = [matcher(*pair) for pair in zip(found, own, others, strict=True)]
+    if not sizes:
+        return [()] * len(matches)
+    scores = matcher.score(
+        [of_size for of_pair in matches for of_size in of_pair],
+        list(query.grids) * len(matches),
+        [grid for grids in reference_grids for grid in grids],
+        query.descriptors[0].device,
+    )
     return [tuple(scores[first : first + sizes]) for first in range(0, len(scores), sizes)]
 
 

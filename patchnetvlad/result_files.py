@@ -9,20 +9,19 @@
 Every file appears complete or not at all.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os import getpid
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import read_text, some_of, told, write_text, writing
 from patchnetvlad.recall import Recall
-from patchnetvlad.reranking import RankingScores
-from patchnetvlad.retrieval import Candidates
 
+RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages
 _KAPTURE_HEADER = ("# kapture format: 1.1", "# query_image, map_image, score")
 
 
@@ -101,6 +100,13 @@ def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool
     _write_lines(path, (" ".join(row + row[-1:] * (width - len(row))) for row in rows))
 
 
+FORMATS: dict[str, tuple[str, Callable[[Path, Iterable[Ranking]], None]]] = {  # format: end of the file name, writer
+    "kapture": ("predictions.txt", write_kapture_pairs),
+    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
+    "msls": ("predictions_msls.txt", write_msls_predictions),
+}
+
+
 def read_pairs(path: Path) -> list[Ranking]:
     """Read a Kapture (two or three columns) or hloc pairs file; queries in the order of their first line.
 
@@ -170,7 +176,7 @@ def write_recalls(path: Path, recalls: Mapping[str, Recall]) -> None:
 
 def write_scores(path: Path, scores: RankingScores, query_names: Sequence[str], database_names: Sequence[str]) -> None:
     """Write an .npz file of the fields of RankingScores and of query_names and database_names, text arrays."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as file:
         np.savez_compressed(
             file,
             patch_sizes=np.array(scores.patch_sizes, dtype=np.int64),
@@ -198,9 +204,8 @@ def read_scores(path: Path) -> tuple[RankingScores, tuple[str, ...], tuple[str, 
 
 def _read_npy_rows(path: Path, num_queries: int, num_database: int) -> list[list[int]]:
     try:
-        indices = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with told(path, "cannot be read"):
+            indices = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not an .npy file of integers, or damaged") from error
     if not isinstance(indices, np.ndarray) or indices.ndim != 2 or indices.dtype.kind not in "iu":
@@ -231,7 +236,7 @@ def _read_named_rows(path: Path, query_names: Sequence[str], database_names: Seq
 
 
 def _examples(names: Sequence[str]) -> str:
-    return f"{len(names)} pictures such as {', '.join(names[:3])}"
+    return f"{len(names)} pictures such as {some_of(names, 3)}"
 
 
 def _plain(name: str) -> str:
@@ -259,31 +264,9 @@ def _key_table(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines that are neither blank nor comments."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8") from error
-    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
+    lines = ((number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside path that takes its place when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_text(path, (f"{line}\n" for line in lines))

@@ -1,14 +1,14 @@
 """Nearest database pictures by global descriptor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import ApproximateSearch, Candidates
 from patchnetvlad.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -24,55 +24,48 @@ _Search = Callable[[Float32Rows, int], tuple[Float32Rows, NDArray[np.int64]]]
 """Queries and a number n → squared distances, accurate to rounding, and rows of the n nearest, nearest first."""
 
 
-class ApproximateSearch(Protocol):
-    """A search that may miss neighbours; what it finds is compared exactly."""
+class DatabaseIndex:
+    """The global descriptors of a database, made ready once and searched for any number of queries.
 
-    def search(self, queries: Float32Rows, count: int) -> NDArray[np.int64]:
-        """At least `count` database rows for each query, in any order; −1 where fewer are found."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Database pictures proposed for each query, best first.
-
-    indices: int64 nQ×k, rows of the database; rows with fewer than k candidates end in −1.
-    scores: float32 nQ×k, larger is better (a search gives minus the squared distance), −inf where the index is −1.
-    """
-
-    indices: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-
-def retrieve(
-    queries: Float32Rows,
-    database: Float32Rows,
-    k: int,
-    index: str | ApproximateSearch = "Flat",
-    device: torch.device = _CPU,
-    panorama_cutouts: int = 1,
-) -> Candidates:
-    """The k nearest database rows (M×D) of each query (N×D) by Euclidean distance; at most M of them.
-
-    index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Anything else runs on
-    the CPU and proposes rows, which are ranked by their exact distances: a faiss factory string, of which an index is
-    made here, or a search that was made before. panorama_cutouts: consecutive database rows that show one panorama;
-    only the best of each panorama is kept, and k counts panoramas.
-
+    database: M×D; index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Anything
+    else runs on the CPU and proposes rows, which are ranked by their exact distances: a faiss factory string, of which
+    an index is made here, or a search that was made before.
     Raises UserError if faiss cannot make, train or search the index.
     """
-    wanted = min(k * panorama_cutouts, len(database))
-    if wanted == 0 or len(queries) == 0:
-        empty = (len(queries), wanted)
-        found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
-    elif index == "Flat":
-        found = _exact(queries, database, wanted, device)
-    else:
-        proposed = (
-            _propose(queries, database, wanted, index) if isinstance(index, str) else index.search(queries, wanted)
-        )
-        found = _ranked(queries, database, proposed, wanted)
-    return best_cutout_per_panorama(found, panorama_cutouts, k)
+
+    def __init__(
+        self, database: Float32Rows, index: str | ApproximateSearch = "Flat", device: torch.device = _CPU
+    ) -> None:
+        self._database = database
+        self._fast: _Search | None = None
+        self._approximate: ApproximateSearch | None = None
+        if len(database) == 0:
+            return
+        if not isinstance(index, str):
+            self._approximate = index
+        elif index != "Flat":
+            self._approximate = _FactoryIndex(database, index)
+        else:
+            self._fast = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
+            self._largest = _largest_square(database)
+
+    def search(self, queries: Float32Rows, k: int, panorama_cutouts: int = 1) -> Candidates:
+        """The k nearest rows of each query (N×D) by Euclidean distance; at most M of them.
+
+        panorama_cutouts: consecutive database rows that show one panorama; only the best of each panorama is kept, and
+        k counts panoramas.
+        """
+        wanted = min(k * panorama_cutouts, len(self._database))
+        if wanted == 0 or len(queries) == 0:
+            empty = (len(queries), wanted)
+            found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
+        elif self._approximate is not None:
+            found = _ranked(queries, self._database, self._approximate.search(queries, wanted), wanted)
+        else:
+            assert self._fast is not None  # there is a database
+            doubt = _ROUNDING * 2 * max(self._largest, _largest_square(queries))
+            found = _exact(queries, self._database, wanted, self._fast, doubt)
+        return best_cutout_per_panorama(found, panorama_cutouts, k)
 
 
 def exact_rows(queries: Float32Rows, database: Float32Rows, k: int) -> NDArray[np.int64]:
@@ -115,15 +108,16 @@ def looks_like_cutouts(utm_database: NDArray[np.floating], panorama_cutouts: int
     return one_place_each and not bool((coordinates == coordinates[0, 0]).all())
 
 
-def _exact(queries: Float32Rows, database: Float32Rows, k: int, device: torch.device) -> Candidates:
+def _largest_square(rows: Float32Rows) -> float:
+    return float(np.einsum("nd,nd->n", rows, rows).max())
+
+
+def _exact(queries: Float32Rows, database: Float32Rows, k: int, search: _Search, doubt: float) -> Candidates:
     """Fast search for a few more than k neighbours, which are then put in order by exact distances.
 
-    Fast distances, |q|² − 2q·d + |d|², carry rounding that depends on the device and on the position in a block:
-    equal pictures would come out unequal and in any order.
+    Fast distances, |q|² − 2q·d + |d|², carry rounding, at most ``doubt``, that depends on the device and on the
+    position in a block: equal pictures would come out unequal and in any order.
     """
-    search = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
-    largest = max(float(np.einsum("nd,nd->n", rows, rows).max()) for rows in (queries, database))
-    doubt = _ROUNDING * 2 * largest
     indices = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
     for start in range(0, len(queries), _QUERIES):
@@ -163,7 +157,7 @@ def _torch_search(database: Float32Rows, device: torch.device) -> _Search:
     ]
     squared_norms = [block.square().sum(dim=1) for block in blocks]
 
-    def search(queries: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
         rows = torch.as_tensor(queries, device=device)
         best = torch.empty(len(rows), 0, device=device)
         nearest = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
@@ -181,21 +175,33 @@ def _torch_search(database: Float32Rows, device: torch.device) -> _Search:
     return search
 
 
-def _propose(queries: Float32Rows, database: Float32Rows, count: int, factory: str) -> NDArray[np.int64]:
-    """Rows that an index made for this search finds, nQ×count."""
-    rows = np.ascontiguousarray(database, dtype=np.float32)
-    try:
-        index = faiss.index_factory(rows.shape[1], factory)
-        if not index.is_trained:
-            index.train(rows)
-        index.add(rows)
-        _, found = index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
-    except RuntimeError as error:
-        raise UserError(
-            f"[feature_match] index = {factory}: faiss cannot search {rows.shape[0]} pictures of {rows.shape[1]} "
-            f"dimensions with it: {faiss_reason(error)} (the exact search is Flat)"
-        ) from error
-    return np.asarray(found, dtype=np.int64)
+class _FactoryIndex:
+    """An index made by faiss's factory string, in memory."""
+
+    def __init__(self, database: Float32Rows, factory: str) -> None:
+        self._factory, self._shape = factory, database.shape
+        rows = np.ascontiguousarray(database, dtype=np.float32)
+        try:
+            self._index = faiss.index_factory(rows.shape[1], factory)
+            if not self._index.is_trained:
+                self._index.train(rows)
+            self._index.add(rows)
+        except RuntimeError as error:
+            raise self._refused(error) from error
+
+    def search(self, queries: Float32Rows, count: int) -> NDArray[np.int64]:
+        """What the index finds."""
+        try:
+            _, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
+        except RuntimeError as error:
+            raise self._refused(error) from error
+        return np.asarray(rows, dtype=np.int64)
+
+    def _refused(self, error: RuntimeError) -> UserError:
+        return UserError(
+            f"[feature_match] index = {self._factory}: faiss cannot search {self._shape[0]} pictures of "
+            f"{self._shape[1]} dimensions with it: {faiss_reason(error)} (the exact search is Flat)"
+        )
 
 
 def _ranked(queries: Float32Rows, database: Float32Rows, proposed: NDArray[np.int64], k: int) -> Candidates:

@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from patchnetvlad.encoder import Encoder
 from patchnetvlad.patch_grid import EncoderGeometry
 
 STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel thresholds mean the same
@@ -13,13 +14,13 @@ CELLS = 4  # cells along each side of a descriptor
 ORIENTATIONS = 8
 CLIP = 0.2  # largest entry after the first L2 normalisation (Lowe 2004)
 
-# What torchvision's normalisation took away (SPEC 1), and the weights of ITU-R BT.601 luma.
+# What normalisation took away, and the weights of ITU-R BT.601 luma.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 
 
-class DenseRootSIFT(nn.Module):
+class DenseRootSIFT(Encoder):
     """A 128-channel RootSIFT descriptor (Arandjelović, Zisserman 2012) every 16 pixels, upright.
 
     Channel (4·row + column)·8 + orientation holds the histogram entry of one cell; orientation b collects

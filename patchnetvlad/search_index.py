@@ -16,13 +16,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
+from patchnetvlad.feature_header import hash_names
+from patchnetvlad.files import make_folder, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
 
 logger = logging.getLogger(__name__)
-
-ENDING = ".json"
-"""What tells a built index from a factory string in [feature_match] index."""
 
 _FORMAT = "patchnetvlad search index"
 _VERSION = 1
@@ -165,8 +165,8 @@ def build_index(
 
     Raises UserError where faiss cannot make the index, and when files cannot be written.
     """
-    if path.suffix != ENDING:
-        raise UserError(f"{path}: a search index is named by a file that ends in {ENDING}")
+    if path.suffix != BUILT_INDEX:
+        raise UserError(f"{path}: a search index is named by a file that ends in {BUILT_INDEX}")
     factory = default_factory(*database.shape) if factory is None else factory
     shards = max(1, min(shards, len(database)))
     try:
@@ -178,7 +178,7 @@ def build_index(
             factory=factory,
             num_pictures=len(database),
             num_dims=database.shape[1],
-            names_sha256=_names_sha256(names),
+            names_sha256=hash_names(names),
             rows_sha256=_rows_sha256(database),
             parameters={},
             widening=1,
@@ -192,12 +192,8 @@ def build_index(
             f"--factory {factory}: faiss cannot make this index of {len(database)} pictures of {database.shape[1]} "
             f"dimensions: {faiss_reason(error)}"
         ) from error
-    except OSError as error:
-        raise UserError(f"{path}: the index cannot be written ({error.strerror})") from error
     content = {"format": _FORMAT, "version": _VERSION, **asdict(index.record)}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return index
 
 
@@ -207,7 +203,7 @@ def open_index(path: Path, database: Float32Rows, names: Sequence[str]) -> Searc
     Raises UserError, in one line, when it is of another list or model, damaged or cut short.
     """
     record = _read_record(path)
-    if record.num_pictures != len(database) or record.names_sha256 != _names_sha256(names):
+    if record.num_pictures != len(database) or record.names_sha256 != hash_names(names):
         raise UserError(
             f"{path}: is an index of another list ({record.num_pictures} pictures there, {len(database)} here; build "
             "it again with tools/build_index.py)"
@@ -225,10 +221,11 @@ def open_index(path: Path, database: Float32Rows, names: Sequence[str]) -> Searc
 
 def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shards: int) -> tuple[tuple[str, int], ...]:
     """Add the rows to copies of a trained index, one shard at a time; returns files and lengths."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an index without its record is none: nobody opens what is half replaced
-    for old in path.parent.glob(f"{path.stem}.*.faiss"):
-        old.unlink()
+    make_folder(path.parent)
+    with told(path):
+        path.unlink(missing_ok=True)  # an index without its record is none: nobody opens what is half replaced
+        for old in path.parent.glob(f"{path.stem}.*.faiss"):
+            old.unlink()
     files = []
     bounds = np.linspace(0, len(database), shards + 1).astype(int).tolist()
     for number, (first, end) in enumerate(pairwise(bounds)):
@@ -236,7 +233,8 @@ def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shard
         for start in range(first, end, _ROWS_AT_ONCE):
             index.add(np.ascontiguousarray(database[start : min(end, start + _ROWS_AT_ONCE)], dtype=np.float32))
         file = path.with_name(f"{path.stem}.{number:03}.faiss")
-        faiss.write_index(index, str(file))
+        with replacing(file) as temporary:
+            faiss.write_index(index, str(temporary))
         files.append((file.name, file.stat().st_size))
         logger.info("%s: %d pictures, %.1f MB", file, end - first, file.stat().st_size / 1e6)
     return tuple(files)
@@ -256,7 +254,8 @@ def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Ind
 
 def _read_record(path: Path) -> IndexRecord:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with told(path, "cannot be read"):
+            content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:
             raise ValueError(content)
         version = content.pop("version")
@@ -264,8 +263,6 @@ def _read_record(path: Path) -> IndexRecord:
             parameters = {str(name): int(value) for name, value in content["parameters"].items()}
             shards = tuple((Path(str(name)).name, int(size)) for name, size in content["shards"])
             return IndexRecord(**{**content, "parameters": parameters, "shards": shards})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: does not describe a search index ({_DAMAGED})") from error
     raise UserError(f"{path}: written in format version {version}, this program reads {_VERSION} (build it again)")
@@ -283,10 +280,6 @@ def _without_self(rows: NDArray[np.int64], own: NDArray[np.int64], count: int) -
     others = rows != own[:, None]
     others[np.arange(len(rows)), np.where(others.all(axis=1), rows.shape[1] - 1, others.argmin(axis=1))] = False
     return rows[others].reshape(len(rows), -1)[:, :count]
-
-
-def _names_sha256(names: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(names)).encode("ascii")).hexdigest()
 
 
 def _rows_sha256(database: Float32Rows) -> str:

@@ -1,24 +1,28 @@
-"""The training loop: draw, mine, learn, validate, keep the best; every subset ends in a checkpoint (SPEC 13)."""
+"""The training loop: draw, mine, learn, validate, keep the best; every subset ends in a checkpoint.
+
+docs/training.md says the course in full; the paper's section 4.1 gives its settings.
+"""
 
 import logging
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from patchnetvlad.config import Config
-from patchnetvlad.describing import Describer
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
-from patchnetvlad.mining import Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
+from patchnetvlad.losses import find_loss
+from patchnetvlad.mining import Describer, Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
 from patchnetvlad.training_data import CityPictures, TripletPlaces
-from patchnetvlad.training_log import TrainingLog
 from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
-from patchnetvlad.triplet_loss import triplet_loss
-from patchnetvlad.validation import validate
+from patchnetvlad.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +54,12 @@ class Trainer:
         self._save_every_epoch = save_every_epoch
         self._progress = progress
         self._settings = run_settings(config, places)
+        self._loss = find_loss(train.loss)
         self._frozen = FrozenPart(learning.model, train.mixed_precision, train.frozen_cache_gb * 1e9)
         learned = LearnedPart(learning.model, train.mixed_precision)
         self._learned = processes.wrapped(learned)
         self._describe = Describer(self._frozen, learned, config, processes, progress)
-        self._log = TrainingLog(folder if processes.is_first else None, learning.progress.step)
+        self._log = _TrainingLog(folder if processes.is_first else None, learning.progress.step)
 
     def run(self, num_epochs: int) -> None:
         """Learn until ``num_epochs`` epochs are finished, or Recall@5 has not risen for [train] patience validations.
@@ -114,7 +119,7 @@ class Trainer:
         train, progress, started = self._config.train, self._learning.progress, time.perf_counter()
         self._frozen.clear()
         descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", keep=True)
-        triplets = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
+        triplets = self._mined(subset, descriptors)
         if not triplets:
             logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
             return
@@ -128,16 +133,16 @@ class Trainer:
             self._places.paths,
             (train.imageresizeh, train.imageresizew),
             train.cachebatchsize,
-            max(1, self._config.global_params.threads),
+            self._config.global_params.loading_threads,
         )
         total = 0.0
         bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)
         for step, share, own, numbers, maps in zip(bar, shares, taken, pictures, outputs, strict=True):
-            num_negatives = sum(len(triplet.negatives) for triplet in step)
-            loss = self._step(maps, numbers, own, len(share) > 0, num_negatives, label)
+            num_terms = self._loss.terms([(triplet.query, triplet.positive, triplet.negatives) for triplet in step])
+            loss = self._step(maps, numbers, own, len(share) > 0, num_terms, label)
             total += loss
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._log.step(progress.step, loss, num_negatives)
+            self._log.step(progress.step, loss, sum(len(triplet.negatives) for triplet in step))
         seconds = time.perf_counter() - started
         seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
         logger.info(
@@ -150,13 +155,20 @@ class Trainer:
         )
         self._log.subset(progress.step, seen, len(triplets), len(subset.queries))
 
+    def _mined(self, subset: Subset, descriptors: NDArray[np.float32]) -> list[TripletSet]:
+        """Triplet sets as the first process finds them: on other cards distances may round to another order."""
+        train, found = self._config.train, []
+        if self._processes.is_first:
+            found = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
+        return self._processes.from_first(found)
+
     def _step(
         self,
         maps: torch.Tensor,
         numbers: list[int],
         triplets: list[TripletSet],
         counts: bool,
-        num_negatives: int,
+        num_terms: int,
         label: str,
     ) -> float:
         """One step of the optimiser; returns the loss of the whole step, over all processes."""
@@ -168,7 +180,7 @@ class Trainer:
         ]
         learning.optimizer.zero_grad(set_to_none=True)
         descriptors = self._learned(maps)
-        part = triplet_loss(descriptors, rows, self._config.train.margin) / num_negatives * float(counts)
+        part = self._loss.total(descriptors, rows, self._config.train.margin) / num_terms * float(counts)
         (part * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
         loss = float(self._processes.sum(part.detach()))
         gradients = [parameter.grad for parameter in learning.parameters if parameter.grad is not None]
@@ -189,10 +201,11 @@ class Trainer:
     def _validate(self) -> None:
         train, progress = self._config.train, self._learning.progress
         n_values = sorted({*self._config.feature_match.n_values_all, _DECIDING_N})
-        result = validate(self._describe, self._validation, train.match_radius, n_values, self._processes.device)
+        found = validate(self._describe, self._validation, train.match_radius, n_values, self._processes.device)
+        result = self._processes.from_first(found)  # so that all of them end at the same epoch
         for city, recall in result.cities.items():
-            found = ", ".join(f"@{n} {100 * value:.1f}" for n, value in zip(n_values, recall.with_match, strict=True))
-            logger.info("epoch %d: %s: Recall (%%) %s", progress.epoch, city, found)
+            values = ", ".join(f"@{n} {100 * value:.1f}" for n, value in zip(n_values, recall.with_match, strict=True))
+            logger.info("epoch %d: %s: Recall (%%) %s", progress.epoch, city, values)
         self._log.validation(progress.epoch, result)
         progress.recalls = result.total
         score = result.total[_DECIDING_N]
@@ -224,3 +237,50 @@ class Trainer:
 
 def _numbers(triplet: TripletSet) -> tuple[int, ...]:
     return (triplet.query, triplet.positive, *triplet.negatives)
+
+
+class _TrainingLog:
+    """TensorBoard events of a run; a silent one (folder None) takes everything and writes nothing."""
+
+    def __init__(self, folder: Path | None, after_step: int) -> None:
+        """after_step: events of later steps, of a run that was killed after its last checkpoint, are dropped."""
+        self._writer: SummaryWriter | None = None
+        if folder is not None:
+            self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+
+    def step(self, step: int, loss: float, num_negatives: int) -> None:
+        """One step's mean loss over its negatives, and how many those were."""
+        self._add("Train/Loss", loss, step)
+        self._add("Train/nNeg", num_negatives, step)
+
+    def subset(self, step: int, pictures_a_second: float, found: int, queries: int) -> None:
+        """After a subset: speed of mining and learning, and the share of queries that had a hard negative."""
+        self._add("Train/PicturesPerSecond", pictures_a_second, step)
+        self._add("Train/QueriesWithNegatives", found / queries, step)
+        self.flush()
+
+    def epoch(self, epoch: int, average_loss: float, learning_rate: float) -> None:
+        self._add("Train/AvgLoss", average_loss, epoch)
+        self._add("Train/LearningRate", learning_rate, epoch)
+        self.flush()
+
+    def validation(self, epoch: int, validation: Validation) -> None:
+        """Recall@N of all cities together and of each."""
+        for n, value in validation.total.items():
+            self._add(f"Val/Recall@{n}", value, epoch)
+        for city, recall in validation.cities.items():
+            for n, value in zip(recall.n_values, recall.with_match, strict=True):
+                self._add(f"Val_{city}/Recall@{n}", value, epoch)
+        self.flush()
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)

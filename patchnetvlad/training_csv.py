@@ -1,36 +1,36 @@
 """The user's own pictures as training data: one CSV file that says of each where it was taken and what it is for.
 
-Columns: ``image`` (path, relative to the dataset's root, or absolute); ``easting`` and ``northing`` in metres, or
-``latitude`` and ``longitude`` in degrees; ``role``, one of ROLES. Optional: ``city`` (queries are only compared with
-the database of their city), and the flags ``night``, ``sideways``, ``panorama``.
+Columns, in any case: ``image`` (path, relative to the dataset's root, or absolute); ``easting`` and ``northing`` in
+metres, or ``latitude`` and ``longitude`` in degrees; ``role``, one of ROLES. Optional: ``city`` (queries are only
+compared with the database of their city), and the flags ``night``, ``sideways``, ``panorama``.
 """
 
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pyproj import Transformer
 
-from patchnetvlad.csv_table import Table, read_table
+from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 
 ROLES = ("train_query", "train_database", "val_query", "val_database")
 
-_EQUATOR = 6_378_137.0  # WGS 84: radius in metres
-_FLATTENING = 1 / 298.257223563
 
-
-def read_own_dataset(path: Path, root: Path, include_panoramas: bool = False) -> TrainingData:
+def read_training_csv(path: Path, root: Path, include_panoramas: bool = False) -> TrainingData:
     """Read a CSV file of pictures; raises UserError naming line and column, or the city that lacks a role."""
     table = read_table(path)
-    images = table.text("image")
+    images = table.text(PICTURES)
     roles = table.choices("role", ROLES)
     if not images:
         raise UserError(f"{path}: lists no picture")
+    if "" in images:
+        raise UserError(f"{path}: line {table.lines[images.index('')]}: names no picture")
     positions = _positions(table)
-    cities = table.text("city") if table.has("city") else ["all"] * len(images)
+    cities = table.text("city") if table.find("city") else ["all"] * len(images)
     night, sideways, panorama = (
-        table.flags(column) if table.has(column) else np.zeros(len(images), dtype=bool)
+        table.flags(column) if table.find(column) else np.zeros(len(images), dtype=bool)
         for column in ("night", "sideways", "panorama")
     )
     wanted = np.ones(len(images), dtype=bool) if include_panoramas else ~panorama
@@ -44,6 +44,7 @@ def read_own_dataset(path: Path, root: Path, include_panoramas: bool = False) ->
             positions[rows],
             night[rows],
             sideways[rows],
+            np.zeros(len(rows), dtype=bool),
             np.arange(len(rows), dtype=np.int64)[:, None],
         )
 
@@ -65,29 +66,21 @@ def read_own_dataset(path: Path, root: Path, include_panoramas: bool = False) ->
 
 def earth_centred(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:
     """Metres from the earth's centre, n×3, of degrees on the WGS 84 ellipsoid: true distances, anywhere."""
-    phi, lam = np.radians(latitude), np.radians(longitude)
-    squared_eccentricity = _FLATTENING * (2 - _FLATTENING)
-    normal = _EQUATOR / np.sqrt(1 - squared_eccentricity * np.sin(phi) ** 2)
-    return np.column_stack(
-        [
-            normal * np.cos(phi) * np.cos(lam),
-            normal * np.cos(phi) * np.sin(lam),
-            normal * (1 - squared_eccentricity) * np.sin(phi),
-        ]
-    )
+    to_metres = Transformer.from_crs("EPSG:4979", "EPSG:4978")
+    return np.column_stack(to_metres.transform(latitude, longitude, np.zeros_like(latitude)))
 
 
 def _positions(table: Table) -> NDArray[np.float64]:
-    if table.has("latitude") and table.has("longitude") and not table.has("easting"):
-        latitude, longitude = table.numbers("latitude"), table.numbers("longitude")
-        wrong = np.flatnonzero((np.abs(latitude) > 90) | (np.abs(longitude) > 180))
-        if len(wrong):
-            row = wrong[0]
-            raise UserError(
-                f"{table.path}: line {row + 2}: latitude {latitude[row]:g}, longitude {longitude[row]:g}: expected "
-                "degrees (swapped, or metres?)"
-            )
-        return earth_centred(latitude, longitude)
-    if not table.has("easting"):
+    if table.find(EASTINGS):
+        return np.column_stack([table.numbers(EASTINGS), table.numbers(NORTHINGS)])
+    if not (table.find(LATITUDES) and table.find(LONGITUDES)):
         raise UserError(f"{table.path}: has neither columns easting and northing nor latitude and longitude")
-    return np.column_stack([table.numbers("easting"), table.numbers("northing")])
+    latitude, longitude = table.numbers(LATITUDES), table.numbers(LONGITUDES)
+    wrong = np.flatnonzero((np.abs(latitude) > 90) | (np.abs(longitude) > 180))
+    if len(wrong):
+        row = wrong[0]
+        raise UserError(
+            f"{table.path}: line {table.lines[row]}: latitude {latitude[row]:g}, longitude {longitude[row]:g}: "
+            "expected degrees (swapped, or metres?)"
+        )
+    return earth_centred(latitude, longitude)

@@ -1,7 +1,6 @@
 """What training learns from and is judged by: the pictures of cities, where each was taken, and who matches whom."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.images import check_images
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # files named in a message
 
 Rows = NDArray[np.int64]
 
@@ -25,7 +25,8 @@ class PictureSet:
     """Pictures of one side of a city, queries or database.
 
     keys and paths: one for each picture; positions: float64 n×c in metres (c = 2, or 3 for earth-centred ones), None
-    where they are secret; night, sideways: bool n; units: int64 u×L, the pictures of each unit that is matched: one
+    where they are secret; night, sideways: bool n; unlabelled: bool n, those of which the source does not tell one of
+    the two; units: int64 u×L, the pictures of each unit that is matched: one
     picture (L = 1) or the L pictures of a sequence; source: where the set came from, for messages.
     """
 
@@ -35,6 +36,7 @@ class PictureSet:
     positions: NDArray[np.float64] | None
     night: NDArray[np.bool_]
     sideways: NDArray[np.bool_]
+    unlabelled: NDArray[np.bool_]
     units: Rows
 
     def __len__(self) -> int:
@@ -53,6 +55,7 @@ class PictureSet:
             positions=None if self.positions is None else self.positions[used],
             night=self.night[used],
             sideways=self.sideways[used],
+            unlabelled=self.unlabelled[used],
             units=new_row[units],
         )
 
@@ -92,26 +95,28 @@ class TrainingData:
     train: tuple[CityPictures, ...]
     validation: tuple[CityPictures, ...]
 
-    def checked(self, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
+    def checked(self, processes: Processes, decode: bool, skip: bool, workers: int, progress: bool) -> "TrainingData":
         """The data without doubt about its files: all are there, and with ``decode`` every picture can be read.
 
+        Decoding is shared among the processes, each with so many ``workers``; all of them find the same.
         Raises UserError naming the first bad files, or with ``skip`` leaves those pictures out and says so.
         """
         sides = [side for city in (*self.train, *self.validation) for side in (city.queries, city.database)]
         problems = _missing_files(sides)
         if decode:
-            there = [path for side in sides for path in side.paths if path not in problems]
-            problems |= _unreadable(there, workers, progress)
+            there = list(dict.fromkeys(path for side in sides for path in side.paths if path not in problems))
+            shares = processes.gathered(check_images(processes.share(there), workers, progress))
+            unreadable = {path: problem for share in shares for path, problem in share.items()}
+            problems |= {path: unreadable[path] for path in there if path in unreadable}
         if problems:
-            shown = "; ".join(list(problems.values())[:_SHOWN])
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            shown = some_of(list(problems.values()), separator="; ")
             total = sum(map(len, sides))
             if not skip:
                 raise UserError(
-                    f"{len(problems)} of {total} pictures cannot be used: {shown}{more} (restore them, or leave them "
+                    f"{len(problems)} of {total} pictures cannot be used: {shown} (restore them, or leave them "
                     "out with --skip_unreadable)"
                 )
-            logger.warning("%d of %d pictures are left out: %s%s", len(problems), total, shown, more)
+            logger.warning("%d of %d pictures are left out: %s", len(problems), total, shown)
 
         def cleaned(side: PictureSet) -> PictureSet:
             keep = np.array([path not in problems for path in side.paths], dtype=bool)
@@ -143,9 +148,7 @@ class TripletPlaces:
         return len(self.paths) - self.num_queries
 
 
-def triplet_places(
-    cities: Sequence[CityPictures], positive_radius: float, negative_radius: float, name: str = "training"
-) -> TripletPlaces:
+def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negative_radius: float) -> TripletPlaces:
     """Join cities of single pictures; queries without a positive are left out.
 
     Raises UserError when a city has none at all, or when its units are sequences.
@@ -154,33 +157,37 @@ def triplet_places(
     database: list[Path] = []
     positives: list[Rows] = []
     near: list[Rows] = []
-    night: list[bool] = []
-    sideways: list[bool] = []
+    labels: list[NDArray[np.bool_]] = []  # night, sideways, unlabelled: 3×queries of each city
     for city in cities:
         if city.queries.units.shape[1] != 1 or city.database.units.shape[1] != 1:
             raise UserError(f"{city.queries.source}: training learns from single pictures (task im2im)")
-        rows = city.positives(positive_radius)
-        too_near = city.positives(negative_radius)
-        used = [row for row, found in enumerate(rows) if len(found)]
+        positives_here = city.positives(positive_radius)
+        near_here = city.positives(negative_radius)
+        used = [row for row, found in enumerate(positives_here) if len(found)]
         if not used:
             raise UserError(
-                f"{city.queries.source}: none of the {len(rows)} queries of {city.name} has a database picture within "
-                f"{positive_radius:g} m, nor can anything be learned there (leave the city out?)"
+                f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "
+                f"within {positive_radius:g} m, nor can anything be learned there (leave the city out?)"
             )
-        for row in used:
-            queries.append(city.queries.paths[row])
-            positives.append(rows[row] + len(database))
-            near.append(too_near[row] + len(database))
-            night.append(bool(city.queries.night[row]))
-            sideways.append(bool(city.queries.sideways[row]))
-        database.extend(city.database.paths)
+        queries += [city.queries.paths[row] for row in used]
+        positives += [positives_here[row] + len(database) for row in used]
+        near += [near_here[row] + len(database) for row in used]
+        labels.append(np.stack([city.queries.night, city.queries.sideways, city.queries.unlabelled])[:, used])
+        database += city.database.paths
         logger.info(
-            "%s: %s: %d queries of %d have a positive, %d database pictures",
-            name,
+            "training: %s: %d queries of %d have a positive, %d database pictures",
             city.name,
             len(used),
-            len(rows),
+            len(city.queries),
             len(city.database),
+        )
+    night, sideways, unlabelled = np.concatenate(labels, axis=1)
+    if unlabelled.any():
+        logger.warning(
+            "training: %d of %d queries have no known night or view_direction, and count as taken by day, looking "
+            "forward, where it is not told",
+            unlabelled.sum(),
+            len(queries),
         )
     offset = len(queries)
     return TripletPlaces(
@@ -188,7 +195,7 @@ def triplet_places(
         offset,
         tuple(rows + offset for rows in positives),
         tuple(rows + offset for rows in near),
-        sampling_weights(np.array(night, dtype=bool), np.array(sideways, dtype=bool)),
+        sampling_weights(night, sideways),
     )
 
 
@@ -215,22 +222,3 @@ def _missing_files(sides: Sequence[PictureSet]) -> dict[Path, str]:
             if path.name not in folders[path.parent]:
                 problems[path] = f"{path}: no such file"
     return problems
-
-
-def _unreadable(paths: Sequence[Path], workers: int, progress: bool) -> dict[Path, str]:
-    problems = check_images(paths, workers, progress)
-    by_text = {str(path): path for path in paths}
-    found: dict[Path, str] = {}
-    for problem in problems:  # "FILE: reason", and a file's name may itself hold ": "
-        place = problem
-        while place not in by_text:
-            place = place.rpartition(": ")[0]
-        found[by_text[place]] = problem
-    return found
-
-
-def require_unique_keys(source: Path, keys: Sequence[str]) -> None:
-    """UserError when a key appears twice: which picture it means would be unknown."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise UserError(f"{source}: key {twice[0]} appears {Counter(keys)[twice[0]]} times (joined from two files?)")

@@ -1,6 +1,7 @@
 """One training run from configuration to checkpoints."""
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,22 +13,32 @@ import numpy as np
 import torch
 
 from patchnetvlad.checkpoints import Checkpoint, build_model, read_checkpoint, without_projection
-from patchnetvlad.cluster_files import cluster_file, read_clusters, write_clusters
-from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
+from patchnetvlad.clustering import (
+    LOCALS_PER_PICTURE,
+    Clusters,
+    cluster_file,
+    find_clusters,
+    read_clusters,
+    write_clusters,
+)
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
-from patchnetvlad.frozen_layers import freeze
+from patchnetvlad.files import told, write_text
+from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
+from patchnetvlad.losses import find_loss
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.paths import RUNS_FOLDER
 from patchnetvlad.training import Trainer
-from patchnetvlad.training_csv import read_own_dataset
+from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
 from patchnetvlad.training_state import (
+    BEST,
     LAST,
     Learning,
     can_resume,
@@ -48,15 +59,16 @@ CLUSTER_PICTURES = 500  # database pictures whose local descriptors are clustere
 class RunOptions:
     """What the command line says of a run.
 
-    root: of the dataset; own_dataset: CSV file in place of MSLS; save_path: folder for the run's own folder;
+    root: of the dataset; training_csv: CSV file in place of MSLS; save_path: folder for the run's own folder,
+    None for runs, or where the run that is resumed is;
     cache_path: where clusters are kept, None for a temporary folder; cluster_path: a cluster file to use, or to make;
     resume_path: checkpoint to start from; start_epoch: take its weights alone and count from there; check_pictures:
     decode all before the start; skip_unreadable: leave bad ones out.
     """
 
     root: Path
-    own_dataset: Path | None = None
-    save_path: Path = Path("runs")
+    training_csv: Path | None = None
+    save_path: Path | None = None
     identifier: str = "mapillary_nopanos"
     cache_path: Path | None = None
     cluster_path: Path | None = None
@@ -83,25 +95,15 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
 
     Raises UserError for whatever does not fit, before training starts, and when the loss is no longer a number.
     """
-    config.check_training()
+    _check_run(config, processes)
     train = config.train
-    if min(train.imageresizew, train.imageresizeh) < 1:
-        raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
-    if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
-    if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
-        logger.warning(
-            "[global_params] ngpu = %d, but %d process runs: start it as torchrun --nproc_per_node %d train.py …",
-            config.global_params.ngpu,
-            processes.count,
-            config.global_params.ngpu,
-        )
     config = config.for_training()
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
     data = _read_data(config, options, processes, progress)
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
     check_validation(data.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
+    logger.info("learning: %s", learning_layers(learning.model))
     _tell_memory(config, learning.model, places)
     folder = processes.from_first(_run_folder(config, options, checkpoint) if processes.is_first else None)
     assert folder is not None
@@ -114,22 +116,38 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     return TrainedRun(folder, state.epoch, state.recalls, state.best_score)
 
 
-def read_training_data(config: Config, root: Path, own_dataset: Path | None) -> TrainingData:
+def _check_run(config: Config, processes: Processes) -> None:
+    """Raises UserError for settings that cannot be trained with, and warns of GPUs that would stand idle."""
+    config.check_training()
+    train = config.train
+    find_loss(train.loss)
+    if min(train.imageresizew, train.imageresizeh) < 1:
+        raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
+    if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
+    if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
+        logger.warning(
+            "[global_params] ngpu = %d, but %d process runs: start it as torchrun --nproc_per_node %d train.py …",
+            config.global_params.ngpu,
+            processes.count,
+            config.global_params.ngpu,
+        )
+
+
+def read_training_data(config: Config, root: Path, training_csv: Path | None) -> TrainingData:
     """MSLS cities of the configuration below ``root``, or the pictures of a CSV file relative to it."""
     train = config.train
-    if own_dataset is not None:
-        return read_own_dataset(own_dataset, root, train.includepanos)
+    if training_csv is not None:
+        return read_training_csv(training_csv, root, train.includepanos)
     return TrainingData(
         read_cities(root, train.cities, include_panoramas=train.includepanos), read_cities(root, train.val_cities)
     )
 
 
 def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
-    data = read_training_data(config, options.root, options.own_dataset)
-    workers = max(1, config.global_params.threads)
-    decode = options.check_pictures and processes.is_first
-    checked = data.checked(decode, options.skip_unreadable, workers, progress) if processes.is_first else None
-    return processes.from_first(checked) or data
+    data = read_training_data(config, options.root, options.training_csv)
+    workers = config.global_params.loading_threads
+    return data.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
 
 
 def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:
@@ -150,13 +168,13 @@ def _learning(
     start = options.start_epoch or 0
     if checkpoint is None:
         model = _new_model(config, options, places, processes, progress)
-        learning = start_learning(model, freeze(model), config.train)
+        learning = start_learning(model, freeze(model, config.train.encoder_learns), config.train)
         learning.progress.epoch = start
         return learning
     model = build_model(without_projection(checkpoint), config.global_params).to(processes.device)
     if checkpoint.num_clusters not in (None, config.train.num_clusters):
         logger.info("%s: has %d clusters, which holds", checkpoint.path, checkpoint.num_clusters)
-    learning = start_learning(model, freeze(model), config.train)
+    learning = start_learning(model, freeze(model, config.train.encoder_learns), config.train)
     if _goes_on(checkpoint, options):
         restore_learning(checkpoint, learning, config.train.optim, processes.device)
         done = learning.progress
@@ -176,7 +194,7 @@ def _new_model(
 ) -> PlaceModel:
     params, train = config.global_params, config.train
     model = PlaceModel(params.backbone, params.pooling, train.num_clusters, vladv2=params.vladv2)
-    freeze(model)
+    freeze(model, train.encoder_learns)
     if processes.is_first:
         initialise_encoder(model, config)
     model.eval().to(processes.device)
@@ -205,7 +223,7 @@ def _clusters(
     logger.info("clustering %d local descriptors of each of %d database pictures", LOCALS_PER_PICTURE, count)
     batches = picture_batches(config, paths, model.device, progress, "Sampling local descriptors")
     clusters = find_clusters(model.encoder, batches, train.num_clusters, train.seed)
-    dataset = "own" if options.own_dataset else "mapillary"
+    dataset = "own" if options.training_csv else "mapillary"
     with _cache(options.cache_path) as cache:
         path = options.cluster_path or cluster_file(cache, model.backbone, dataset, train.num_clusters)
         write_clusters(path, clusters)
@@ -244,17 +262,30 @@ def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> No
 
 
 def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | None) -> Path:
-    """The folder of the run that is resumed, if the checkpoint lies in one; otherwise a new one."""
-    if checkpoint is not None and _goes_on(checkpoint, options) and checkpoint.path.parent.name == "checkpoints":
-        folder = checkpoint.path.parent.parent
-        if (folder / "config.ini").exists() and (checkpoint.path.parent / LAST).exists():
-            return folder
-    folder = options.save_path / f"{time.strftime('%b%d_%H-%M-%S')}_{options.identifier}"
-    try:
-        folder.mkdir(parents=True)
-        (folder / "config.ini").write_text(config_text(config), encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    """The folder of the run that is resumed, unless the run is to go on elsewhere; otherwise a new one."""
+    resumed = _resumed_folder(options, checkpoint)
+    save_path = options.save_path or (resumed.parent if resumed else Path(RUNS_FOLDER))
+    if resumed is not None and resumed.parent.resolve() == save_path.resolve():
+        return resumed
+    folder = save_path / f"{time.strftime('%b%d_%H-%M-%S')}_{options.identifier}"
+    with told(folder):
+        save_path.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
+        if resumed is not None and (resumed / "checkpoints" / BEST).exists():
+            (folder / "checkpoints").mkdir()
+            shutil.copyfile(resumed / "checkpoints" / BEST, folder / "checkpoints" / BEST)
+    write_text(folder / "config.ini", config_text(config))
+    if resumed is not None:
+        logger.info("the run of %s goes on in another folder, as --save_path says; its best model goes along", resumed)
     return folder
+
+
+def _resumed_folder(options: RunOptions, checkpoint: Checkpoint | None) -> Path | None:
+    """The folder of the run that a checkpoint goes on with, if it lies in one."""
+    if checkpoint is None or not _goes_on(checkpoint, options) or checkpoint.path.parent.name != "checkpoints":
+        return None
+    folder = checkpoint.path.resolve().parent.parent
+    return folder if (folder / "config.ini").exists() and (folder / "checkpoints" / LAST).exists() else None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.recall import Recall, recall_at
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.training_data import CityPictures
 
 Describe = Callable[[Sequence[Path], Sequence[int], str], NDArray[np.float32]]
@@ -50,7 +50,7 @@ def validate(
         queries, database = (
             describe(side.paths, range(len(side)), f"Validating: {city.name}") for side in (city.queries, city.database)
         )
-        found = retrieve(queries, database, max(n_values), device=device)
+        found = DatabaseIndex(database, device=device).search(queries, max(n_values))
         recalls[city.name] = recall_at(found.indices, city.positives(radius), n_values)
     counts = [recall.num_queries - recall.num_without_match for recall in recalls.values()]
     total = {

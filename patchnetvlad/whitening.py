@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -167,6 +166,8 @@ def _dual_components(
 
 def _largest(symmetric: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The largest eigenvalues, first the largest, and their eigenvectors as columns; overwrites its input."""
+    import scipy.linalg  # only where a projection is fitted: describing and comparing start without it
+
     size = len(symmetric)
     values, vectors = scipy.linalg.eigh(
         symmetric, subset_by_index=(size - count, size - 1), overwrite_a=True, check_finite=True

@@ -1,13 +1,15 @@
 """What the tests share: reference values, a checkpoint of known weights, and the folder of real pictures."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad import images
+from patchnetvlad.commands.models import fit_model
 from patchnetvlad.examples.rendered_msls import RenderedCity, write_msls
 
 DATA = Path(__file__).parent / "data"
@@ -92,8 +94,17 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     listed = folder / "pictures.txt"
     listed.write_text("".join(f"database/place{place:02}_0.jpg\n" for place in range(12)))
     fitting = ["--dataset_root_dir", str(ROOT / "example_images"), "--dataset_file_path", str(listed)]
-    assert tool_commands.fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
+    assert fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
     return options
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checked_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which pictures were found whole is remembered here, not in the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "user_cache", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,10 @@
 """Checkpoints: the published format and its oddities, and what is refused."""
 
 import os
+import pathlib
+import re
+import zipfile
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +69,66 @@ def test_published_oddities_are_read(tmp_path, saved):
     checkpoint = read_checkpoint(path)
     assert checkpoint.extras["best_score"] == 0.75
     assert build_model(checkpoint, params()).WPCA.weight.dtype == torch.float32
+
+
+def test_arrays_and_defaultdicts_beside_the_tensors_are_read(tmp_path, saved):
+    content = torch.load(saved, weights_only=True)
+    recalls = defaultdict(list, {1: [np.float64(0.5)], 5: [0.75]})
+    seen = {"f8": np.arange(6.0).reshape(2, 3), "f4": np.float32([[1]]), "i8": np.array([1, 2]), "b": np.array([True])}
+    path = tmp_path / "arrays.pth.tar"
+    torch.save({**content, "recalls": recalls, "counts": defaultdict(int), "seen": seen}, path)
+    # NumPy 1 wrote the same under its old module names
+    old = tmp_path / "old.pth.tar"
+    with zipfile.ZipFile(path) as new, zipfile.ZipFile(old, "w") as older:
+        for name in new.namelist():
+            older.writestr(name, new.read(name).replace(b"numpy._core.", b"numpy.core."))
+    for file in (path, old):
+        extras = read_checkpoint(file).extras
+        assert extras["recalls"] == recalls and extras["counts"] == {}
+        for key, array in seen.items():
+            np.testing.assert_array_equal(extras["seen"][key], array)
+            assert extras["seen"][key].dtype == array.dtype
+        build_model(read_checkpoint(file), params())
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (np.array([1, "x", None], dtype=object), r"numpy\.dtypes\.ObjectDType"),
+        (np.array(["text"]), r"numpy\.dtypes\.StrDType"),
+        (pathlib.PurePosixPath("a"), r"pathlib\S*PurePosixPath"),
+        (defaultdict(pathlib.PurePosixPath), r"pathlib\S*PurePosixPath"),
+    ],
+)
+def test_others_are_refused_with_the_command_that_saves_the_tensors(tmp_path, monkeypatch, saved, value, what):
+    content = torch.load(saved, weights_only=True)
+    path = tmp_path / "foreign_WPCA6.pth.tar"
+    torch.save({**content, "extra": value}, path)
+    with pytest.raises(UserError, match=rf"foreign_WPCA6\.pth\.tar: holds a {what}; only tensors") as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    command = re.search(r'python -c "(.*)"$', str(caught.value)).group(1)
+    exec(command, {})
+    plain = read_checkpoint(tmp_path / "plain_foreign_WPCA6.pth.tar")
+    assert plain.num_pcs == 6 and not plain.extras
+
+
+def test_an_array_of_objects_is_refused_however_it_is_pickled(tmp_path):
+    class Objects:
+        """An array of objects whose type is never built, as ordinary pickles do, but only named."""
+
+        def __reduce__(self):
+            make, arguments, _ = np.zeros(1).__reduce__()
+            return make, arguments, (1, (1,), ObjectType(), False, [[1]])
+
+    class ObjectType:
+        def __reduce__(self):
+            return np.dtype, ("O8", False, True)
+
+    path = tmp_path / "objects.pth.tar"
+    torch.save({"state_dict": {}, "extra": [Objects()]}, path)
+    with pytest.raises(UserError, match=r"objects\.pth\.tar: holds a NumPy array of object"):
+        read_checkpoint(path)
 
 
 def test_code_inside_a_checkpoint_is_refused_and_not_run(tmp_path):

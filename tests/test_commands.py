@@ -13,8 +13,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from patchnetvlad.commands import features as commands
-from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_file_list
+from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.commands.models import download_models, fit_model
+from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -31,7 +33,7 @@ def features(small_model, tmp_path_factory):
 
 
 def extract(options, listed, folder, root=EXAMPLES, *more):
-    return commands.feature_extract(
+    return feature_extract(
         [*options, "--dataset_file_path", str(listed), "--dataset_root_dir", str(root)]
         + ["--output_features_dir", str(folder), *more]
     )
@@ -39,7 +41,7 @@ def extract(options, listed, folder, root=EXAMPLES, *more):
 
 def match(options, features, results, *more, truth="example.npz", query_list=QUERY_LIST, index_list=INDEX_LIST):
     ground_truth = ["--ground_truth_path", str(truth)] if truth else []
-    return commands.feature_match(
+    return feature_match(
         [*options, "--dataset_root_dir", str(EXAMPLES), *ground_truth, "--result_save_folder", str(results)]
         + ["--query_file_path", str(query_list), "--index_file_path", str(index_list)]
         + ["--query_input_features_dir", str(features / "query")]
@@ -163,7 +165,7 @@ def test_match_two_prints_and_draws(small_model, tmp_path, capsys):
     for second in ("place00_0.jpg", "place05_0.jpg"):
         arguments = ["--first_im_path", str(EXAMPLES / "queries/query00_0.jpg")]
         arguments += ["--second_im_path", str(EXAMPLES / "database" / second), "--plot_save_path", str(tmp_path)]
-        assert commands.match_two([*small_model, *arguments]) == 0
+        assert match_two([*small_model, *arguments]) == 0
         line = capsys.readouterr().out.splitlines()[0]
         before, after = "Similarity score between the two images is: ", ". Larger scores indicate better matches."
         assert line.startswith(before) and line.endswith(after)
@@ -180,7 +182,7 @@ def test_names_that_need_care(small_model, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         source.convert(mode).save(tmp_path / name)
     listed = tmp_path / "list.txt"
-    assert tool_commands.gen_image_file_list(
+    assert gen_image_file_list(
         ["--dataset_root_dir", str(tmp_path), "--out_file", str(listed), "--recursive"]
     ) == 0  # fmt: skip
     for name in ("query", "index"):
@@ -223,7 +225,7 @@ def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
         ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
         ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
         ([], {"truth": "absent.npz"}, "absent.npz"),
-        (["--device", "gpu"], {}, "--device gpu"),
+        (["--device", "gpu"], {}, "--device: gpu"),
         (["--posDistThr", "-1"], {}, "-1"),
     ]
     for more, changes, expected in cases:
@@ -241,7 +243,7 @@ def test_features_of_another_model_are_refused(small_model, features, tmp_path, 
         "--output_path",
         str(tmp_path / "other_WPCA32.pth.tar"),
     ]
-    assert tool_commands.fit_model([*changed, *fitting]) == 0
+    assert fit_model([*changed, *fitting]) == 0
     other = [*changed, "--set", f"global_params.resumepath={tmp_path / 'other_WPCA'}"]
     assert match(other, features, tmp_path / "out") == 2
     assert "checkpoint" in failure(capsys)
@@ -255,12 +257,12 @@ def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
         shutil.copy(EXAMPLES / "queries" / f"query0{number}_0.jpg", tmp_path / "more" / f"new{number}.jpg")
     folders = ["--dataset_root_dir", str(EXAMPLES / "database"), str(tmp_path / "more")]
     output = tmp_path / "both_WPCA32.pth.tar"
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
     assert torch.load(output, weights_only=True)["fitted_on"] == "32 pictures"
-    assert tool_commands.fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
+    assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
     assert "belongs to one folder" in failure(capsys)
     (tmp_path / "more" / "broken.jpg").write_bytes(b"")
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
     assert "1 of 3 pictures cannot be read" in (line := failure(capsys)) and "broken.jpg" in line
 
 
@@ -274,9 +276,9 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
     def unreachable(*arguments, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", unreachable)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
-    assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
+    monkeypatch.setattr("patchnetvlad.weights.require_answer", unreachable)
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
+    assert download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
     assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
 
@@ -292,21 +294,22 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
         path.write_bytes(content)
         return str(path)
 
+    monkeypatch.setattr("patchnetvlad.weights.require_answer", lambda url: None)
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
     monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     name = "pittsburgh_WPCA128.pth.tar"
-    assert commands.download_models(["-q", "--models", name]) == 2  # another hash
+    assert download_models(["-q", "--models", name]) == 2  # another hash
     assert not list(tmp_path.iterdir())
     Metadata.etag = hashlib.sha256(content).hexdigest()
-    assert commands.download_models(["-q", "--models", name]) == 0
+    assert download_models(["-q", "--models", name]) == 0
     assert (tmp_path / name).read_bytes() == content
     assert (tmp_path / f"{name}.sha256").read_text().split() == [Metadata.etag, name]
 
 
 def test_kapture_to_msls(tmp_path, capsys):
     (tmp_path / "pairs.txt").write_text("# kapture format: 1.1\nq/1.jpg, db/7.jpg, 1\nq/1.jpg, db/8.jpg, 0.5\n")
-    assert tool_commands.convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
+    assert convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
     assert (tmp_path / "msls.txt").read_text() == "1 7 8\n"
 
 
@@ -325,3 +328,67 @@ def test_features_of_another_precision_are_not_mixed_with(small_model, features,
     assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
     assert match(rough, features, tmp_path / "results") == 2
     assert "precision" in failure(capsys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_patches_larger_than_the_map_are_refused(small_model, tmp_path, capsys, dtype):
+    sizes = ["--set", "global_params.patch_sizes=2,9", "--set", f"feature_extract.feature_dtype={dtype}"]
+    assert extract([*small_model, *sizes], INDEX_LIST, tmp_path / "features") == 2
+    line = failure(capsys)
+    assert "database/place00_0.jpg" in line and "size 9" in line and "7×10 positions" in line
+    assert not (tmp_path / "features/globalfeats.npy").exists()
+
+
+def test_small_pictures_of_their_own_size_are_named(small_model, tmp_path, capsys):
+    own = [item for key in ("extract", "match") for item in ("--set", f"feature_{key}.imageresizew=0")]
+    for name, size in (("large.png", (96, 96)), ("small.png", (32, 40))):
+        Image.new("RGB", size, "orange").save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("large.png\nsmall.png\n")
+    options = [*small_model, *own]
+    assert extract(options, tmp_path / "list.txt", tmp_path / "features", tmp_path) == 2
+    line = failure(capsys)
+    assert "small.png: a patch of size 3" in line and "2×2 positions" in line
+
+
+def test_output_folders_that_are_files(small_model, features, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        assert extract(small_model, INDEX_LIST, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+        assert match(small_model, features, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folders_without_permission(small_model, features, tmp_path, capsys, monkeypatch):
+    def refuse(self, *more, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert extract(small_model, INDEX_LIST, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+    assert match(small_model, features, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["NetVLAD_predictions.txt", "scores.npz", "recalls.txt", "recalls.json", "judged.npz", "report.html"]
+)
+def test_result_files_that_cannot_be_replaced(small_model, features, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert match(small_model, features, tmp_path, "--report") == 2
+    line = failure(capsys)
+    assert f"{tmp_path / name}: cannot be written (Is a directory; a folder is in its place)" in line
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_feature_files_that_cannot_be_replaced(small_model, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("database/place03_0.jpg\n")
+    assert extract(small_model, tmp_path / "list.txt", tmp_path / "features") == 0
+    path = tmp_path / "features/patchfeats_psize2_place03_0.npy"
+    path.unlink()
+    path.mkdir()
+    for more in ((), ("--overwrite",)):
+        assert extract(small_model, tmp_path / "list.txt", tmp_path / "features", EXAMPLES, *more) == 2
+        line = failure(capsys)
+        assert str(tmp_path / "features") in line and "a folder is in its place" in line

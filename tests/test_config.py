@@ -1,6 +1,7 @@
 """INI files: published ones load unchanged, mistakes are named, configurations survive writing and reading."""
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchnetvlad import paths
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import config_text, load_config
@@ -61,7 +63,7 @@ def test_published_file(tmp_path: Path, encoding: str, newline: str) -> None:
     assert config.feature_match.n_values_all == (1, 5, 10, 20, 50, 100)
     assert config.feature_match.patchweights2use == (0.45, 0.15, 0.4)
     assert config.feature_match.pred_input_path is None
-    assert config.checkpoint_name() == "patchnetvlad/pretrained_models/mapillary_WPCA4096.pth.tar"
+    assert config.require_checkpoint().name == "mapillary_WPCA4096.pth.tar"
     assert config.path == path
     config.check_matching()
     config.check_training()
@@ -99,7 +101,7 @@ def test_shipped_matching_files(
     assert (config.feature_extract.imageresizew, config.feature_extract.imageresizeh) == (640, 480)
     assert config.global_params.backbone == ("rootsift" if name == "builtin" else "vgg16")
     trained_on = "builtin" if name == "builtin" else "mapillary"
-    assert config.checkpoint_name() == f"./pretrained_models/{trained_on}_WPCA{pcs}.pth.tar"
+    assert config.require_checkpoint().name == f"{trained_on}_WPCA{pcs}.pth.tar"
 
 
 def test_other_shipped_files() -> None:
@@ -120,9 +122,32 @@ def test_every_shipped_key_is_explained() -> None:
             explained = explained or line.startswith("#")
 
 
-def test_checkpoint_without_whitening() -> None:
-    config = Config(global_params=GlobalParams(num_pcs=0, resumepath="models/vgg"))
-    assert config.checkpoint_name() == "models/vgg.pth.tar"
+def test_checkpoint_by_the_beginning_of_its_name_or_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in ("vgg.pth.tar", "vgg64.pth.tar", "other.pth"):
+        Path("models", name).touch()
+    for resumepath, num_pcs, found in (
+        ("models/vgg", 0, "vgg.pth.tar"),
+        ("models/vgg", 64, "vgg64.pth.tar"),
+        ("models/vgg64.pth.tar", 64, "vgg64.pth.tar"),
+        ("models/vgg.pth.tar", 64, "vgg.pth.tar"),  # what is in it says that it does not fit
+        ("models/other.pth", 64, "other.pth"),
+        ("models/vgg", 32, None),
+    ):
+        config = Config(global_params=GlobalParams(num_pcs=num_pcs, resumepath=resumepath))
+        assert config.find_checkpoint() == (tmp_path / "models" / found if found else None)
+        if found is None:
+            with pytest.raises(UserError, match=r"models/vgg32.pth.tar and models/vgg: no such checkpoint"):
+                config.require_checkpoint()
+
+
+def test_published_checkpoint_is_named_where_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "download_folder", lambda: tmp_path)
+    for resumepath in ("./pretrained_models/pittsburgh_WPCA", "pittsburgh_WPCA512.pth.tar"):
+        config = Config(global_params=GlobalParams(num_pcs=512, resumepath=resumepath))
+        assert config.find_checkpoint() is None
+        assert config.require_checkpoint() == tmp_path / "pittsburgh_WPCA512.pth.tar"
 
 
 @pytest.mark.parametrize(
@@ -327,3 +352,14 @@ def test_text_has_every_key() -> None:
 def test_text_that_an_ini_file_cannot_hold(name: str) -> None:
     with pytest.raises(UserError, match=r"\[global_params\] resumepath"):
         config_text(Config(global_params=GlobalParams(resumepath=name)))
+
+
+def test_no_threads_means_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GlobalParams(threads=3).loading_threads == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 4, 5, 7, 8}, raising=False)
+    assert GlobalParams(threads=0).loading_threads == 5
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert GlobalParams(threads=0).loading_threads == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert GlobalParams(threads=0).loading_threads == 1

@@ -284,10 +284,10 @@ def test_msls_tables_that_cannot_be_right(tmp_path):
     with refused("no such folder.*not downloaded"):
         MAKERS["msls"].make(tmp_path)  # sf
     msls_city(tmp_path, "query", ["a", "b"], **{"raw.csv": "key,pano\nb,False\na,False\n"})
-    with refused("raw.csv: its 2 keys are not the 2 of postprocessed.csv in the same order"):
+    with refused("raw.csv: line 2: key b, but subtask_index.csv has a"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
     msls_city(tmp_path, "query", ["a", "a"])
-    with refused("1 keys appear more than once: a"):
+    with refused("line 3: key a stands in line 2 too"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
     msls_city(tmp_path, "query", ["a"], **{"postprocessed.csv": "key,east,northing\na,1,2\n"})
     with refused("no column easting: found key, east, northing"):
@@ -296,7 +296,7 @@ def test_msls_tables_that_cannot_be_right(tmp_path):
     with refused("1 pictures have no easting"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
     msls_city(tmp_path, "query", ["a"], **{"raw.csv": "key,pano\na,maybe\n"})
-    with refused("pano: expected True or False, found maybe"):
+    with refused("line 2: pano = 'maybe': expected True or False"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
 
 
@@ -347,12 +347,12 @@ def test_csv_with_latitude_and_longitude(tmp_path):
         ("a.jpg,139.7,35.6\n", "1 of 1 positions are out of range.*swapped.*a.jpg"),
         ("a.jpg,35.6,239.7\n", "out of range.*not degrees"),
         ("a.jpg,0,0\nb.jpg,35,139\n", "1 of 2 positions are 0, 0 .*a.jpg"),
-        ("a.jpg,35,139\na.jpg,35,139\n", "1 keys appear more than once: a.jpg"),
+        ("a.jpg,35,139\na.jpg,35,139\n", "line 3: name a.jpg stands in line 2 too"),
         ("a.jpg,35,139\nb.jpg,,139\n", "1 of 2 rows have no position: b.jpg; --incomplete"),
-        ("a.jpg,35,here\n", "row 2: longitude 'here': expected a number"),
-        ("a.jpg,35\n", "1 rows have not 3 columns, the first is row 2"),
+        ("a.jpg,35,here\n", "line 2: longitude = 'here': expected a number"),
+        ("a.jpg,35\n", "line 2: 2 values for 3 columns"),
         ("a.jpg,35,139\nb.jpg,35,-70\n", "1 of 4 positions are more than 20"),
-        (",35,139\n", "1 rows name no picture, the first is row 2"),
+        (",35,139\n", "line 2: name is empty, so the row names no picture"),
     ],
 )
 def test_tables_that_cannot_be_right(tmp_path, rows, complaint):
@@ -374,7 +374,7 @@ def test_swapped_columns_in_one_table_and_other_columns(tmp_path):
     with refused("expected columns latitude and longitude.*found name, where"):
         MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
     (tmp_path / "q.csv").write_text("picture,latitude,longitude\na.jpg,55.6,12.5\n")
-    with refused("no column name or path or"):
+    with refused("has no column name or path or"):
         MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
 
 
@@ -453,3 +453,25 @@ def test_every_maker_explains_itself(capsys):
             make_dataset([kind, "--help"])
         assert ended.value.code == 0
         assert "ROOT" in capsys.readouterr().out
+
+
+def test_a_csv_of_a_spreadsheet(tmp_path):
+    """Semicolons, a byte order mark and an index column, as office programs and pandas write them."""
+    (tmp_path / "q.csv").write_text("\ufeff;Name;Easting;Northing\r\n0;a.jpg;1.5;2\r\n1;b.jpg;3;4\r\n")
+    (tmp_path / "d.csv").write_text("name\teasting\tnorthing\nc.jpg\t1\t2\n")
+    (dataset,) = MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
+    assert dataset.queries.names == ("a.jpg", "b.jpg")
+    assert dataset.queries.coordinates.tolist() == [[1.5, 2], [3, 4]]
+    (tmp_path / "q.csv").write_text("name;easting;northing\na.jpg;1,5;2\n")
+    with refused("line 2: easting = '1,5': expected a number with a decimal point"):
+        MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
+
+
+def test_msls_training_cities_need_no_subtasks(tmp_path):
+    for part in ("query", "database"):
+        msls_city(tmp_path, part, [f"{part}1", f"{part}2"], city="zurich")
+        (tmp_path / "train_val/zurich" / part / "subtask_index.csv").unlink()
+    (dataset,) = MAKERS["msls"].make(tmp_path, cities=["zurich"])
+    assert [Path(name).stem for name in dataset.queries.names] == ["query1", "query2"] and not dataset.notes
+    with refused("subtask d2n: selects pictures of validation and test cities, and zurich is neither"):
+        MAKERS["msls"].make(tmp_path, cities=["zurich"], subtask="d2n")

@@ -1,6 +1,7 @@
 """Two processes do what one does: the same mining, the same steps, the same validation, within rounding."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_training import command_line, scalars
 from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.commands.training import train
 from patchnetvlad.distributed import Processes
+from patchnetvlad.mapillary import read_cities
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -46,6 +48,44 @@ def test_two_processes_equal_one(msls: Path, tmp_path: Path) -> None:
         assert scalars(two, f"Val/Recall@{n}") == pytest.approx(scalars(one, f"Val/Recall@{n}"))
 
 
+DISTURBED = """
+import sys
+from patchnetvlad import training
+from patchnetvlad.commands.training import train
+
+describe = training.Describer.__call__
+
+def disturbed(self, *args, **options):
+    rows = describe(self, *args, **options)
+    return rows[::-1].copy() if self._processes.rank else rows
+
+training.Describer.__call__ = disturbed
+raise SystemExit(train(sys.argv[1:]))
+"""
+
+
+def test_the_first_process_decides(msls: Path, tmp_path: Path) -> None:
+    """The second one sees other descriptors, as another card might give: it learns from the first one's triplets, and
+    ends with it. Each of them finds one of the two pictures that cannot be read."""
+    shutil.copytree(msls / "train_val", tmp_path / "msls/train_val")
+    (tmp_path / "disturbed.py").write_text(DISTURBED)
+    for picture in read_cities(msls, ["trondheim"])[0].queries.paths[:2]:
+        copy = tmp_path / "msls" / picture.relative_to(msls)
+        copy.write_bytes(copy.read_bytes()[:900])
+    more = ["--nEpochs", "9", "--skip_unreadable", "--set", "train.patience=1", "--set", "train.lr=1e-12"]
+    folders = [tmp_path / "two", tmp_path / "one"]
+    two, one = (command_line(tmp_path / "msls", folder, *more) for folder in folders)
+    done = finished([*LAUNCH, str(tmp_path / "disturbed.py"), *two])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 of 90 pictures are left out") == 1
+    assert train(one) == 0
+    two_run, one_run = (next(folder.iterdir()) for folder in folders)
+    assert scalars(two_run, "Train/nNeg") == scalars(one_run, "Train/nNeg")
+    losses = [np.array(list(scalars(folder, "Train/Loss").values())) for folder in (two_run, one_run)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    assert scalars(two_run, "Val/Recall@5") == pytest.approx(scalars(one_run, "Val/Recall@5"))
+
+
 def test_a_mistake_ends_all_processes(msls: Path, tmp_path: Path) -> None:
     arguments = command_line(msls, tmp_path, "--set", "train.cities=boston")
     done = finished([*LAUNCH, str(ROOT / "train.py"), *arguments])
@@ -58,3 +98,4 @@ def test_shares_cover_everything_once() -> None:
     items = list(range(10))
     assert sorted(item for rank in ranks for item in rank.share(items)) == items
     assert [rank.is_first for rank in ranks] == [True, False, False]
+    assert Processes(0, 1, torch.device("cpu")).gathered({"a": 1}) == [{"a": 1}]

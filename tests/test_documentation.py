@@ -77,14 +77,13 @@ def run_script(script: str, *arguments: str) -> int:
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
-    from patchnetvlad import encoders, reranking
-    from patchnetvlad.commands import features as commands
+    from patchnetvlad import encoders, realtime, reranking
 
     # Pages add to these tables
     for table in (encoders.ENCODERS, reranking.MATCHERS):
         for key in list(table):
             monkeypatch.setitem(table, key, table[key])
-    monkeypatch.setattr(commands, "window", lambda: lambda frame: None)  # there is no screen
+    monkeypatch.setattr(realtime, "window", lambda: lambda frame: None)  # there is no screen
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     assert {"bash", "python"} & {language for language, _ in blocks}
     names: dict[str, object] = {"__name__": "page"}

@@ -1,6 +1,7 @@
 """Feature folders: what is written is read back, a killed run resumes, wrong combinations are refused in one line."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +20,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import patchnetvlad.feature_folder as feature_folder
+import patchnetvlad.extraction as extraction
 import patchnetvlad.feature_writer as feature_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
+from patchnetvlad.extraction import check_disk, estimate_bytes
 from patchnetvlad.feature_cache import PictureCache
-from patchnetvlad.feature_files import decode, encode, num_bands
-from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
-from patchnetvlad.image_lists import unique_feature_names
+from patchnetvlad.feature_files import CODECS
+from patchnetvlad.feature_header import StoreHeader
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.feature_writer import FeatureWriter
+from patchnetvlad.image_lists import ImageList, unique_feature_names
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
 
@@ -33,12 +38,18 @@ MAP_SIZE = (5, 7)
 NAMES = ("night/a.jpg", "day/a.jpg", "day/b.jpg")
 
 
-def make_header(names: tuple[str, ...] = NAMES, **changes: object) -> StoreHeader:
+def make_list(names: Sequence[str] = NAMES, feature_names: Sequence[str] | None = None) -> ImageList:
+    own = unique_feature_names(names) if feature_names is None else tuple(feature_names)
+    return ImageList(tuple(names), tuple(map(Path, names)), own, Path("lists/pictures.txt"))
+
+
+LIST = make_list()
+
+
+def make_header(**changes: object) -> StoreHeader:
     header = StoreHeader(
         checkpoint_sha256="ab" * 32,
         settings={"backbone": "vgg16", "imageresizeh": 80, "imageresizew": 112},
-        names=names,
-        feature_names=unique_feature_names(names),
         num_dims=6,
         patch_sizes=(2, 3),
         strides=(1, 2),
@@ -57,9 +68,9 @@ def make_features(header: StoreHeader, index: int, map_size=MAP_SIZE) -> tuple[t
     return unit_rows(1)[0], PatchFeatures(tuple(unit_rows(len(grid)) for grid in grids), grids)
 
 
-def write_all(folder: Path, header: StoreHeader, map_sizes=None) -> list[int]:
+def write_all(folder: Path, header: StoreHeader, pictures: ImageList = LIST, map_sizes=None) -> list[int]:
     """Write what is missing and tell what that was."""
-    with FeatureWriter(folder, header) as writer:
+    with FeatureWriter(folder, pictures, header) as writer:
         missing = writer.missing
         for index in missing:
             writer.write(index, *make_features(header, index, map_sizes[index] if map_sizes else MAP_SIZE))
@@ -67,8 +78,8 @@ def write_all(folder: Path, header: StoreHeader, map_sizes=None) -> list[int]:
     return missing
 
 
-def open_store(folder: Path, header: StoreHeader, **options) -> FeatureStore:
-    return FeatureStore.open(folder, header.names, header.feature_names, header, **options)
+def open_store(folder: Path, header: StoreHeader, pictures: ImageList = LIST, **options) -> FeatureStore:
+    return FeatureStore.open(folder, pictures, header, **options)
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
@@ -106,7 +117,7 @@ def test_round_trip(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_features_of_an_accelerator(tmp_path, dtype):
     header = make_header(dtype=dtype)
-    with FeatureWriter(tmp_path / "gpu", header) as writer:
+    with FeatureWriter(tmp_path / "gpu", LIST, header) as writer:
         for index in writer.missing:
             global_, patches = make_features(header, index)
             descriptors = tuple(tensor.cuda() for tensor in patches.descriptors)
@@ -145,7 +156,7 @@ def test_int8_scales_are_in_the_manifest(tmp_path):
 
 
 def test_manifest_says_what_made_it(tmp_path):
-    header = make_header(list_name="pictures.txt")
+    header = make_header()
     write_all(tmp_path, header)
     first = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[0])
     assert first["checkpoint_sha256"] == "ab" * 32 and first["list"] == "pictures.txt"
@@ -159,11 +170,11 @@ def test_manifest_says_what_made_it(tmp_path):
     )
 )
 def test_int8_error_is_at_most_half_a_step_of_roots(descriptors):
-    stored = encode(descriptors, "int8")
+    stored = CODECS["int8"].encode(descriptors)
     maxabs = float(descriptors.abs().max()) if len(descriptors) else 0.0
     assert stored.array.dtype == np.int8 and stored.array.shape == tuple(descriptors.shape)
     assert stored.scales is not None and stored.scales[0] == pytest.approx(maxabs / 127**2, rel=1e-6, abs=1e-30)
-    error = (decode(stored) - descriptors).abs()
+    error = (CODECS["int8"].decode(stored) - descriptors).abs()
     # The root r, 0 to 127, is off by up to 1/2, its square by r + 1/4
     most = ((descriptors.abs() / max(maxabs, 1e-30)).sqrt() * 127 + 0.25) * stored.scales[0]
     assert (error <= most * 1.001 + 1e-30).all()
@@ -173,22 +184,26 @@ def test_int8_bands_have_steps_of_their_own():
     spread = torch.logspace(0, -5, 40)  # 14 bands of up to 3 dimensions
     descriptors = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * spread
     descriptors[:, 36:] = 0
-    stored = encode(descriptors, "int8")
-    assert stored.scales is not None and len(stored.scales) == num_bands(40) == 14 and stored.scales[-1] == 0
-    error = (decode(stored) - descriptors).abs()
+    stored = CODECS["int8"].encode(descriptors)
+    assert (
+        stored.scales is not None
+        and len(stored.scales) == CODECS["int8"].num_scales(40) == 14
+        and stored.scales[-1] == 0
+    )
+    error = (CODECS["int8"].decode(stored) - descriptors).abs()
     assert (error <= 4 * spread / 127).all() and (error[:, 36:] == 0).all()
 
 
 def test_float32_is_not_copied():
     descriptors = torch.randn(4, 3)
-    stored = encode(descriptors, "float32")
-    assert stored.array.ctypes.data == descriptors.data_ptr() == decode(stored).data_ptr()
+    stored = CODECS["float32"].encode(descriptors)
+    assert stored.array.ctypes.data == descriptors.data_ptr() == CODECS["float32"].decode(stored).data_ptr()
 
 
 def test_pictures_of_their_own_size_keep_their_maps(tmp_path):
     header = make_header()
     sizes = [(5, 7), (3, 9), (1, 4)]  # the last has no patch at all
-    write_all(tmp_path, header, sizes)
+    write_all(tmp_path, header, map_sizes=sizes)
     with open_store(tmp_path, header) as store:
         for index, size in enumerate(sizes):
             read, patches = store.patches(index), make_features(header, index, size)[1]
@@ -200,7 +215,7 @@ def test_pictures_of_their_own_size_keep_their_maps(tmp_path):
 @pytest.mark.parametrize("num_dims,map_size", [(1, (5, 7)), (6, (3, 3)), (1, (3, 3))])
 def test_one_patch_or_one_dimension(tmp_path, num_dims, map_size):
     header = make_header(num_dims=num_dims)
-    write_all(tmp_path, header, [map_size] * 3)
+    write_all(tmp_path, header, map_sizes=[map_size] * 3)
     with open_store(tmp_path, header) as store:
         expected = make_features(header, 1, map_size)[1].descriptors
         assert all(torch.equal(a, b) for a, b in zip(store.patches(1).descriptors, expected, strict=True))
@@ -208,7 +223,7 @@ def test_one_patch_or_one_dimension(tmp_path, num_dims, map_size):
 
 def test_global_only_store(tmp_path):
     header = make_header(patch_sizes=(), strides=())
-    with FeatureWriter(tmp_path, header) as writer:
+    with FeatureWriter(tmp_path, LIST, header) as writer:
         for index in writer.missing:
             writer.write(index, make_features(header, index)[0])
         writer.finish()
@@ -222,10 +237,10 @@ def test_global_only_store(tmp_path):
 def test_selected_patch_sizes(tmp_path):
     header = make_header(dtype="int8")
     write_all(tmp_path, header)
-    wanted = replace(header, patch_sizes=(3,), strides=(2,), dtype="float32", names=(), feature_names=())
+    wanted = replace(header, patch_sizes=(3,), strides=(2,), dtype="float32")
     with (
         open_store(tmp_path, header) as whole,
-        FeatureStore.open(tmp_path, NAMES, header.feature_names, wanted) as part,
+        FeatureStore.open(tmp_path, LIST, wanted) as part,
     ):
         assert part.patch_sizes == (3,)
         assert torch.equal(part.patches(0).descriptors[0], whole.patches(0).descriptors[1])
@@ -243,13 +258,13 @@ PICTURE_NAMES = st.text(
 @given(st.lists(PICTURE_NAMES, min_size=1, max_size=6))
 def test_any_names_are_kept_apart(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
-    header = make_header(tuple(names), patch_sizes=(5,), strides=(1,))
+    header, pictures = make_header(patch_sizes=(5,), strides=(1,)), make_list(names)
     features = {name: make_features(header, index) for index, name in enumerate(names)}
-    with FeatureWriter(folder, header) as writer:
+    with FeatureWriter(folder, pictures, header) as writer:
         for index in writer.missing:
             writer.write(index, *features[names[index]])
         writer.finish()
-    with open_store(folder, header) as store:
+    with open_store(folder, header, pictures) as store:
         for index, name in enumerate(names):
             np.testing.assert_array_equal(store.global_[index], features[name][0])
             assert torch.equal(store.patches(index).descriptors[0], features[name][1].descriptors[0])
@@ -260,7 +275,7 @@ def test_any_names_are_kept_apart(tmp_path_factory, names):
 
 def test_finished_pictures_are_skipped(tmp_path):
     header = make_header()
-    with FeatureWriter(tmp_path, header) as writer:
+    with FeatureWriter(tmp_path, LIST, header) as writer:
         writer.write(1, *make_features(header, 1))
     assert "globalfeats.npy" not in files_of(tmp_path) and "globalfeats.npy.partial" in files_of(tmp_path)
     with pytest.raises(UserError, match="not finished, 1 of 3"):
@@ -274,7 +289,7 @@ def test_finished_pictures_are_skipped(tmp_path):
 
 def test_an_exception_keeps_what_was_handed_over(tmp_path):
     header = make_header()
-    with pytest.raises(KeyError), FeatureWriter(tmp_path, header) as writer:
+    with pytest.raises(KeyError), FeatureWriter(tmp_path, LIST, header) as writer:
         writer.write(0, *make_features(header, 0))
         raise KeyError("computation failed")
     assert write_all(tmp_path, header) == [1, 2]
@@ -283,11 +298,11 @@ def test_an_exception_keeps_what_was_handed_over(tmp_path):
 KILLED_RUN = """
 import time
 from pathlib import Path
-from test_feature_store import make_features, make_header
-from patchnetvlad.feature_store import FeatureWriter
+from test_feature_store import make_features, make_header, make_list
+from patchnetvlad.feature_writer import FeatureWriter
 
-header = make_header(tuple(f"{i}.jpg" for i in range(200)))
-with FeatureWriter(Path(FOLDER), header) as writer:
+header, pictures = make_header(), make_list([f"{i}.jpg" for i in range(200)])
+with FeatureWriter(Path(FOLDER), pictures, header) as writer:
     for index in writer.missing:
         writer.write(index, *make_features(header, index))
         time.sleep(0.005)
@@ -296,7 +311,7 @@ with FeatureWriter(Path(FOLDER), header) as writer:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_run_resumes(tmp_path):
-    header = make_header(tuple(f"{i}.jpg" for i in range(200)))
+    header, pictures = make_header(), make_list([f"{i}.jpg" for i in range(200)])
     program = textwrap.dedent(KILLED_RUN).replace("FOLDER", repr(str(tmp_path)))
     run = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, env=_environment())
     manifest = tmp_path / "manifest.jsonl"
@@ -305,13 +320,13 @@ def test_a_killed_run_resumes(tmp_path):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     with pytest.raises(UserError, match="another process"):
-        FeatureWriter(tmp_path, header)
+        FeatureWriter(tmp_path, pictures, header)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    missing = write_all(tmp_path, header)
+    missing = write_all(tmp_path, header, pictures)
     assert 0 < len(missing) <= 181
     assert not {name for name in files_of(tmp_path) if name.startswith(".") or name.endswith(".partial")}
-    with open_store(tmp_path, header) as store:
+    with open_store(tmp_path, header, pictures) as store:
         for index in range(200):
             global_, patches = make_features(header, index)
             np.testing.assert_array_equal(store.global_[index], global_)
@@ -352,15 +367,43 @@ def test_a_damaged_line_further_up_is_refused(tmp_path):
 )
 def test_a_damaged_header_is_refused(tmp_path, first):
     (tmp_path / "manifest.jsonl").write_bytes(first)
-    for attempt in (FeatureWriter, open_store):
+    for attempt in (FeatureWriter, FeatureStore.open):
         with pytest.raises(UserError, match="line 1"):
-            attempt(tmp_path, make_header())
+            attempt(tmp_path, LIST, make_header())
+
+
+def test_lines_that_a_lost_machine_left_blank_end_the_manifest(tmp_path):
+    header = make_header()
+    write_all(tmp_path, header)
+    manifest = tmp_path / "manifest.jsonl"
+    whole = manifest.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    manifest.write_bytes(b"".join([*lines[:2], b"\0" * len(lines[2]), lines[3]]))
+    assert write_all(tmp_path, header) == [1, 2]
+    assert manifest.read_bytes() == whole
+
+
+def test_a_folder_of_the_version_before_is_read(tmp_path):
+    """Manifest lines as they were written before headers knew no names."""
+    header = make_header(settings={"backbone": "vgg16"}, patch_sizes=(3,), strides=(2,))
+    write_all(tmp_path, header, make_list(["a.jpg"]))
+    (tmp_path / "manifest.jsonl").write_text(
+        '{"format": "patchnetvlad features", "version": 2, "software": "0.2.0", "created": "2026-11-25T12:20:23+00:00",'
+        ' "list": "pictures.txt", "checkpoint_sha256": "' + "ab" * 32 + '", "settings": {"backbone": "vgg16"}, '
+        '"num_pictures": 1, "names_sha256": "' + hashlib.sha256(b'["a.jpg"]').hexdigest() + '", '
+        '"num_dims": 6, "patch_sizes": [3], "strides": [2], '
+        '"geometry": {"stride": 16, "receptive_field": 196, "padding": 90}, "dtype": "float32"}\n'
+        '{"index": 0, "name": "a.jpg", "feature_name": "a", "map": [5, 7]}\n'
+    )
+    assert write_all(tmp_path, header, make_list(["a.jpg"])) == []
+    with open_store(tmp_path, header, make_list(["a.jpg"])) as store:
+        assert torch.equal(store.patches(0).descriptors[0], make_features(header, 0)[1].descriptors[0])
 
 
 def test_a_newer_format_is_refused(tmp_path):
     (tmp_path / "manifest.jsonl").write_text('{"format": "patchnetvlad features", "version": 9}\n')
     with pytest.raises(UserError, match="version 9"):
-        FeatureWriter(tmp_path, make_header())
+        FeatureWriter(tmp_path, LIST, make_header())
 
 
 def test_lost_or_short_files_are_made_again(tmp_path):
@@ -380,7 +423,7 @@ def test_lost_or_short_files_are_made_again(tmp_path):
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path):
-    (tmp_path / ".writing.npy.tmp").write_bytes(b"half")
+    (tmp_path / ".writing-123-abc.npy").write_bytes(b"half")
     (tmp_path / "globalfeats.npy.partial").write_bytes(b"half")
     assert write_all(tmp_path, make_header()) == [0, 1, 2]
     assert not any("tmp" in name or "partial" in name or "lock" in name for name in files_of(tmp_path))
@@ -397,7 +440,7 @@ def test_leftovers_of_a_crash_are_removed(tmp_path):
         ({"strides": (1, 1)}, "strides"),
         ({"dtype": "int8"}, "dtype: float32 there, int8 wanted"),
         ({"geometry": EncoderGeometry(8, 100, 40)}, "geometry"),
-        ({"names": NAMES[:2], "feature_names": ("x", "y")}, "pictures in the list: 3 there, 2 wanted"),
+        ({"names": NAMES[:2]}, "pictures in the list: 3 there, 2 wanted"),
         ({"names": NAMES[::-1]}, "picture list"),
     ],
 )
@@ -405,8 +448,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, changes, word):
     header = make_header()
     write_all(tmp_path, header)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    names = changes.pop("names", NAMES)
     with pytest.raises(UserError) as caught:
-        FeatureWriter(tmp_path, make_header(**changes))
+        FeatureWriter(tmp_path, make_list(names), make_header(**changes))
     assert word in one_line(caught) and str(tmp_path) in str(caught.value) and "--overwrite" in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -414,8 +458,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, changes, word):
 def test_overwriting(tmp_path):
     write_all(tmp_path, make_header())
     (tmp_path / "notes.txt").write_text("mine")
-    header = make_header(("one.jpg",))
-    with FeatureWriter(tmp_path, header, overwrite=True) as writer:
+    header = make_header()
+    with FeatureWriter(tmp_path, make_list(["one.jpg"]), header, overwrite=True) as writer:
         assert files_of(tmp_path) >= {"notes.txt", "manifest.jsonl"} and writer.missing == [0]
         writer.write(0, *make_features(header, 0))
         writer.finish()
@@ -430,7 +474,7 @@ def test_overwriting(tmp_path):
 def test_published_features_are_not_mixed_with(tmp_path, name):
     (tmp_path / name).write_bytes(b"features of hours")
     with pytest.raises(UserError, match="without a manifest") as caught:
-        FeatureWriter(tmp_path, make_header())
+        FeatureWriter(tmp_path, LIST, make_header())
     assert "--overwrite" in one_line(caught)
     assert (tmp_path / name).read_bytes() == b"features of hours"
 
@@ -466,7 +510,7 @@ def test_a_write_that_stops_midway_leaves_nothing_half(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # psize2 has 24 patches: 57,728 bytes
-        with pytest.raises(UserError, match="File too large"), FeatureWriter(tmp_path, header) as writer:
+        with pytest.raises(UserError, match="File too large"), FeatureWriter(tmp_path, LIST, header) as writer:
             writer.write(0, *make_features(header, 0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -481,7 +525,7 @@ def test_a_manifest_line_is_whole_or_absent(tmp_path):
     header = make_header(patch_sizes=(), strides=(), num_dims=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(UserError), FeatureWriter(tmp_path, header) as writer:
+        with pytest.raises(UserError), FeatureWriter(tmp_path, LIST, header) as writer:
             size = (tmp_path / "manifest.jsonl").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
             writer.write(0, torch.ones(2))
@@ -491,7 +535,7 @@ def test_a_manifest_line_is_whole_or_absent(tmp_path):
 
 
 def test_writing_runs_beside_the_caller_and_is_bounded(tmp_path, monkeypatch):
-    header = make_header(tuple(f"{i}.jpg" for i in range(6)), patch_sizes=(2,), strides=(1,))
+    header, pictures = make_header(patch_sizes=(2,), strides=(1,)), make_list([f"{i}.jpg" for i in range(6)])
     gate, written = threading.Event(), []
     real = feature_writer.write_patch_array
 
@@ -501,7 +545,7 @@ def test_writing_runs_beside_the_caller_and_is_bounded(tmp_path, monkeypatch):
         real(path, array)
 
     monkeypatch.setattr(feature_writer, "write_patch_array", slow)
-    with FeatureWriter(tmp_path, header, queue_size=2) as writer:
+    with FeatureWriter(tmp_path, pictures, header, queue_size=2) as writer:
         for index in (0, 1):
             writer.write(index, *make_features(header, index))
         assert written == [] and writer.missing == [0, 1, 2, 3, 4, 5]
@@ -523,10 +567,10 @@ def test_descriptors_that_are_not_finite_are_not_written(tmp_path, dtype, value)
     header = make_header(dtype=dtype)
     global_, patches = make_features(header, 0)
     patches.descriptors[1][2, 3] = value
-    with pytest.raises(UserError, match=r"night/a\.jpg") as caught, FeatureWriter(tmp_path, header) as writer:
+    with pytest.raises(UserError, match=r"night/a\.jpg") as caught, FeatureWriter(tmp_path, LIST, header) as writer:
         writer.write(0, global_, patches)
     assert "NaN" in one_line(caught)
-    with pytest.raises(UserError, match="NaN"), FeatureWriter(tmp_path, header) as writer:
+    with pytest.raises(UserError, match="NaN"), FeatureWriter(tmp_path, LIST, header) as writer:
         writer.write(0, global_ * value, make_features(header, 0)[1])
     assert write_all(tmp_path, header) == [0, 1, 2]
 
@@ -534,7 +578,7 @@ def test_descriptors_that_are_not_finite_are_not_written(tmp_path, dtype, value)
 def test_what_does_not_fit_the_header_is_a_bug_of_the_caller(tmp_path):
     header = make_header()
     global_, patches = make_features(header, 0)
-    with FeatureWriter(tmp_path, header) as writer:
+    with FeatureWriter(tmp_path, LIST, header) as writer:
         for index, row, features in (
             (3, global_, patches),
             (0, global_[:5], patches),
@@ -544,22 +588,75 @@ def test_what_does_not_fit_the_header_is_a_bug_of_the_caller(tmp_path):
         ):
             with pytest.raises(ValueError):
                 writer.write(index, row, features)
-    for changes in (
-        {"dtype": "float64"},
-        {"strides": (1,)},
-        {"feature_names": ("a", "a", "b")},
-        {"feature_names": ("a", "../x", "b")},
-    ):
+    for changes in ({"dtype": "float64"}, {"strides": (1,)}):
         with pytest.raises(ValueError):
             make_header(**changes)
+    for feature_names in (("a", "a", "b"), ("a", "../x", "b")):
+        with pytest.raises(ValueError):
+            FeatureWriter(tmp_path / "new", make_list(NAMES, feature_names), header)
+    for changes in ({"checkpoint_sha256": None}, {"num_dims": 0}):
+        with pytest.raises(ValueError):
+            FeatureWriter(tmp_path / "new", LIST, make_header(**changes))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="twice"):
         make_header(patch_sizes=(2, 2))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        FeatureWriter(tmp_path / "file", make_header())
+    for folder in (tmp_path / "file", tmp_path / "file" / "features"):
+        with pytest.raises(UserError, match="a file is in the place of a folder") as caught:
+            FeatureWriter(folder, LIST, make_header())
+        assert str(folder) in one_line(caught)
+
+
+def test_a_picture_is_on_the_disk_before_the_manifest_says_so(tmp_path, monkeypatch):
+    events: list[str] = []
+    real_files, real_append, real_sync = feature_writer.sync_files, feature_writer._append, os.fsync
+
+    def sync_files(paths):
+        paths = list(paths)
+        events.extend(path.name for path in paths)
+        real_files(paths)
+
+    def append(manifest, lines):
+        events.append(f"{lines.count(bytes([10]))} lines")
+        real_append(manifest, lines)
+
+    def sync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real_sync(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    with FeatureWriter(tmp_path, LIST, make_header()) as writer:
+        monkeypatch.setattr(feature_writer, "sync_files", sync_files)
+        monkeypatch.setattr(feature_writer, "_append", append)
+        monkeypatch.setattr(os, "fsync", sync)
+        for index in (0, 2):
+            writer.write(index, *make_features(make_header(), index))
+    written = [f"patchfeats_psize{size}_{name}.npy" for name in ("night_a.jpg", "b") for size in (2, 3)]
+    last = events.index("2 lines")
+    assert sorted(events[: last - 1]) == sorted([*written, *written])  # asked for, and synchronised
+    assert events[last - 1 :] == ["globalfeats.npy.partial", "2 lines", "manifest.jsonl"]
+
+
+def test_pictures_are_recorded_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_writer, "_TOGETHER", 2)
+    header = make_header()
+    with FeatureWriter(tmp_path, LIST, header) as writer:
+        writer.write(0, *make_features(header, 0))
+        writer.write(1, *make_features(header, 1))
+        deadline = time.monotonic() + 10
+        while writer.missing != [2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        monkeypatch.setattr(feature_writer, "_SECONDS", 0.0)
+        writer.write(2, *make_features(header, 2))
+        while writer.missing:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert (tmp_path / "manifest.jsonl").read_bytes().count(b"\n") == 4
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------
@@ -570,9 +667,9 @@ def test_estimated_bytes_are_those_written(tmp_path, dtype):
     header = make_header(dtype=dtype, num_dims=500)
     write_all(tmp_path, header)
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert written <= estimate_bytes(header, MAP_SIZE) + 2000
-    assert written == pytest.approx(estimate_bytes(header, MAP_SIZE), rel=0.05)
-    assert estimate_bytes(header, MAP_SIZE, 30) == pytest.approx(10 * estimate_bytes(header, MAP_SIZE), rel=1e-4)
+    assert written <= estimate_bytes(header, MAP_SIZE, 3) + 2000
+    assert written == pytest.approx(estimate_bytes(header, MAP_SIZE, 3), rel=0.05)
+    assert estimate_bytes(header, MAP_SIZE, 30) == pytest.approx(10 * estimate_bytes(header, MAP_SIZE, 3), rel=1e-4)
 
 
 def test_performance_features_of_pitts30k():
@@ -582,7 +679,7 @@ def test_performance_features_of_pitts30k():
 
 def test_check_disk(tmp_path, monkeypatch):
     check_disk(tmp_path / "not" / "there", 1)
-    monkeypatch.setattr(feature_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
     with pytest.raises(UserError, match=r"812\.0 GB, its disk has 3\.0 GB free") as caught:
         check_disk(tmp_path / "not" / "there", 812 * 10**9)
     assert "feature_dtype" in one_line(caught)
@@ -600,21 +697,22 @@ def test_check_disk(tmp_path, monkeypatch):
         ({"patch_sizes": (2, 8)}, r"patch_sizes: [2, 3] there, [2, 8] wanted"),
         ({"strides": (1, 1)}, "stride of patch size 3: 2 there, 1 wanted"),
         ({"geometry": EncoderGeometry(8, 100, 40)}, "geometry"),
-        ({"names": NAMES[:2], "feature_names": ("x", "y")}, "of 3 pictures, the list has 2"),
+        ({"names": NAMES[:2]}, "of 3 pictures, the list has 2"),
         ({"names": ("night/a.jpg", "day/c.jpg", "day/b.jpg")}, "picture 2 is day/a.jpg there and day/c.jpg"),
     ],
 )
 def test_features_of_something_else_are_refused(tmp_path, changes, word):
     write_all(tmp_path, make_header())
+    names = changes.pop("names", NAMES)
     with pytest.raises(UserError) as caught:
-        open_store(tmp_path, make_header(**changes))
+        open_store(tmp_path, make_header(**changes), make_list(names))
     assert word in one_line(caught) and str(tmp_path) in str(caught.value)
 
 
 def test_settings_that_are_not_expected_do_not_matter(tmp_path):
     write_all(tmp_path, make_header())
     open_store(tmp_path, make_header(settings={"imageresizeh": 80}, dtype="float16"))
-    store = FeatureStore.open(tmp_path, NAMES, unique_feature_names(NAMES))
+    store = FeatureStore.open(tmp_path, LIST)
     assert store.patch_sizes == (2, 3) and store.num_dims == 6
 
 
@@ -700,16 +798,20 @@ def test_a_folder_that_is_not_there(tmp_path):
         open_store(tmp_path / "features", make_header())
 
 
-def test_stored_dimensions(tmp_path):
-    with pytest.raises(UserError, match="is missing"):
-        stored_dims(tmp_path)
-    write_all(tmp_path, make_header())
-    assert stored_dims(tmp_path) == 6
+def test_dimensions_and_checkpoint_that_the_configuration_does_not_know(tmp_path):
+    header = make_header()
+    unknown = make_header(num_dims=0, checkpoint_sha256=None)
+    write_all(tmp_path, header)
+    assert open_store(tmp_path, unknown).num_dims == 6
     (tmp_path / "manifest.jsonl").unlink()
-    assert stored_dims(tmp_path) == 6
+    with open_store(tmp_path, unknown, map_size=MAP_SIZE) as store:
+        assert store.num_dims == 6 and store.patches(1).descriptors[0].shape == (24, 6)
     damage(tmp_path / "globalfeats.npy", "flat")
     with pytest.raises(UserError, match="expected N×D"):
-        stored_dims(tmp_path)
+        open_store(tmp_path, unknown, map_size=MAP_SIZE)
+    (tmp_path / "globalfeats.npy").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_store(tmp_path, unknown, map_size=MAP_SIZE)
 
 
 # --- folders of the published code -----------------------------------------------------------------------------
@@ -731,11 +833,11 @@ def publish(folder: Path, header: StoreHeader, names: tuple[str, ...], order: st
 @pytest.mark.parametrize("dtype", ["float32", "float64", ">f4", "float16"])
 def test_published_folder(tmp_path, order, dtype):
     names = ("night/a.b.jpg", "/data/c.png", "d", "night/a.b.jpg")
-    header = make_header(names)
+    header, pictures = make_header(), make_list(names)
     publish(tmp_path, header, ("a.b", "c", "d"), order, dtype)
     rows = np.load(tmp_path / "globalfeats.npy")
     np.save(tmp_path / "globalfeats.npy", rows[[0, 1, 2, 0]].astype(np.float64))
-    with open_store(tmp_path, header, map_size=MAP_SIZE) as store:
+    with open_store(tmp_path, header, pictures, map_size=MAP_SIZE) as store:
         assert store.global_.dtype == np.float32 and store.global_.shape == (4, 6)
         for index in range(4):
             expected = make_features(header, index % 3)[1]
@@ -748,7 +850,7 @@ def test_published_folder(tmp_path, order, dtype):
 
 def test_published_folder_with_names_of_ours(tmp_path):
     header = make_header()
-    publish(tmp_path, header, header.feature_names)
+    publish(tmp_path, header, LIST.feature_names)
     with open_store(tmp_path, header, map_size=MAP_SIZE) as store:
         assert torch.equal(store.patches(1).descriptors[0], make_features(header, 1)[1].descriptors[0])
 
@@ -762,29 +864,29 @@ def test_published_pictures_of_one_stem(tmp_path):
 
 
 def test_published_folder_that_does_not_fit(tmp_path):
-    header = make_header(("x/a.jpg", "b.jpg"))
+    header, pictures = make_header(), make_list(["x/a.jpg", "b.jpg"])
     publish(tmp_path, header, ("a", "b"))
-    with pytest.raises(UserError, match="5×8 map"), open_store(tmp_path, header, map_size=(5, 8)) as store:
+    with pytest.raises(UserError, match="5×8 map"), open_store(tmp_path, header, pictures, map_size=(5, 8)) as store:
         store.patches(0)
     with pytest.raises(UserError, match="2 rows, the list has 3"):
         open_store(tmp_path, make_header(), map_size=MAP_SIZE)
     with pytest.raises(UserError, match="6 dimensions, expected 5"):
-        open_store(tmp_path, make_header(header.names, num_dims=5), map_size=MAP_SIZE)
+        open_store(tmp_path, make_header(num_dims=5), pictures, map_size=MAP_SIZE)
     with pytest.raises(UserError, match=r"of b\.jpg, as are 0 further"):
         (tmp_path / "patchfeats_psize3_b.npy").unlink()
-        open_store(tmp_path, header, map_size=MAP_SIZE)
+        open_store(tmp_path, header, pictures, map_size=MAP_SIZE)
     with pytest.raises(UserError, match="own size"):
-        open_store(tmp_path, header)
+        open_store(tmp_path, header, pictures)
     with pytest.raises(UserError, match="no manifest"):
-        FeatureStore.open(tmp_path, header.names, header.feature_names)
-    assert len(open_store(tmp_path, replace(header, patch_sizes=(), strides=()))) == 2
+        FeatureStore.open(tmp_path, pictures)
+    assert len(open_store(tmp_path, replace(header, patch_sizes=(), strides=()), pictures)) == 2
 
 
 def test_int8_needs_its_manifest(tmp_path):
-    header = make_header(("a.jpg",), dtype="int8")
-    write_all(tmp_path, header)
+    header, pictures = make_header(dtype="int8"), make_list(["a.jpg"])
+    write_all(tmp_path, header, pictures)
     (tmp_path / "manifest.jsonl").unlink()
-    with pytest.raises(UserError, match="scales"), open_store(tmp_path, header, map_size=MAP_SIZE) as store:
+    with pytest.raises(UserError, match="scales"), open_store(tmp_path, header, pictures, map_size=MAP_SIZE) as store:
         store.patches(0)
 
 
@@ -794,9 +896,9 @@ PICTURE_BYTES = 4 * 6 * (24 + 6)  # of make_header's store: D = 6, P = 24 and 6,
 
 
 def big_store(folder: Path, num: int, pictures_in_cache: float, **changes) -> FeatureStore:
-    header = make_header(tuple(f"{i}.jpg" for i in range(num)), **changes)
-    write_all(folder, header)
-    return open_store(folder, header, cache_gb=pictures_in_cache * PICTURE_BYTES / 1e9)
+    header, pictures = make_header(**changes), make_list([f"{i}.jpg" for i in range(num)])
+    write_all(folder, header, pictures)
+    return open_store(folder, header, pictures, cache_gb=pictures_in_cache * PICTURE_BYTES / 1e9)
 
 
 def settle(store: FeatureStore, reads: int) -> None:
@@ -868,7 +970,7 @@ def test_prefetching_a_whole_run_reads_every_picture_once(tmp_path):
 def test_a_small_cache_still_gives_the_right_pictures(tmp_path):
     order = [int(index) for index in np.random.default_rng(1).integers(0, 8, 60)]
     with big_store(tmp_path, 8, 1.5) as store:
-        header = make_header(store.names)
+        header = make_header()
         store.prefetch(order)
         for index in order:
             expected = make_features(header, index)[1]
@@ -949,4 +1051,5 @@ def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_p
             expected = round_patches(rows, "reference")
             assert torch.equal(rounded.levels, expected.levels)
             assert torch.equal(rounded.scale, expected.scale) and torch.equal(rounded.norm, expected.norm)
-        assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 8)
+            assert torch.equal(rounded.offset, expected.offset)
+        assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 12)

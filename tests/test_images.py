@@ -1,7 +1,10 @@
 """Pictures of every kind become RGB tensors; broken ones are named; batches come whole and in order."""
 
 import io
+import os
+import re
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -157,8 +160,9 @@ def test_broken_files_are_named_in_order(tmp_path: Path) -> None:
     good = save(noise(20, 10), tmp_path / "good.jpg")
     paths = [good, *problems, good]
     for workers in (0, 1, 8):
-        lines = check_images(paths, workers)
-        assert len(lines) == len(problems)
+        found = check_images(paths, workers)
+        assert list(found) == list(problems)
+        lines = list(found.values())
         for line, (path, problem) in zip(lines, problems.items(), strict=True):
             assert line.startswith(f"{path}: ")
             assert problem in line
@@ -177,7 +181,7 @@ def test_whole_files_pass(tmp_path: Path) -> None:
     ]
     paths.append(save(noise(70, 50).convert("L"), tmp_path / "grey.jpg"))
     paths.append(save(noise(70, 50).convert("CMYK"), tmp_path / "cmyk.jpg", progressive=True))
-    assert check_images(paths) == []
+    assert check_images(paths) == {}
 
 
 def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +190,9 @@ def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert check_images([path]) == [f"{path}: more than {limit} pixels (make it smaller)"]
+            assert check_images([path]) == {path: f"{path}: more than {limit} pixels (make it smaller)"}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    assert check_images([path]) == []
+    assert check_images([path]) == {}
 
 
 def test_warning_filters_stay_as_they_were(tmp_path: Path) -> None:
@@ -213,11 +217,99 @@ def test_one_error_for_a_list(tmp_path: Path) -> None:
         require_readable(paths[1:2], source)
 
 
-def test_progress_bar_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def counted_decoding(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The pictures that are decoded from now on."""
+    decoded: list[Path] = []
+    decode = images._problem
+
+    def counted(path: Path) -> str | None:
+        decoded.append(path)
+        return decode(path)
+
+    monkeypatch.setattr(images, "_problem", counted)
+    return decoded
+
+
+def test_a_check_is_remembered_by_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [save(noise(9, 9, seed), tmp_path / f"{seed}.bmp") for seed in range(6)]
+    broken = tmp_path / "broken.bmp"
+    broken.write_bytes(paths[0].read_bytes()[:100])
+    decoded = counted_decoding(monkeypatch)
+    assert list(check_images([*paths, broken])) == [broken]
+    assert sorted(decoded) == sorted([*paths, broken])
+    decoded.clear()
+    assert list(check_images([*paths, broken])) == [broken]  # what was broken is looked at again
+    assert decoded == [broken]
+    decoded.clear()
+    times = paths[1].stat().st_atime_ns, paths[1].stat().st_mtime_ns
+    paths[1].write_bytes(paths[1].read_bytes()[:100])  # another size, at the same time
+    os.utime(paths[1], ns=times)
+    paths[2].write_bytes(b"\0" * paths[2].stat().st_size)  # the same size, at another time
+    os.utime(paths[2], ns=(0, 10**9))
+    paths[3].unlink()
+    broken.write_bytes(paths[0].read_bytes())
+    assert list(check_images([*paths, broken])) == paths[1:4]
+    assert decoded == [*paths[1:4], broken]
+    decoded.clear()
+    monkeypatch.chdir(tmp_path)
+    assert check_images([Path("0.bmp"), Path("broken.bmp")]) == {} and not decoded  # known by the absolute name
+
+
+def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [save(noise(9, 9, seed), tmp_path / f"{seed}.png") for seed in range(6)]
+    decode = images._problem
+
+    def interrupted(path: Path) -> str | None:
+        if path == paths[3]:
+            raise KeyboardInterrupt
+        return decode(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_problem", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check_images(paths, workers=1)
+    decoded = counted_decoding(monkeypatch)
+    assert check_images(paths) == {} and decoded == paths[3:]
+
+
+@pytest.mark.parametrize("damage", ["no database", "a folder", "no home"])
+def test_a_memory_that_cannot_be_used_changes_nothing(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    memory = tmp_path / "cache/checked_pictures.sqlite"
+    monkeypatch.setattr(images, "user_cache", homeless if damage == "no home" else lambda: memory.parent)
+    memory.parent.mkdir()
+    if damage == "a folder":
+        memory.mkdir()
+    if damage == "no database":
+        memory.write_text("no database " * 100)
     path = save(noise(9, 9), tmp_path / "a.png")
-    check_images([path])
+    decoded = counted_decoding(monkeypatch)
+    for _ in range(2):
+        assert check_images([path]) == {}
+    assert decoded == ([path] if damage == "no database" else [path, path])
+
+
+def test_a_long_check_says_how_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    paths = [save(noise(4, 4, seed), tmp_path / f"{seed}.bmp") for seed in range(120)]
+    check_images(paths[:100], workers=2)
+    assert not caplog.text
+    further = [save(noise(4, 4, seed), tmp_path / f"more{seed}.bmp") for seed in range(101)]
+    check_images([*paths[10:], *further], workers=2)
+    message = r"checking 121 pictures with 2 threads: about \d+ s \(90 more were found whole before\)"
+    assert re.search(message, caplog.text)
+
+
+def test_progress_bar_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [save(noise(9, 9), tmp_path / f"{name}.png") for name in "ab"]
+    check_images(paths[:1])
     assert capsys.readouterr().err == ""
-    check_images([path], progress=True)
+    check_images(paths[1:], progress=True)
     assert "Checking pictures" in capsys.readouterr().err
 
 
@@ -290,3 +382,19 @@ def test_dataset(pictures: list[Path]) -> None:
     assert (len(dataset), index, tensor.shape) == (7, 3, (3, 6, 5))
     with pytest.raises(UserError, match="no such file"):
         ImageDataset([Path("missing.jpg")], 6, 5)[0]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_results_come_in_order_and_few_are_computed_ahead(threads: int) -> None:
+    begun: list[int] = []
+
+    def slowly(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.002 * (number % 3))
+        return number * number
+
+    results = images.in_order(slowly, iter(range(40)), threads, ahead=5)
+    for number in range(40):
+        assert next(results) == number * number
+        assert len(begun) <= number + 1 + (5 if threads else 0)
+    assert list(results) == []

@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from tiny_run import EXAMPLES, tiny_model
 
-from patchnetvlad.commands.features import match_two
-from patchnetvlad.figures import MatchedPair, match_figure, save_figure
+from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.images import read_image
-from patchnetvlad.matching import Matches
-from patchnetvlad.pair_comparison import compare_files
+from patchnetvlad.matching import Matches, Score
+from patchnetvlad.pair_comparison import MatchedPair, compare_files
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.reranking import PairScore
-from patchnetvlad.scores import Score
 
 QUERY, SAME = EXAMPLES / "queries" / "query00_0.jpg", EXAMPLES / "database" / "place00_0.jpg"
 OTHER = EXAMPLES / "database" / "place07_0.jpg"

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchnetvlad.errors import UserError
+from patchnetvlad.losses import find_loss, triplet_loss
 from patchnetvlad.mining import TripletSet, epoch_queries, hard_negatives, make_subset, mine, training_batches
 from patchnetvlad.training_data import TripletPlaces
-from patchnetvlad.triplet_loss import triplet_loss
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,13 @@ def test_batches_keep_every_set() -> None:
     batches = training_batches(sets, 3)
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert [triplet for batch in batches for triplet in batch] == sets
+
+
+def test_losses_by_name() -> None:
+    assert find_loss("triplet").total is triplet_loss
+    assert find_loss("triplet").terms([(0, 1, [2, 3]), (0, 1, [4])]) == 3
+    with pytest.raises(UserError, match=r"\[train\] loss = hinge: expected one of triplet"):
+        find_loss("hinge")
 
 
 def test_loss_by_hand() -> None:

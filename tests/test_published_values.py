@@ -31,7 +31,7 @@ def extracted(published_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     pictures = read_image_list(listed, DATA / "synthetic")
-    store = FeatureStore.open(folder / "features", pictures.names, pictures.feature_names)
+    store = FeatureStore.open(folder / "features", pictures)
     assert (folder / "features/extract.log").exists()
     return store
 

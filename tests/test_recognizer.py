@@ -137,3 +137,12 @@ def test_8_bit_products_give_the_same_answers(tmp_path, caplog):
         answers.append(database.query(QUERY, top=2))
         assert ("8-bit products" in caplog.text) == (similarity == "int8")
     assert answers[0] == answers[1]
+
+
+def test_pictures_of_an_iterator_stay_in_order(recognizer):
+    paths = [SAME, OTHER, QUERY, OTHER, SAME, QUERY, SAME]
+    described = recognizer.describe(path for path in paths)
+    for path, found in zip(paths, described, strict=True):
+        torch.testing.assert_close(found.global_, recognizer.describe(path)[0].global_)
+    with pytest.raises(UserError, match=r"nowhere\.jpg: no such file"):
+        recognizer.describe([SAME, Path("nowhere.jpg"), OTHER])

@@ -10,10 +10,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.ransac import ransac_score
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.reranking import MATCHERS, collect_scores, fuse, reorder, rerank, score_pair, weighted_sum
+from patchnetvlad.reranking import MATCHERS, Matcher, collect_scores, fuse, reorder, rerank, score_pair, weighted_sum
 
+RANSAC, RAPID = MATCHERS["RANSAC"], MATCHERS["spatialApproximator"]
 WEIGHTS = (0.45, 0.15, 0.4)
 
 
@@ -93,28 +93,38 @@ def test_the_same_place_comes_first(matcher, batch_size):
 
 def test_candidates_scored_together_score_as_alone():
     query, candidates = picture(1), [picture(seed, 8 + seed, 10) for seed in range(6)]
-    alone = rerank(query, candidates, (0.6, 0.4), ransac_score)
-    together = rerank(query, candidates, (0.6, 0.4), ransac_score, batch_size=4)
+    alone = rerank(query, candidates, (0.6, 0.4), RANSAC)
+    together = rerank(query, candidates, (0.6, 0.4), RANSAC, batch_size=4)
     np.testing.assert_array_equal(alone.per_scale, together.per_scale)
     assert (alone.per_scale > 0).any()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_candidates_may_come_in_any_order(batch_size):
+    query, candidates = picture(1), [picture(2), picture(1, noise_seed=7), picture(3), picture(3), picture(4)]
+    expected = rerank(query, candidates, (0.6, 0.4), RANSAC)
+    visited = [3, 1, 4, 0, 2]
+    result = rerank(query, [candidates[i] for i in visited], (0.6, 0.4), RANSAC, batch_size, visited)
+    for mine, its in zip(vars(expected).values(), vars(result).values(), strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
 def test_ties_keep_the_retrieval_order():
     same = picture(5)
-    result = rerank(picture(1), [same, picture(1), same, same], (0.6, 0.4), rapid_spatial_score)
+    result = rerank(picture(1), [same, picture(1), same, same], (0.6, 0.4), RAPID)
     assert result.order.tolist() == [1, 0, 2, 3]
 
 
 def test_few_candidates_and_empty_pictures():
     query = picture(1)
-    assert rerank(query, [], (0.6, 0.4), ransac_score).order.tolist() == []
-    assert rerank(query, [], (0.6, 0.4), ransac_score).per_scale.shape == (0, 2)
-    single = rerank(query, [query], (0.6, 0.4), ransac_score)
+    assert rerank(query, [], (0.6, 0.4), RANSAC).order.tolist() == []
+    assert rerank(query, [], (0.6, 0.4), RANSAC).per_scale.shape == (0, 2)
+    single = rerank(query, [query], (0.6, 0.4), RANSAC)
     assert (single.order.tolist(), single.fused.tolist()) == ([0], [0.0])
     tiny = picture(2, 3, 3)  # too small for patches of size 4
     assert len(tiny.grids[1]) == 0
     for batch_size in (1, 3):
-        result = rerank(query, [tiny, query, tiny], (0.6, 0.4), rapid_spatial_score, batch_size)
+        result = rerank(query, [tiny, query, tiny], (0.6, 0.4), RAPID, batch_size)
         assert result.order.tolist() == [1, 0, 2]
         assert np.isfinite(result.fused).all()
 
@@ -133,7 +143,7 @@ def test_candidates_are_held_a_batch_at_a_time():
         seen_at_score.append(len(requested))
         return rapid_spatial_score(matches, query_grid, reference_grid)
 
-    rerank(picture(1), stream(), (0.6, 0.4), matcher, batch_size=2)
+    rerank(picture(1), stream(), (0.6, 0.4), Matcher(matcher), batch_size=2)
     assert seen_at_score == [2, 2, 2, 2, 4, 4, 4, 4, 5, 5]
 
 
@@ -141,7 +151,7 @@ def test_weighted_sum_of_two_pictures():
     query = picture(1)
     xmax, ymax = query.grids[0].max_index
     larger, smaller = xmax**2 + ymax**2, (xmax - 2) ** 2 + (ymax - 2) ** 2
-    pair = score_pair(query, query, rapid_spatial_score)
+    pair = score_pair(query, query, RAPID)
     assert weighted_sum(pair.scores, (0.6, 0.4)) == pytest.approx(0.6 * larger + 0.4 * smaller)
 
 
@@ -150,7 +160,7 @@ def test_pictures_with_other_patch_sizes_are_refused():
     fewer = PatchFeatures(query.descriptors[:1], query.grids[:1])
     for batch_size in (1, 2):
         with pytest.raises((ValueError, IndexError)):
-            rerank(query, [fewer, fewer], (0.6, 0.4), ransac_score, batch_size)
+            rerank(query, [fewer, fewer], (0.6, 0.4), RANSAC, batch_size)
 
 
 def test_the_rest_stays_behind_in_retrieval_order():
@@ -159,8 +169,8 @@ def test_the_rest_stays_behind_in_retrieval_order():
 
 def test_scores_of_all_queries_are_in_final_order():
     query = picture(1)
-    first = rerank(query, [picture(2), query], (0.6, 0.4), rapid_spatial_score)
-    second = rerank(query, [query], (0.6, 0.4), rapid_spatial_score)
+    first = rerank(query, [picture(2), query], (0.6, 0.4), RAPID)
+    second = rerank(query, [query], (0.6, 0.4), RAPID)
     scores = collect_scores(np.array([[8, 9, 3], [7, -1, -1]]), [first, second], (2, 4), "spatialApproximator")
     assert scores.indices.tolist() == [[9, 8], [7, -1]]
     np.testing.assert_array_equal(scores.fused, [first.fused[::-1], [0, 0]])

@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patchnetvlad import retrieval
+from patchnetvlad.candidates import Candidates
 from patchnetvlad.errors import UserError
-from patchnetvlad.retrieval import Candidates, best_cutout_per_panorama, looks_like_cutouts, retrieve
+from patchnetvlad.retrieval import DatabaseIndex, best_cutout_per_panorama, looks_like_cutouts
+
+
+def retrieve(queries, database, k, index="Flat", panorama_cutouts=1):
+    return DatabaseIndex(database, index).search(queries, k, panorama_cutouts)
 
 
 def unit_rows(count: int, dims: int, seed: int) -> np.ndarray:

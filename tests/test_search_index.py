@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from tiny_run import EXAMPLES, example_names, run, tiny_model
 
+from patchnetvlad.commands.features import build_index as build_index_command
 from patchnetvlad.commands.features import feature_match
-from patchnetvlad.commands.tools import build_index as build_index_command
 from patchnetvlad.errors import UserError
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, default_factory, open_index
 
 NAMES = [f"db/{number}.jpg" for number in range(600)]
+
+
+def retrieve(queries, database, k, index="Flat"):
+    return DatabaseIndex(database, index).search(queries, k)
 
 
 def views(places: int, each: int, dims: int, seed: int) -> np.ndarray:

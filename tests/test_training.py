@@ -25,6 +25,7 @@ from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
+from patchnetvlad.losses import LOSSES
 from patchnetvlad.training_run import RunOptions, TrainedRun, train_model
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +158,25 @@ def test_a_killed_run_resumes_exactly(
         momenta = [extras["optimizer"]["state"] for extras in (ours.extras, theirs.extras)]
         for number, state in momenta[1].items():
             assert torch.equal(momenta[0][number]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_a_resumed_run_goes_where_save_path_says(trained: TrainedRun, msls: Path, tmp_path: Path) -> None:
+    """Elsewhere when --save_path says so, with the best model so far; in its own folder without it."""
+    shutil.copytree(trained.folder, tmp_path / "first/Nov25_run")
+    checkpoints = tmp_path / "first/Nov25_run/checkpoints"
+    shutil.copy(checkpoints / "checkpoint_epoch2.pth.tar", checkpoints / "checkpoint.pth.tar")
+    before = {path: path.read_bytes() for path in checkpoints.iterdir()}
+    moved = run(msls, tmp_path / "second", resume_path=checkpoints / "checkpoint.pth.tar", identifier="on")
+    assert moved.folder.parent == tmp_path / "second" and moved.folder.name.endswith("_on")
+    assert {path: path.read_bytes() for path in checkpoints.iterdir()} == before
+    last = read_checkpoint(moved.folder / "checkpoints/checkpoint.pth.tar")
+    expected = read_checkpoint(trained.folder / "checkpoints/checkpoint.pth.tar")
+    assert all(torch.equal(last.state[key], value) for key, value in expected.state.items())
+    best = read_checkpoint(moved.folder / "checkpoints/model_best.pth.tar")
+    assert best.extras["best_score"] == trained.best_score
+    options = RunOptions(msls, num_epochs=3, resume_path=checkpoints / "checkpoint.pth.tar")
+    assert train_model(small(), options, ONE_PROCESS).folder == checkpoints.parent
+    assert (checkpoints / "checkpoint.pth.tar").read_bytes() != before[checkpoints / "checkpoint.pth.tar"]
 
 
 def test_adam_resumes_exactly(msls: Path, tmp_path: Path) -> None:
@@ -302,14 +322,14 @@ def test_validation_every_other_epoch(msls: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(msls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_loss = training.triplet_loss
+    triplet = LOSSES["triplet"]
     calls = []
 
     def loss(*args: Any) -> torch.Tensor:
         calls.append(1)
-        return whole_loss(*args) * (float("nan") if len(calls) == 7 else 1)
+        return triplet.total(*args) * (float("nan") if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(training, "triplet_loss", loss)
+    monkeypatch.setitem(LOSSES, "triplet", replace(triplet, total=loss))
     message = r"epoch 1, subset 2 of 4, step 7: the loss is nan, training stops; queries .*\.jpg.*checkpoint\.pth\.tar"
     with pytest.raises(UserError, match=message):
         run(msls, tmp_path)
@@ -352,7 +372,7 @@ def test_own_pictures_train(msls: Path, tmp_path: Path) -> None:
                     sideways = details["view_direction"] == "Sideways"
                     place = (details["easting"], details["northing"], f"{role}_{side}", city)
                     writer.writerow([image, *place, details["night"], sideways, raw["pano"]])
-    own = run(msls, tmp_path / "own", epochs=1, own_dataset=tmp_path / "own.csv")
+    own = run(msls, tmp_path / "own", epochs=1, training_csv=tmp_path / "own.csv")
     tree = run(msls, tmp_path / "tree", epochs=1)
     assert scalars(own.folder, "Train/Loss") == scalars(tree.folder, "Train/Loss")
     assert own.recalls == tree.recalls
@@ -368,6 +388,7 @@ def test_own_pictures_train(msls: Path, tmp_path: Path) -> None:
         (["--set", "train.match_radius=1e-3"], "of cph has a database picture within 0.001 m"),
         (["--set", "global_params.pooling=max"], "no parameters that learn"),
         (["--resume_path", "nowhere.pth.tar"], "nowhere.pth.tar: no such file"),
+        (["--set", "train.loss=hinge"], "[train] loss = hinge: expected one of triplet"),
         (["--nEpochs", "0"], "--nEpochs must be 1 or more"),
         (["--dataset_csv", "nowhere.csv"], "nowhere.csv: no such file"),
     ],

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import build_index
+from patchnetvlad.commands.features import build_index
 
 if __name__ == "__main__":
     sys.exit(build_index())

@@ -1,6 +1,5 @@
 """A dataset as makers hand it on: names and coordinates of queries and database; checked, summed up and written."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of, write_text
 from patchnetvlad.ground_truth import GroundTruth, write_ground_truth
 from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
 from patchnetvlad.localization.coordinates import Zone
@@ -81,9 +81,8 @@ def check_names(dataset: Dataset) -> None:
         seen: set[str] = set()
         twice = [name for name in pictures.names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
         if twice:
-            raise UserError(
-                f"{dataset.name}: {len(twice)} {part} pictures are listed twice (duplicate keys?): {_some(twice)}"
-            )
+            named = some_of(twice, _NAMED)
+            raise UserError(f"{dataset.name}: {len(twice)} {part} pictures are listed twice (duplicate keys?): {named}")
 
 
 def check_pictures(
@@ -113,10 +112,9 @@ def check_pictures(
         total = len(dataset.queries) + len(dataset.database)
         where = ""
         if len(absent) > _NAMED and report is not None:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text("".join(f"{name}\n" for name in absent), encoding="utf-8")
+            write_text(report, (f"{name}\n" for name in absent))
             where = f"; all are named in {report}"
-        message = f"{len(absent)} of {total} listed pictures are absent below {root}: {_some(absent)}{where}"
+        message = f"{len(absent)} of {total} listed pictures are absent below {root}: {some_of(absent, _NAMED)}{where}"
         if not leave_out or len(absent) == total:
             hint = "; --incomplete leave_out goes on without them" if len(absent) < total else " (another root?)"
             raise UserError(f"{dataset.name}: {message}{hint}")
@@ -186,7 +184,3 @@ def _find(root: Path, name: str) -> str | None:
         if path.with_suffix(extension).is_file():
             return str(Path(name).with_suffix(extension).as_posix())
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

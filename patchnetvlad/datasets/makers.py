@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchnetvlad.datasets.camera_poses import kapture_folders, pose_files
-from patchnetvlad.datasets.csv_files import MSLS_SUBTASKS, csv_tables, msls
+from patchnetvlad.datasets.csv_files import csv_tables, msls
 from patchnetvlad.datasets.dataset import (
     Dataset,
     DatasetFiles,
@@ -18,6 +18,7 @@ from patchnetvlad.datasets.dataset import (
 )
 from patchnetvlad.datasets.matlab import pittsburgh, tokyo247
 from patchnetvlad.datasets.picture_names import at_names, exif, frames, nordland
+from patchnetvlad.mapillary import SUBTASKS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ MAKERS: dict[str, Maker] = {
                 {"nargs": "+", "default": ["val"], "metavar": "CITY", "help": "cities, or train, val, test"},
             ),
             _RADIUS,
-            Option("--subtask", {"default": "all", "choices": MSLS_SUBTASKS, "help": "day to night: d2n, and so on"}),
+            Option("--subtask", {"default": "all", "choices": SUBTASKS, "help": "day to night: d2n, and so on"}),
             Option("--include_panoramas", {"action": "store_true", "help": "keep panoramas"}),
         ),
     ),

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 from patchnetvlad.image_lists import list_folder
 from patchnetvlad.localization.coordinates import (
     Zone,
@@ -23,7 +24,6 @@ from patchnetvlad.localization.coordinates import (
     to_utm,
 )
 
-_SHOWN = 5
 _EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur in UTM, with a margin below
 
 
@@ -43,7 +43,9 @@ def nordland(
     only = [np.setdiff1d(numbers[0], numbers[1]), np.setdiff1d(numbers[1], numbers[0])]
     for season, other, missing in ((queries, database, only[0]), (database, queries, only[1])):
         if len(missing):
-            message = f"{len(missing)} frames of {season} are missing in {other}: {_some(missing.astype(str))}"
+            message = (
+                f"{len(missing)} frames of {season} are missing in {other}: {some_of(missing.astype(str).tolist())}"
+            )
             if published:
                 raise UserError(
                     f"{root}: {message}; the published form numbers the rows, so both need the same (incomplete copy?)"
@@ -87,7 +89,7 @@ def at_names(
     if bad:
         raise UserError(
             f"{root}: {len(bad)} names carry no @easting@northing@ in metres of UTM (easting 100,000 to 900,000, "
-            f"northing up to 10,000,000; swapped?): {_some(bad)}"
+            f"northing up to 10,000,000; swapped?): {some_of(bad)}"
         )
     everything = [position for positions in read for position in positions if position is not None]
     utm = np.array([position[:2] for position in everything], dtype=np.float64)
@@ -101,7 +103,9 @@ def at_names(
     elif zones:
         notes.append(f"{len(given) - len(zones)} of {len(given)} names give no zone: no zone is kept")
         if len(set(zones)) > 1:
-            raise UserError(f"{root}: names of several zones ({_some(sorted(map(str, set(zones))))}) and some without")
+            raise UserError(
+                f"{root}: names of several zones ({some_of(sorted(map(str, set(zones))))}) and some without"
+            )
     pictures = _split(parts, utm)
     return [Dataset(name, *pictures, 25 if radius is None else radius, zone=zone, notes=tuple(notes))]
 
@@ -130,7 +134,7 @@ def exif(
     if bad and (incomplete != "leave_out" or len(bad) == total):
         hint = "" if len(bad) == total else "; --incomplete leave_out goes on without them"
         raise UserError(
-            f"{root}: {len(bad)} of {total} pictures carry no GPS position in their EXIF: {_some(bad)}{hint}"
+            f"{root}: {len(bad)} of {total} pictures carry no GPS position in their EXIF: {some_of(bad)}{hint}"
         )
     kept = [
         [file for file, position in zip(names, positions, strict=True) if position is not None]
@@ -140,7 +144,7 @@ def exif(
         np.array([position for position in positions if position is not None], dtype=np.float64).reshape(-1, 2)
         for positions in read
     ]
-    notes = (f"left out: {len(bad)} of {total} pictures without a GPS position: {_some(bad)}",) if bad else ()
+    notes = (f"left out: {len(bad)} of {total} pictures without a GPS position: {some_of(bad)}",) if bad else ()
     return [from_geographic(name, kept, geographic, 25 if radius is None else radius, str(root)).noted(*notes)]
 
 
@@ -178,16 +182,15 @@ def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
     found = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
     without = [name for name, numbers in zip(names, found, strict=True) if not numbers]
     if without:
-        raise UserError(f"{len(without)} pictures have no frame number in their name: {_some(without)}")
+        raise UserError(f"{len(without)} pictures have no frame number in their name: {some_of(without)}")
     numbers = np.array([int(numbers[-1]) for numbers in found], dtype=np.int64)
-    distinct, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     if (counts > 1).any():
         example = names[first[np.flatnonzero(counts > 1)[0]]]
         raise UserError(
             f"{int((counts - 1).sum())} pictures have a frame number that another one of the same folder has, such as "
             f"{example} (several videos or cameras in one folder?)"
         )
-    assert len(distinct) == len(names)
     return numbers
 
 
@@ -235,7 +238,3 @@ def _gps(path: Path) -> tuple[float, float] | None:
 def _degrees(parts: Sequence[float]) -> float:
     degrees, minutes, seconds = (float(part) for part in parts)
     return degrees + minutes / 60 + seconds / 3600
-
-
-def _some(names: Sequence[str] | NDArray[np.str_]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

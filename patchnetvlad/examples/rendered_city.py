@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from patchnetvlad.files import make_folder, write_text, writing
+
 from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 
 MATCH_RADIUS = 25.0  # metres
@@ -138,16 +140,14 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     pictures = root / f"{name}_images"
     for view in (*city.database, *city.queries):
         path = pictures / view.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         city.render(view, size).save(path, quality=quality, optimize=True)
     geometry = city_geometry(city, size)
-    (pictures / "geometry.json").write_text(json.dumps(geometry, indent=1) + "\n", encoding="utf-8")
+    write_text(pictures / "geometry.json", json.dumps(geometry, indent=1) + "\n")
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
-    lists.mkdir(exist_ok=True)
-    truth.mkdir(exist_ok=True)
     for kind, views in (("index", city.database), ("query", city.queries)):
-        lines = "".join(f"{view.name}\n" for view in views)
-        (lists / f"{name}_imageNames_{kind}.txt").write_text(lines, encoding="utf-8")
+        write_text(lists / f"{name}_imageNames_{kind}.txt", (f"{view.name}\n" for view in views))
     positions = [np.array([(v.east, v.north) for v in views]) for views in (city.queries, city.database)]
-    np.savez(truth / f"{name}.npz", utmQ=positions[0], utmDb=positions[1], posDistThr=MATCH_RADIUS)
+    with writing(truth / f"{name}.npz") as file:
+        np.savez(file, utmQ=positions[0], utmDb=positions[1], posDistThr=MATCH_RADIUS)
     return pictures

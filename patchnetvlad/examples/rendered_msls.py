@@ -5,13 +5,16 @@ Streets of a city are driven several times; drive k of a side is one sequence an
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.examples.rendered_city import City, View, make_city
 from patchnetvlad.examples.rendered_places import Size
-from patchnetvlad.mapillary import SUBTASKS, TEST_CITIES
+from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.mapillary import SUBTASKS
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
 SIDEWAYS_YAW = 15.0  # degrees of yaw from which a picture counts as sideways
@@ -56,7 +59,7 @@ def write_msls(
         city = make_city(
             rendered.places, (database_views,), (query_views,), rendered.seed, look_alikes=0, scale=size[0] / 10
         )
-        part = "test" if rendered.name in TEST_CITIES else "train_val"
+        part = "test" if rendered.name in MSLS_CITIES["test"] else "train_val"
         folder = root / part / rendered.name
         database = [_by_night(view) if _drive(view) == NIGHT_DRIVE else view for view in city.database]
         for side, views in (("query", city.queries), ("database", database)):
@@ -83,7 +86,7 @@ def _write_side(
     folder: Path, name: str, city: City, views: Sequence[View], panoramas: int, size: Size, secret: bool
 ) -> None:
     images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    make_folder(images)
     keys = [hashlib.sha256(f"{name}/{view.name}".encode()).hexdigest()[:22] for view in views]
     for number, (key, view) in enumerate(zip(keys, views, strict=True)):
         wide = number >= len(views) - panoramas
@@ -135,7 +138,8 @@ def _subtasks(is_query: bool, night: bool, drive: int) -> list[bool]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["", *columns])
-        writer.writerows([index, *row] for index, row in enumerate(rows))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["", *columns])
+    writer.writerows([index, *row] for index, row in enumerate(rows))
+    write_text(path, text.getvalue())

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import writing_hdf5
 
 
 def write_hloc_descriptors(path: Path, names: Sequence[str], descriptors: NDArray[np.float32]) -> None:
@@ -16,15 +16,9 @@ def write_hloc_descriptors(path: Path, names: Sequence[str], descriptors: NDArra
     The file appears complete or not at all. Raises UserError for a name that HDF5 cannot hold: one
     that is also the folder of another, or is there twice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            for name, descriptor in zip(names, descriptors, strict=True):
-                try:
-                    file.create_group(name).create_dataset("global_descriptor", data=descriptor)
-                except ValueError as error:
-                    raise UserError(f"{path}: picture {name!r}: HDF5 has that name already ({error})") from error
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing_hdf5(path) as file:
+        for name, descriptor in zip(names, descriptors, strict=True):
+            try:
+                file.create_group(name).create_dataset("global_descriptor", data=descriptor)
+            except ValueError as error:
+                raise UserError(f"{path}: picture {name!r}: HDF5 has that name already ({error})") from error

@@ -1,5 +1,6 @@
 """The model for other runtimes: ONNX, torch.export and TorchScript files of encoder, pooling and WPCA, checked."""
 
+import io
 import logging
 import time
 import warnings
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import writing
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD, intra_normalised
@@ -89,7 +91,6 @@ def export_onnx(
         raise UserError(f"ONNX export needs {error.name} (pip install 'patchnetvlad[onnx]')") from error
     exportable = ExportableModel(model).eval()
     program = _program(exportable, height, width, dynamic_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         exported = torch.onnx.export(
@@ -103,7 +104,8 @@ def export_onnx(
     assert exported is not None
     proto = exported.model_proto
     onnx.helper.set_model_props(proto, _description(model))
-    onnx.save(proto, str(path))
+    with writing(path) as file:
+        onnx.save(proto, file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -118,8 +120,10 @@ def export_torch(
     # Archives cannot hold weights in channels last, as VGG16 has them
     exportable = ExportableModel(deepcopy(model)).eval().to(memory_format=torch.contiguous_format)
     program = _program(exportable, height, width, dynamic_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, path)
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    with writing(path) as file:
+        file.write(archive.getbuffer())
     return _check(exportable, _in_torch(torch.export.load(path).module()), height, width, dynamic_size)
 
 
@@ -132,10 +136,12 @@ def export_script(
     into its pictures, and a trace would keep their number.
     """
     exportable = ExportableModel(model).eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    model.describe(torch.zeros(1, 3, height, width))  # refuses patches larger than the feature map
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # newer torch calls TorchScript deprecated; others hint at sizes, checked below
-        torch.jit.save(torch.jit.trace(exportable, torch.rand(1, 3, height, width)), path)
+        traced = torch.jit.trace(exportable, torch.rand(1, 3, height, width))
+        with writing(path) as file:
+            torch.jit.save(traced, file)
         loaded = torch.jit.load(path)
     return _check(exportable, _in_torch(loaded), height, width, dynamic_size=True)
 
@@ -153,6 +159,7 @@ def _program(exportable: ExportableModel, height: int, width: int, dynamic_size:
     if dynamic_size:
         shape |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     pictures = torch.zeros(2, 3, height, width)
+    exportable.model.describe(pictures)  # refuses patches larger than the feature map
     with torch.no_grad():
         return torch.export.export(exportable, (pictures,), dynamic_shapes=(shape,), strict=False)
 

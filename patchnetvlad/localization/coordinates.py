@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of
 
 FARTHEST = 20.0  # degrees of longitude from a zone's meridian; there distances are 6 % too long at the equator
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,5 @@ def _transformer(zone: Zone) -> Transformer:
 
 
 def _examples(names: Sequence[str], chosen: NDArray[np.bool_], positions: NDArray[np.float64]) -> str:
-    rows = np.flatnonzero(chosen)
-    shown = "; ".join(f"{names[row]} ({positions[row, 0]:g}, {positions[row, 1]:g})" for row in rows[:_SHOWN])
-    return shown + (f"; and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    rows = np.flatnonzero(chosen).tolist()
+    return some_of([f"{names[row]} ({positions[row, 0]:g}, {positions[row, 1]:g})" for row in rows], separator="; ")

@@ -1,6 +1,7 @@
 """Queries to places on the map: all of a finished matching run, or single pictures against a feature folder."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,15 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import open_store
+from patchnetvlad.evaluation import open_features, with_built_index
+from patchnetvlad.feature_cache import cache_bytes
+from patchnetvlad.files import write_text
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
-from patchnetvlad.recognizer import PlaceRecognizer
-from patchnetvlad.reranker import Reranker
+from patchnetvlad.ranking import Ranker
+from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
-from patchnetvlad.retrieval import retrieve
-
-CANDIDATES = 100  # re-ranked for a picture where the configuration does not say rerank_top
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,38 @@ def locate_pictures(
     device: torch.device,
 ) -> list[Located]:
     """Positions of single pictures: described, searched in a feature folder, re-ranked by their patches."""
-    recognizer = PlaceRecognizer.load(config, device)
     options = config.feature_match
-    found = []
-    with open_store(config, database_list, features, options.cache_gb) as store:
-        reranker = Reranker(options, store)
-        for path in pictures:
-            (described,) = recognizer.describe(path)
-            vector = described.global_[None].cpu().numpy()
-            count = options.rerank_top or CANDIDATES
-            candidates = retrieve(vector, store.global_, count, panorama_cutouts=options.panorama_cutouts)
-            indices, scores = candidates.indices[0], candidates.scores[0].astype(np.float64)
-            if described.patches.descriptors:
-                ranking = reranker.rerank(described.patches, indices.tolist())
-                indices, scores = indices[ranking.order], ranking.fused[ranking.order]
-            else:  # similarities in standard deviations, as fused scores are
-                scores = (scores - scores.mean()) / (scores.std() or 1.0)
-            position = estimate_position(indices, scores, database, neighbourhood)
-            found.append(Located(str(path), position, database_list.names[position.best]))
-    return found
+    if options.pred_input_path is not None:
+        raise UserError(
+            f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, not to single "
+            "pictures (give the results of feature_match)"
+        )
+    recognizer = PlaceRecognizer.load(config, device)
+    queries = described_pictures(recognizer, recognizer.describe(pictures))
+    memory = cache_bytes(options.cache_gb)
+    with open_features(config, database_list, features, memory, recognizer.model) as database_features:
+        database_features = with_built_index(config, database_list, database_features)
+        rankings = Ranker(options, database_features, device).rank(queries)
+    if rankings.scores is None:  # similarities in standard deviations, as fused scores are
+        indices, found = rankings.indices, rankings.retrieved.scores.astype(np.float64)
+        ranked = [(row, _standardized(values, row)) for row, values in zip(indices, found, strict=True)]
+    else:
+        ranked = list(zip(rankings.scores.indices, rankings.scores.fused, strict=True))
+    positions = [estimate_position(*ranking, database, neighbourhood) for ranking in ranked]
+    return [
+        Located(str(path), position, database_list.names[position.best])
+        for path, position in zip(pictures, positions, strict=True)
+    ]
+
+
+def _standardized(similarities: NDArray[np.float64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Similarities of one query's candidates (k,) with mean 0 and deviation 1; 0 where there is none."""
+    present = indices >= 0
+    scores = np.zeros(len(similarities))
+    values = similarities[present]
+    if len(values):
+        scores[present] = (values - values.mean()) / (values.std() or 1.0)
+    return scores
 
 
 def position_rows(located: Sequence[Located], zone: Zone | None) -> list[dict[str, str]]:
@@ -101,8 +114,8 @@ def write_positions(path: Path, located: Sequence[Located], zone: Zone | None) -
     """Write the rows as CSV; a query without a match has empty cells."""
     rows = position_rows(located, zone)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import read_text, told, write_text
 from patchnetvlad.result_files import read_lines
 
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))  # metres and degrees of the visual localisation benchmark
@@ -92,8 +93,9 @@ def by_condition(names: Sequence[str], pattern: str = r"^([^/]+)/") -> dict[str,
     """Names by what the pattern's first group finds in them, such as night/rear/1.jpg by night; sorted by condition."""
     try:
         expression = re.compile(pattern)
-        assert expression.groups >= 1
-    except (re.error, AssertionError) as error:
+        if not expression.groups:
+            raise re.error("no group", pattern)
+    except re.error as error:
         raise UserError(f"--condition_pattern {pattern}: expected a regular expression with one group") from error
     found: dict[str, list[str]] = {}
     for name in names:
@@ -164,8 +166,7 @@ def write_submission(
             raise UserError(f"{path}: picture {name}: {called!r} is not a name of one picture (other --names?)")
         numbers = " ".join(f"{value:.17g}" for value in (*pose.quaternion, *pose.translation))
         lines[called] = f"{called} {numbers}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines.values()), encoding="utf-8", newline="\n")
+    write_text(path, lines.values())
 
 
 SUBMISSION_NAMES: dict[str, Callable[[str], str]] = {  # what the benchmark's datasets call their pictures
@@ -186,10 +187,7 @@ def _place(
 
 def _read_colmap_text(path: Path) -> dict[str, Pose]:
     poses: dict[str, Pose] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from error
+    text = read_text(path, "COLMAP's images.txt")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if not line.startswith("#")]
     for number, line in lines[::2]:  # every second line holds the picture's points, and may be empty
         if not line.strip():
@@ -203,7 +201,8 @@ def _read_colmap_text(path: Path) -> dict[str, Pose]:
 
 def _read_colmap_binary(path: Path) -> dict[str, Pose]:
     poses: dict[str, Pose] = {}
-    data = path.read_bytes()
+    with told(path, "cannot be read"):
+        data = path.read_bytes()
     try:
         (count,) = struct.unpack_from("<Q", data)
         place = 8
@@ -238,7 +237,8 @@ def _add(poses: dict[str, Pose], path: Path, number: int, name: str, values: Seq
 def _pose(path: Path, number: int, values: Sequence[str | float]) -> Pose:
     try:
         numbers = np.array([float(value) for value in values], dtype=np.float64)
-        assert len(numbers) == 7 and np.isfinite(numbers).all() and np.linalg.norm(numbers[:4]) > 1e-6
-    except (ValueError, AssertionError) as error:
+        if len(numbers) != 7 or not np.isfinite(numbers).all() or np.linalg.norm(numbers[:4]) <= 1e-6:
+            raise ValueError(numbers)
+    except ValueError as error:
         raise UserError(f"{path}: line {number}: expected qw qx qy qz tx ty tz, seven numbers") from error
     return Pose(numbers[:4] / np.linalg.norm(numbers[:4]), numbers[4:])

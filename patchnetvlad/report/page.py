@@ -7,6 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from patchnetvlad.figures import SCALE_COLOURS
+from patchnetvlad.files import writing
 from patchnetvlad.report.content import (
     ReportContent,
     candidates,
@@ -64,10 +65,8 @@ def write_report(path: Path, content: ReportContent, progress: bool = False) -> 
         program=Markup((_PAGE / "page.js").read_text(encoding="utf-8")),
     )
     encoded = page.encode("utf-8", "backslashreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(encoded)
-    partial.replace(path)
+    with writing(path) as file:
+        file.write(encoded)
     return len(encoded)
 
 

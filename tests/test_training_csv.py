@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.training_csv import earth_centred, read_own_dataset
+from patchnetvlad.training_csv import earth_centred, read_training_csv
 from patchnetvlad.training_data import triplet_places
 
 METRIC = """image,easting,northing,role,city,night,panorama
@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_roles_cities_and_distances(tmp_path: Path) -> None:
-    data = read_own_dataset(write(tmp_path, METRIC), tmp_path)
+    data = read_training_csv(write(tmp_path, METRIC), tmp_path)
     assert [city.name for city in data.train] == ["north", "south"]
     places = triplet_places(data.train, 10, 25)
     names = [path.relative_to(tmp_path).as_posix() for path in places.paths]
@@ -39,7 +39,7 @@ def test_roles_cities_and_distances(tmp_path: Path) -> None:
     assert [names[row] for row in places.positives[1]] == ["d/far.jpg"]
     assert places.weights.tolist() == [3, 1]
     assert len(data.validation) == 1 and len(data.validation[0].database) == 1
-    wide = read_own_dataset(tmp_path / "own.csv", tmp_path, include_panoramas=True)
+    wide = read_training_csv(tmp_path / "own.csv", tmp_path, include_panoramas=True)
     assert len(wide.train[0].database) == 3
 
 
@@ -60,7 +60,7 @@ def test_degrees_give_metres(tmp_path: Path) -> None:
             ("e", 0, "val_database"),
         ]
     )
-    places = triplet_places(read_own_dataset(write(tmp_path, text), tmp_path).train, 10, 25)
+    places = triplet_places(read_training_csv(write(tmp_path, text), tmp_path).train, 10, 25)
     assert [len(rows) for rows in (places.positives[0], places.near[0])] == [1, 2]
 
 
@@ -72,19 +72,50 @@ def test_degrees_give_metres(tmp_path: Path) -> None:
             "query,north,True",
             r"own\.csv: line 2: role = 'query': expected one of train_query",
         ),
-        ("easting", "x", "neither columns easting and northing nor latitude and longitude"),
-        ("northing", "y", "has no column northing"),
+        ("easting", "east", "neither columns easting and northing nor latitude and longitude"),
+        ("northing", "north", "has no column northing or utm_north"),
         ("6,8", "6,nan", r"line 4: northing = 'nan': expected a number"),
         ("val_database", "train_database", "city north has no picture of role val_database"),
-        ("image", "picture", "has no column image"),
+        ("image", "photo", "has no column name or path or image"),
+        ("d/b.jpg", "", r"own\.csv: line 5: names no picture"),
+        ("6,8", '"6,5",8', r"line 4: easting = '6,5': expected a number with a decimal point"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_own_dataset(write(tmp_path, METRIC.replace(old, new)), tmp_path)
+        read_training_csv(write(tmp_path, METRIC.replace(old, new)), tmp_path)
 
 
 def test_swapped_degrees(tmp_path: Path) -> None:
     text = "image,latitude,longitude,role\na.jpg,151.2,-33.8,train_query\n"
     with pytest.raises(UserError, match=r"line 2: latitude 151\.2, longitude -33\.8"):
-        read_own_dataset(write(tmp_path, text), tmp_path)
+        read_training_csv(write(tmp_path, text), tmp_path)
+
+
+def test_other_spellings_of_one_table(tmp_path: Path) -> None:
+    """Semicolons or tabs, byte order mark, index column, column names in any case, blank lines: no matter."""
+    expected = read_training_csv(write(tmp_path, METRIC), tmp_path)
+    indexed = "\n\n".join(f"{'' if row == 0 else row}, {line} " for row, line in enumerate(METRIC.splitlines()))
+    head, _, rest = METRIC.partition("\n")
+    for text in (
+        METRIC.replace(",", ";"),
+        METRIC.replace(",", "\t"),
+        "\ufeff" + METRIC.replace("\n", "\r\n"),
+        indexed,
+        f"{head.upper()}\n{rest}",
+        METRIC.replace("image,easting", "Filename,UTM_East"),
+    ):
+        found = read_training_csv(write(tmp_path, text), tmp_path)
+        for ours, theirs in zip(
+            (*found.train, *found.validation), (*expected.train, *expected.validation), strict=True
+        ):
+            for side, other in ((ours.queries, theirs.queries), (ours.database, theirs.database)):
+                assert side.paths == other.paths
+                np.testing.assert_array_equal(side.positions, other.positions)
+                np.testing.assert_array_equal(side.night, other.night)
+
+
+def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
+    text = METRIC.replace("q/b.jpg", "\n\nq/b.jpg").replace("6,8", "six,8")
+    with pytest.raises(UserError, match=r"own\.csv: line 6: easting = 'six'"):
+        read_training_csv(write(tmp_path, text), tmp_path)
