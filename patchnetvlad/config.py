@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchnetvlad.config_values import (
     choice,
+    code_bytes,
     flag,
     list_of,
     optional,
@@ -14,6 +15,7 @@ from patchnetvlad.config_values import (
     scale_weights,
     setting,
     some_text,
+    storage_type,
     value_text,
     weights_source,
     whole,
@@ -41,8 +43,10 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk.
-    feature_dtype: str = setting("float32", choice("float32", "float16", "int8"))
+    # Type of the patch descriptors on disk; pqN: codes of N bytes a patch, for databases.
+    feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
+    # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
+    layout: str = setting("files", choice("files", "packed"))
     # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact.
     precision: str = setting("float32", choice("float32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
@@ -210,6 +214,12 @@ class Config:
                 f"for each of patch_sizes = {value_text(sizes)}"
             )
         self._check_picture_size("feature_match", self.feature_match)
+
+    def for_queries(self) -> "Config":
+        """The same for pictures that are looked for, whose patch descriptors are never stored as codes."""
+        if code_bytes(self.feature_extract.feature_dtype) is None:
+            return self
+        return replace(self, feature_extract=replace(self.feature_extract, feature_dtype="float32"))
 
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""

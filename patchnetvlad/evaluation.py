@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.feature_store import FeatureStore
@@ -124,6 +125,11 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
         open_features(config, database, sources.index_features, memory - for_queries, model) as database_features,
     ):
+        if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
+            raise UserError(
+                f"{sources.query_features}: holds codes, and queries are compared as they are (extract them with "
+                "feature_extract.py --queries)"
+            )
         if given is None:
             database_features = with_built_index(config, database, database_features)
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)

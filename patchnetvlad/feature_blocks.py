@@ -7,7 +7,7 @@ file, float32, a row for each picture. Both have their names only when they are 
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -19,11 +19,12 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import replacing, temporary_path, told
 
 PICTURES_IN_BLOCK = 256
+BLOCK_GLOB = "patchblock_*.npy"
 
 _HEADER_BYTES = 128  # of every block file: the number of rows is filled in at the end
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class BlockLayout:
     """What all blocks of a folder share.
 
     num_pictures: of the folder; width and dtype: numbers of a stored row, and their type; patch_counts: feature map
-    (height, width) → patches at each stored patch size; num_scales: float32 numbers of a picture at each patch size,
-    0 for codecs without.
+    (height, width) → patches at each stored patch size; num_scales: float32 numbers of a picture, 0 for codecs without.
     """
 
     num_pictures: int
@@ -84,12 +84,32 @@ def scales_name(number: int) -> str:
     return f"patchblock_{number:07}_scales.npy"
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Lengths in bytes of the files of a folder."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+
+
+def damaged_file(layout: BlockLayout, block: Block, there: Mapping[str, int]) -> tuple[str, str] | None:
+    """A file of a finished block that is not what it should be, and what is wrong with it; None when all are.
+
+    there: lengths of the folder's files.
+    """
+    rows = sum(count * sum(layout.patch_counts((height, width))) for height, width, count in block.maps)
+    wanted = {block_name(block.number): _HEADER_BYTES + rows * layout.width * layout.dtype.itemsize}
+    if layout.num_scales:
+        wanted[scales_name(block.number)] = _HEADER_BYTES + block.num_pictures * layout.num_scales * 4
+    for name, num_bytes in wanted.items():
+        if there.get(name) != num_bytes:
+            return name, "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
+    return None
+
+
 class BlockWriter:
     """Writes one block, picture after picture, without holding it in memory."""
 
     def __init__(self, folder: Path, layout: BlockLayout, number: int) -> None:
         self._folder, self._layout, self._number = folder, layout, number
-        self._path = folder / (block_name(number) + _PARTIAL)
+        self._path = temporary_path(folder / block_name(number))
         self._rows = 0
         self._scales: list[np.ndarray] = []
         self._map_sizes: list[tuple[int, int]] = []
@@ -102,6 +122,10 @@ class BlockWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what was not finished."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -120,21 +144,30 @@ class BlockWriter:
         for array in arrays:
             if array.dtype != self._layout.dtype or array.ndim != 2 or array.shape[1] != self._layout.width:
                 raise ValueError(f"rows are {array.dtype} {array.shape}, expected {self._layout}")
-            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if len(array):
+                self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             self._rows += len(array)
         if self._layout.num_scales:
-            self._scales.append(np.asarray(scales, dtype=np.float32).reshape(-1))
+            self._scales.append(np.asarray(scales, dtype=np.float32).reshape(self._layout.num_scales))
         self._map_sizes.append(map_size)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the block."""
+        names = [block_name(self._number)] + ([scales_name(self._number)] if self._layout.num_scales else [])
+        return [self._folder / name for name in names]
+
     def finish(self) -> Block:
-        """Give the complete block its name; returns its entry, which the manifest has still to be given."""
+        """Give the complete block its name; returns its entry, which the manifest has still to be given.
+
+        The files are not made to outlive the loss of the machine: the writer of the manifest sees to that.
+        """
         if not self.complete:
             raise ValueError(f"block {self._number} lacks picture {self.next_picture}")
         if self._layout.num_scales:
             table = np.stack(self._scales)
-            partial = self._folder / (scales_name(self._number) + _PARTIAL)
-            partial.write_bytes(_header(table.shape, table.dtype) + table.tobytes())
-            partial.replace(self._folder / scales_name(self._number))
+            with replacing(self._folder / scales_name(self._number), durable=False) as temporary:
+                temporary.write_bytes(_header(table.shape, table.dtype) + table.tobytes())
         self._file.seek(0)
         self._file.write(_header((self._rows, self._layout.width), self._layout.dtype))
         self._file.close()
@@ -150,29 +183,16 @@ class BlockReader:
         self._folder, self._layout = folder, layout
         self._counts = lru_cache(maxsize=1024)(layout.patch_counts)
         self._blocks = {block.number: block for block in blocks}
-        there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        there = file_sizes(folder)
         for number in range(layout.num_blocks):
-            self._check(number, there)
-
-    def _check(self, number: int, there: Mapping[str, int]) -> None:
-        block, wanted = self._blocks.get(number), len(self._layout.pictures(number))
-        if block is None or block.num_pictures != wanted:
-            found = 0 if block is None else block.num_pictures
-            raise UserError(
-                f"{self._folder}: block {number} has {found} of {wanted} pictures (extraction is not finished: run "
-                "feature_extract again with the same arguments to continue)"
-            )
-        rows = sum(count * sum(self._counts((height, width))) for height, width, count in block.maps)
-        for name, num_bytes in self._files(number, rows, wanted):
-            if there.get(name) != num_bytes:
-                has = "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
-                raise UserError(f"{self._folder / name}: {has} (interrupted copy or full disk; extract again)")
-
-    def _files(self, number: int, rows: int, pictures: int) -> Iterator[tuple[str, int]]:
-        yield block_name(number), _HEADER_BYTES + rows * self._row_bytes
-        if self._layout.num_scales:
-            sizes = len(self._layout.patch_counts((0, 0)))
-            yield scales_name(number), _HEADER_BYTES + pictures * sizes * self._layout.num_scales * 4
+            if number not in self._blocks:
+                raise UserError(
+                    f"{folder}: extraction is not finished, block {number + 1} of {layout.num_blocks} is not there "
+                    "(run feature_extract again with the same arguments to continue)"
+                )
+            damage = damaged_file(layout, self._blocks[number], there)
+            if damage is not None:
+                raise UserError(f"{folder / damage[0]}: {damage[1]} (interrupted copy or full disk; extract again)")
 
     @property
     def _row_bytes(self) -> int:
@@ -199,15 +219,12 @@ class BlockReader:
         return tuple(np.split(rows.reshape(-1, self._layout.width), np.cumsum(counts)[:-1]))
 
     def scales(self, index: int) -> np.ndarray | None:
-        """Scales of a picture, a row of float32 for each patch size, None for codecs without."""
-        if not self._layout.num_scales:
+        """Scales of a picture, float32, None for codecs without."""
+        count = self._layout.num_scales
+        if not count:
             return None
         number, place = divmod(index, PICTURES_IN_BLOCK)
-        each = len(self._counts(self.map_size(index))) * self._layout.num_scales
-        path = self._folder / scales_name(number)
-        return _read(path, np.dtype(np.float32), each, _HEADER_BYTES + 4 * each * place).reshape(
-            -1, self._layout.num_scales
-        )
+        return _read(self._folder / scales_name(number), np.dtype(np.float32), count, _HEADER_BYTES + 4 * count * place)
 
     def _place(self, index: int) -> tuple[tuple[int, int], int]:
         """Feature map of a picture, and the first of its rows in its block."""
@@ -222,11 +239,8 @@ class BlockReader:
 
 
 def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
-    try:
-        with path.open("rb", buffering=0) as file:
-            numbers = np.fromfile(file, dtype, count, offset=offset)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with told(path, "cannot be read"), path.open("rb", buffering=0) as file:
+        numbers = np.fromfile(file, dtype, count, offset=offset)
     if len(numbers) != count:
         raise UserError(f"{path}: became shorter while it was read (another process writes into the folder)")
     return numbers

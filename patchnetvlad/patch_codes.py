@@ -8,7 +8,6 @@ takes one byte.
 
 import hashlib
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,13 +24,6 @@ SAMPLE_ROWS = 1 << 16  # descriptors that training makes use of, 256 for each ce
 
 _ITERATIONS = 25
 _SEED = 20210621
-_NAME = re.compile(r"pq([1-9][0-9]*)")
-
-
-def code_bytes(dtype: str) -> int | None:
-    """N of the storage type pqN, None for another type."""
-    named = _NAME.fullmatch(dtype)
-    return int(named[1]) if named else None
 
 
 @dataclass(frozen=True, eq=False)

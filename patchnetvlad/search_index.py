@@ -166,7 +166,7 @@ def build_index(
     Raises UserError where faiss cannot make the index, and when files cannot be written.
     """
     if path.suffix != BUILT_INDEX:
-        raise UserError(f"{path}: a search index is named by a file that ends in {BUILT_INDEX}")
+        raise ValueError(f"{path} does not end in {BUILT_INDEX}")
     factory = default_factory(*database.shape) if factory is None else factory
     shards = max(1, min(shards, len(database)))
     try:

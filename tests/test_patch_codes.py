@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.patch_codes import PatchCodec, _balanced_groups, code_bytes, train_codec
+from patchnetvlad.config_values import code_bytes
+from patchnetvlad.patch_codes import PatchCodec, _balanced_groups, train_codec
 
 
 def unit_rows(count: int, dims: int, seed: int = 0, decay: float = 0.0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import FORMATS
@@ -29,6 +30,11 @@ def feature_extract(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output_features_dir", default="output_features", metavar="DIR", help="folder for the descriptors"
     )
+    parser.add_argument(
+        "--queries",
+        action="store_true",
+        help="the pictures are queries: never stored as codes (feature_dtype = pqN)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace other features in that folder")
     parser.add_device_options()
     return command_line.run(parser, _extract, arguments)
@@ -44,7 +50,7 @@ def _extract(args: argparse.Namespace) -> None:
     folder = Path(args.output_features_dir)
     with command_line.log_file(folder / "extract.log"):
         done = extract(
-            config,
+            config.for_queries() if args.queries else config,
             listed,
             root,
             folder,
@@ -86,6 +92,8 @@ def _build_index(args: argparse.Namespace) -> None:
     listed = require_file(args.index_file_path, "dataset_imagenames")
     features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
+    if path.suffix != BUILT_INDEX:
+        raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
     from patchnetvlad.evaluation import make_search_index
 
     built = make_search_index(
@@ -177,6 +185,8 @@ def _match(args: argparse.Namespace) -> None:
         config.require_checkpoint()
     if config.feature_match.pred_input_path is not None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
+    if config.feature_match.index.endswith(BUILT_INDEX):
+        require_file(config.feature_match.index, "dataset_gt_files", config.path)
     from patchnetvlad.evaluation import Sources, add_city, evaluate, open_run, write_results
 
     results, progress = Path(args.result_save_folder), command_line.progress(args)
