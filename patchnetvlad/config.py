@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchnetvlad.config_values import (
     choice,
+    code_bytes,
     flag,
     list_of,
     optional,
@@ -14,6 +15,7 @@ from patchnetvlad.config_values import (
     scale_weights,
     setting,
     some_text,
+    storage_type,
     value_text,
     weights_source,
     whole,
@@ -41,8 +43,10 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk.
-    feature_dtype: str = setting("float32", choice("float32", "float16", "int8"))
+    # Type of the patch descriptors on disk; pqN: codes of N bytes a patch, for databases.
+    feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
+    # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
+    layout: str = setting("files", choice("files", "packed"))
     # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact.
     precision: str = setting("float32", choice("float32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
@@ -64,7 +68,8 @@ class FeatureMatchConfig:
     # Candidates that are re-ranked; None: as many as the largest of n_values_all.
     rerank_top: int | None = setting(None, optional(whole(1)))
     panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
-    index: str = setting("Flat", some_text())  # kind of search index; Flat is exact
+    # Flat, the exact search; a faiss factory string; or the .json file that tools/build_index.py made.
+    index: str = setting("Flat", some_text())
     # Patch descriptors are read from the store, or made when a candidate needs them.
     local_features: str = setting("stored", choice("stored", "on_demand"))
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
@@ -210,6 +215,12 @@ class Config:
             )
         self._check_picture_size("feature_match", self.feature_match)
 
+    def for_queries(self) -> "Config":
+        """The same for pictures that are looked for, whose patch descriptors are never stored as codes."""
+        if code_bytes(self.feature_extract.feature_dtype) is None:
+            return self
+        return replace(self, feature_extract=replace(self.feature_extract, feature_dtype="float32"))
+
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
         params, train = self.global_params, self.train
@@ -255,4 +266,5 @@ SECTIONS = {  # section of the file, and its type
     "global_params": GlobalParams,
     "train": TrainConfig,
 }
+BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 PICTURE_SIZE = ("imageresizew", "imageresizeh")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from patchnetvlad.candidates import Candidates, RankingScores
-from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
@@ -56,6 +56,11 @@ class Ranker:
         self._workers = Workers()
         self._index: DatabaseIndex | None = None  # until the first query that is searched
         self._rounded: bool | None = None  # until the first pair decides
+        if options.index.endswith(BUILT_INDEX) and database.index is None:
+            raise UserError(
+                f"[feature_match] index = {options.index}: was made from a feature folder, and these pictures are not "
+                "read from one (Flat, or a factory string of faiss)"
+            )
         check_panoramas(options.panorama_cutouts, len(database))
 
     def rank(
@@ -89,7 +94,8 @@ class Ranker:
     def _retrieve(self, queries: DescribedPictures, depth: int) -> Candidates:
         started = time.perf_counter()
         if self._index is None:
-            self._index = DatabaseIndex(self._database.global_, self._options.index, self._device)
+            index = self._database.index or self._options.index
+            self._index = DatabaseIndex(self._database.global_, index, self._device)
         found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
