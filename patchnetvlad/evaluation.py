@@ -23,7 +23,7 @@ from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall
 from patchnetvlad.result_files import (
     FORMATS,
@@ -118,6 +118,9 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
         model = load_model(config)[0].to(device)
     memory = cache_bytes(config.feature_match.cache_gb)
+    if config.global_params.pooling == "patchnetvlad":
+        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
     for_queries = memory // _QUERY_SHARE
     with (
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
@@ -216,6 +219,7 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
     if sources.ground_truth is None:
         return None
     truth = read_ground_truth(sources.ground_truth, len(queries), len(database), sources.radius)
+    check_panoramas(config.feature_match.panorama_cutouts, len(database), truth.utm_database)
     if config.feature_match.panorama_cutouts == 1 and looks_like_cutouts(truth.utm_database):
         logger.warning(
             "%s: the database looks like 12 cut-outs of each panorama; Tokyo 24/7 is evaluated with "

@@ -122,13 +122,11 @@ def rerank(
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
-    positions: Sequence[int] | None = None,
 ) -> Reranking:
-    """Order a query's candidates by their fused spatial scores; ties keep the retrieval order.
+    """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
     candidates is consumed once and no more than a batch is held, so they may come from disk one by one.
     batch_size: candidates matched and scored in one go on the query's device; 1 suits the CPU, more an accelerator.
-    positions: of the candidates in the retrieval order, where they come in another.
     """
     values: list[list[float]] = []
     stream = iter(candidates)
@@ -137,8 +135,6 @@ def rerank(
         scored = _score_all(query, [candidate.grids for candidate in batch], matches, matcher)
         values += [[score.value for score in scores] for scores in scored]
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
-    if positions is not None:
-        per_scale = per_scale[np.argsort(np.array(positions, dtype=np.int64))]
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
 

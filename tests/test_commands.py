@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -317,7 +318,9 @@ def test_kapture_to_msls(tmp_path, capsys):
     "script", ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models", "tools/fit_model"]
 )
 def test_help_says_the_defaults(script):
-    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0 and "default:" in shown.stdout
 
 
