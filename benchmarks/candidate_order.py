@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_store import FeatureStore, FeatureWriter, StoreHeader
+from patchnetvlad.feature_header import StoreHeader
+from patchnetvlad.feature_store import FeatureStore
+from patchnetvlad.feature_writer import FeatureWriter
+from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.patch_sources import DescribedPictures
 from patchnetvlad.ranking import Ranker
@@ -52,18 +55,18 @@ def route_descriptors(angles: NDArray[np.float64], seed: int) -> NDArray[np.floa
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write_store(folder: Path, global_: NDArray[np.float32], seed: int) -> StoreHeader:
-    """A feature folder of random patches."""
+def write_store(folder: Path, global_: NDArray[np.float32], seed: int) -> ImageList:
+    """A feature folder of random patches, and its pictures."""
     names = tuple(f"{index:04}.jpg" for index in range(len(global_)))
-    stems = tuple(name[:-4] for name in names)
-    header = StoreHeader("", {}, names, stems, DIMS, (2,), (1,), GEOMETRY)
+    pictures = ImageList(names, tuple(map(Path, names)), tuple(name[:-4] for name in names), Path("list.txt"))
+    header = StoreHeader("", {}, DIMS, (2,), (1,), GEOMETRY)
     generator = torch.Generator().manual_seed(seed)
-    with FeatureWriter(folder, header) as writer:
+    with FeatureWriter(folder, pictures, header) as writer:
         for index, vector in enumerate(global_):
             patches = F.normalize(torch.randn(len(GRID), DIMS, generator=generator), dim=1)
             writer.write(index, torch.from_numpy(vector), PatchFeatures((patches,), (GRID,)))
         writer.finish()
-    return header
+    return pictures
 
 
 def least_recently_used(rows: Iterable[int], capacity: int) -> int:
@@ -83,15 +86,15 @@ def measure(folder: Path, angles: NDArray[np.float64]) -> list[dict[str, float]]
     """MB read at every size of the memory, before, now and at least."""
     places = np.linspace(0, 2 * np.pi, PICTURES, endpoint=False)
     database, queries = route_descriptors(places, 2), route_descriptors(angles, 3)
-    headers = [write_store(folder / name, rows, 4) for name, rows in (("index", database), ("query", queries))]
+    lists = [write_store(folder / name, rows, 4) for name, rows in (("index", database), ("query", queries))]
     found = DatabaseIndex(database).search(queries, CANDIDATES).indices
     picture = len(GRID) * DIMS * 4 / 1e6
     rows = []
     expected = None
     for capacity in MEMORY:
         stores = [
-            FeatureStore.open(folder / name, header.names, header.feature_names, header, cache_gb=cache)
-            for name, header, cache in zip(("index", "query"), headers, (capacity * picture / 1e3, 0.01), strict=True)
+            FeatureStore.open(folder / name, pictures, cache_gb=cache)
+            for name, pictures, cache in zip(("index", "query"), lists, (capacity * picture / 1e3, 0.01), strict=True)
         ]
         with stores[0] as index_store, stores[1] as query_store:
             described = [DescribedPictures(store.global_, store) for store in (index_store, query_store)]
