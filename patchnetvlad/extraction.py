@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -10,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
-from patchnetvlad.config import Config
+from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.encoders import Encoder, make_encoder
 from patchnetvlad.feature_header import read_manifest
 from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import image_batches, require_readable
+from patchnetvlad.images import count_reshaped, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.weights import load_model
@@ -70,6 +71,7 @@ def describe_list(
     with FeatureWriter(folder, header, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,
             size.imageresizeh,
@@ -173,6 +175,19 @@ def _announce(
         _duration(seconds),
     )
     check_disk(folder, num_bytes)
+
+
+def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
+    reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
+    if reshaped:
+        logger.info(
+            "%d of %d pictures have other proportions than %d×%d and are stretched (imageresizew and imageresizeh; 0 "
+            "keeps each picture's own size)",
+            reshaped,
+            len(set(paths)),
+            size.imageresizew,
+            size.imageresizeh,
+        )
 
 
 def _amount(num_bytes: float) -> str:

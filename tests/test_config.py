@@ -1,6 +1,7 @@
 """INI files: published ones load unchanged, mistakes are named, configurations survive writing and reading."""
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 
@@ -240,6 +241,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("global_params.threads", "expected section.key=value"),
         ("global.threads=8", "unknown section global"),
         ("global_params.thread=8", "did you mean threads?"),
+        ("feature_extract.imagewidth=8", "did you mean imageresizew?"),
+        ("feature_match.imageheight=8", "did you mean imageresizeh?"),
         ("global_params.threads=eight", "a whole number"),
     ],
 )
@@ -351,3 +354,22 @@ def test_text_has_every_key() -> None:
 def test_text_that_an_ini_file_cannot_hold(name: str) -> None:
     with pytest.raises(UserError, match=r"\[global_params\] resumepath"):
         config_text(Config(global_params=GlobalParams(resumepath=name)))
+
+
+def test_what_an_override_breaks_is_blamed_on_it(tmp_path: Path) -> None:
+    path = write(tmp_path, PUBLISHED_STYLE)
+    for override, said in (
+        ("global_params.patch_sizes=2,5", "[global_params] strides = 1,1,1"),
+        ("Feature_Extract.imageresizew=320".lower(), "[feature_match] imageresizew = 640: expected 320"),
+        ("feature_match.imageresizeh=240", "[feature_match] imageresizeh = 240: expected 480"),
+        ("feature_match.patchweights2use=1,2", "[feature_match] patchweights2use = 1.0,2.0"),
+        ("train.negative_radius=5", "[train] positive_radius = 10"),
+    ):
+        with pytest.raises(UserError) as refused:
+            config = load_config(path, ["global_params.threads=2", override])
+            config.check_matching()
+            config.check_training()
+        assert str(refused.value).startswith(f"--set {override}: {said}")
+    other = write(tmp_path, PUBLISHED_STYLE.replace("strides = 1, 1, 1", "strides = 1, 1"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(other))}: "):
+        load_config(other, ["global_params.threads=2"])
