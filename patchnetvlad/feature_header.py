@@ -5,7 +5,6 @@ picture list made the folder; every further line is a picture whose files are al
 so that a run which was killed leaves at worst a torn last line, which reading ignores.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from patchnetvlad.errors import UserError
 from patchnetvlad.feature_files import CODECS, Codec
 from patchnetvlad.files import told
+from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 
 MANIFEST_NAME = "manifest.jsonl"
@@ -91,11 +91,6 @@ class Manifest:
     names_sha256: str
     entries: Mapping[int, ManifestEntry]
     whole_bytes: int
-
-
-def hash_names(names: Sequence[str]) -> str:
-    """SHA-256 of a list of names, their order included, in hexadecimal."""
-    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
 
 
 def header_line(header: StoreHeader, names: Sequence[str], list_name: str) -> bytes:

@@ -42,7 +42,6 @@ from patchnetvlad.feature_header import (
     ManifestEntry,
     StoreHeader,
     entry_line,
-    hash_names,
     header_line,
     read_manifest,
     writing_differences,
@@ -58,7 +57,7 @@ from patchnetvlad.files import (
     told,
     writing,
 )
-from patchnetvlad.image_lists import ImageList, unique_feature_names
+from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
 GROWN_NAME = GLOBAL_NAME + ".grown"
