@@ -55,7 +55,6 @@ from patchnetvlad.feature_header import (
     StoreHeader,
     block_line,
     entry_line,
-    hash_names,
     header_line,
     read_manifest,
     writing_differences,
@@ -71,7 +70,7 @@ from patchnetvlad.files import (
     told,
     writing,
 )
-from patchnetvlad.image_lists import ImageList, unique_feature_names
+from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"

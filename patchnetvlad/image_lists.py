@@ -1,6 +1,7 @@
 """Lists of pictures, read and written, and the names under which the pictures' features are stored."""
 
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,11 @@ def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None
             )
             taken.add(_file_system_key(chosen[name]))
     return tuple(chosen[name] for name in names)
+
+
+def hash_names(names: Sequence[str]) -> str:
+    """SHA-256 of a list of names, their order included, in hexadecimal."""
+    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
 
 
 def _name_below(root: Path, line: str) -> str:
