@@ -46,6 +46,7 @@ setup(
         "faiss-cpu>=1.11",
         "opencv-python-headless>=4.8",
         "scikit-learn>=1.3",
+        "threadpoolctl>=3.1",
         "natsort>=8",
         "tqdm>=4.60",
         "pillow>=10",

@@ -24,7 +24,7 @@ from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall
 from patchnetvlad.result_files import (
     FORMATS,
@@ -120,6 +120,9 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
         model = load_model(config)[0].to(device)
     memory = cache_bytes(config.feature_match.cache_gb)
+    if config.global_params.pooling == "patchnetvlad":
+        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
     for_queries = memory // _QUERY_SHARE
     with (
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
@@ -205,16 +208,18 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
     """
     files = []
-    query_names, database_names = evaluation.queries.names, evaluation.database.names
+    queries, database = evaluation.queries, evaluation.database
     for stage, indices in evaluation.stages.items():
-        rankings = name_rankings(query_names, database_names, indices)
-        for name in formats:
-            ending, write = FORMATS[name]
-            files.append(results / f"{stage}_{ending}")
-            write(files[-1], rankings)
+        for form in (FORMATS[name] for name in formats):
+            files.append(results / f"{stage}_{form.ending}")
+            names = [
+                [str(path) for path in pictures.paths] if form.full_paths else pictures.names
+                for pictures in (queries, database)
+            ]
+            form.write(files[-1], name_rankings(names[0], names[1], indices))
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
-        write_scores(files[-1], evaluation.rankings.scores, query_names, database_names)
+        write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)
     if evaluation.protocol is not None:
         measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
         write_recalls(measured[0], evaluation.recalls)
@@ -252,6 +257,7 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
     if sources.ground_truth is None:
         return None
     truth = read_ground_truth(sources.ground_truth, len(queries), len(database), sources.radius)
+    check_panoramas(config.feature_match.panorama_cutouts, len(database), truth.utm_database)
     if config.feature_match.panorama_cutouts == 1 and looks_like_cutouts(truth.utm_database):
         logger.warning(
             "%s: the database looks like 12 cut-outs of each panorama; Tokyo 24/7 is evaluated with "

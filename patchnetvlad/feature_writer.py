@@ -3,6 +3,9 @@
 A picture counts as finished once its line is in the manifest, and the line is written after its files have their
 names and are on the disk. Global descriptors are rows of ``globalfeats.npy.partial``, which becomes
 ``globalfeats.npy`` when all pictures are there: whoever finds that file may trust all of them.
+
+A folder grows when it is opened for a list that has more pictures: rows take their new places in a file beside the
+others, and the new manifest, put in place by one rename, decides which of the two belongs to it.
 """
 
 import contextlib
@@ -13,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -57,11 +60,22 @@ from patchnetvlad.feature_header import (
     read_manifest,
     writing_differences,
 )
-from patchnetvlad.files import locked, make_folder, reason, remove_temporary_files, sync_files, told, writing
-from patchnetvlad.image_lists import ImageList
+from patchnetvlad.files import (
+    locked,
+    make_folder,
+    reason,
+    remove_temporary_files,
+    some_of,
+    sync_files,
+    sync_folder,
+    told,
+    writing,
+)
+from patchnetvlad.image_lists import ImageList, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
+GROWN_NAME = GLOBAL_NAME + ".grown"
 
 _WAYS_OUT = "choose another --output_features_dir, or replace these features with --overwrite"
 
@@ -79,7 +93,9 @@ class FeatureWriter:
                 writer.write(index, global_row, patch_features)
             writer.finish()
 
-    Opening a folder with an equal header resumes there: finished pictures are not in `missing`. Files are written
+    Opening a folder with an equal header resumes there: finished pictures are not in `missing`, also those of a
+    shorter list whose pictures are all in this one, in whatever order. They keep their files, and new pictures stay
+    apart from them: `pictures` says what all are called. Files are written
     by a background thread, in the order of `write`, at most `queue_size` pictures behind; its errors are raised by
     a following `write`, `finish` or `close`, and nothing is written after one. Leaving the block without `finish`,
     by an exception too, keeps every picture that was handed over.
@@ -107,12 +123,12 @@ class FeatureWriter:
         if header.checkpoint_sha256 is None or header.num_dims < 1:
             raise ValueError("the header says not what makes the features")
         self.folder = folder
-        self.pictures = pictures
         self.header = header
         self._queue_size = max(1, queue_size)
         with ExitStack() as files, told(folder, "features cannot be written there"):
             self._opened = _open_folder(folder, pictures, header, trained, overwrite, files)
             self._files = files.pop_all()
+        self.pictures = replace(pictures, feature_names=self._opened.feature_names)
         self._lock = Lock()
         self._missing = set(self._opened.missing)
         writes = _Blocks if header.layout == "packed" else _PictureFiles
@@ -358,14 +374,16 @@ class _WritableFolder:
     """A folder that is ready for the features of a header.
 
     manifest: open at its end; rows: the global descriptors' partial file, None when they are complete already;
-    rows_offset: where its first row begins, in bytes; missing: the pictures still to be made. The files are
-    unbuffered and closed, and the folder released, by the exit stack they were opened with.
+    rows_offset: where its first row begins, in bytes; missing: the pictures still to be made; feature_names: of all
+    pictures, in the list's order. The files are unbuffered and closed, and the folder released, by the exit stack
+    they were opened with.
     """
 
     manifest: BinaryIO
     rows: BinaryIO | None
     rows_offset: int
     missing: frozenset[int]
+    feature_names: tuple[str, ...]
 
 
 def _open_folder(
@@ -382,7 +400,10 @@ def _open_folder(
     remove_temporary_files(folder)
     if overwrite:
         _remove_features(folder)
-    finished = _resume(folder, pictures, header, trained)
+    entries, finished = _resume(folder, pictures, header, trained)
+    feature_names = pictures.feature_names
+    if entries:
+        feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
     shape = len(pictures), header.num_dims
     complete, partial = folder / GLOBAL_NAME, folder / PARTIAL_NAME
     source = partial if partial.exists() else complete
@@ -399,11 +420,16 @@ def _open_folder(
     rows = files.enter_context(partial.open("r+b", buffering=0)) if partial.exists() else None
     manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
     rows_offset = 0 if rows is None else read_array_info(partial).offset
-    return _WritableFolder(manifest, rows, rows_offset, missing)
+    return _WritableFolder(manifest, rows, rows_offset, missing, feature_names)
 
 
-def _resume(folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None) -> frozenset[int]:
-    """Check the manifest against the header, or start it; the pictures whose patch files are all there."""
+def _resume(
+    folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
+) -> tuple[tuple[ManifestEntry, ...], frozenset[int]]:
+    """Check the manifest against the header, or start it, or make it the manifest of a longer list.
+
+    Returns its pictures with files of their own, and the numbers of all pictures whose patch files are there.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         foreign = next(_feature_files(folder), None)
@@ -417,33 +443,88 @@ def _resume(folder: Path, pictures: ImageList, header: StoreHeader, trained: Pat
             write_patch_codec(folder, trained)
         with writing(folder / MANIFEST_NAME) as file:
             file.write(header_line(header, pictures.names, pictures.source.name))
-        return frozenset()
+        return (), frozenset()
+    _settle_growth(folder, manifest)
     differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
     if differences:
         raise UserError(f"{folder}: holds other features, {'; '.join(differences)} ({_WAYS_OUT})")
     stored_codec(folder, manifest.header.dtype, manifest.header.codec_sha256)
-    os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
+    if manifest.num_pictures < len(pictures):
+        if header.layout == "packed":
+            raise UserError(
+                f"{folder}: holds {manifest.num_pictures} pictures in blocks, which do not grow, and the list has "
+                f"{len(pictures)} ({_WAYS_OUT})"
+            )
+        entries = _grow(folder, manifest, pictures)
+    else:
+        os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
+        entries = tuple(manifest.entries.values())
     if header.layout == "packed":
         layout, there = header.block_layout(len(pictures)), file_sizes(folder)
         whole = (block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None)
-        return frozenset(index for block in whole for index in layout.pictures(block.number))
-    entries = manifest.entries.values()
-    return frozenset(entry.index for entry in entries if _has_files(folder, pictures, header, entry))
+        return (), frozenset(index for block in whole for index in layout.pictures(block.number))
+    return entries, frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
 
 
 def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
-    if manifest.num_pictures != len(pictures):
+    if manifest.num_pictures < len(pictures):
+        listed = set(pictures.names)
+        absent = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
+        return [f"pictures that the list has not: {some_of(absent)}"] if absent else []
+    if manifest.num_pictures > len(pictures):
         return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted"]
     if manifest.names_sha256 != hash_names(pictures.names):
         return ["picture list: other names, or another order"]
     return []
 
 
-def _has_files(folder: Path, pictures: ImageList, header: StoreHeader, entry: ManifestEntry) -> bool:
+def _grow(folder: Path, manifest: Manifest, pictures: ImageList) -> tuple[ManifestEntry, ...]:
+    """Give finished pictures the places that they have in a longer list; their entries there."""
+    known = {entry.name: entry for entry in manifest.entries.values()}
+    placed = [(known[name], index) for index, name in enumerate(pictures.names) if name in known]
+    entries = tuple(replace(entry, index=index) for entry, index in placed)
+    partial, complete, grown = folder / PARTIAL_NAME, folder / GLOBAL_NAME, folder / GROWN_NAME
+    source = partial if partial.exists() else complete
+    if source.exists():
+        dims = manifest.header.num_dims
+        old = _open_rows(source, (manifest.num_pictures, dims))
+        create_rows_file(grown, (len(pictures), dims))
+        offset = read_array_info(grown).offset
+        with grown.open("r+b", buffering=0) as new:
+            for entry, index in placed:
+                new.seek(offset + index * old[0].nbytes)
+                _write_all(new, old[entry.index].tobytes())
+            os.fsync(new.fileno())
+        sync_folder(folder)
+    with writing(manifest.path) as file:  # from here on, the grown rows are the manifest's
+        file.write(header_line(manifest.header, pictures.names, pictures.source.name))
+        file.writelines(map(entry_line, entries))
+    _use_grown_rows(folder)
+    return entries
+
+
+def _settle_growth(folder: Path, manifest: Manifest) -> None:
+    """Complete the growth of a killed run if its manifest is in place, otherwise undo it.
+
+    A list only ever grows, so the number of rows tells whether they are the manifest's.
+    """
+    grown = folder / GROWN_NAME
+    if grown.exists():
+        with contextlib.suppress(UserError):  # cut off while it was made
+            if read_array_info(grown).shape[0] == manifest.num_pictures:
+                _use_grown_rows(folder)
+        grown.unlink(missing_ok=True)
+
+
+def _use_grown_rows(folder: Path) -> None:
+    grown = folder / GROWN_NAME
+    if grown.exists():
+        grown.replace(folder / PARTIAL_NAME)
+        (folder / GLOBAL_NAME).unlink(missing_ok=True)
+
+
+def _has_files(folder: Path, header: StoreHeader, entry: ManifestEntry) -> bool:
     """Whether a picture's patch files are there and whole: a lost machine or a user may have removed them."""
-    # The files of another name would be left behind, and the manifest line must name those that are read.
-    if entry.feature_name != pictures.feature_names[entry.index]:
-        return False
     for grid in header.grids(entry.map_size) if entry.map_size is not None else ():
         try:
             info = read_array_info(folder / patch_file_name(grid.patch_size, entry.feature_name))
@@ -483,7 +564,7 @@ def _feature_files(folder: Path) -> Iterator[Path]:
 
 def _remove_features(folder: Path) -> None:
     # The manifest goes first: what a killed run leaves then counts as foreign, never as finished.
-    for name in (MANIFEST_NAME, PARTIAL_NAME, CODEC_NAME):
+    for name in (MANIFEST_NAME, PARTIAL_NAME, GROWN_NAME, CODEC_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in list(_feature_files(folder)):
         path.unlink()

@@ -3,7 +3,7 @@
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -81,12 +81,13 @@ def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
 
 
-def unique_feature_names(names: Sequence[str]) -> tuple[str, ...]:
+def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """What each picture's files are called: its stem where no other picture has it, otherwise its path.
 
     A picture listed twice has one name. Names of different pictures differ even where a file system ignores
     case or Unicode forms; they do not depend on the order of the list, hold no separator and have at most 200
     bytes. Where paths do not tell pictures apart (``a/b.jpg`` and ``a_b.jpg``) a piece of a hash is added.
+    settled: what some pictures are called already; they keep it, and the others stay apart from them.
     """
     pictures = sorted(set(names))
     stems = {name: _as_file_name(PurePosixPath(name).stem) for name in pictures}
@@ -100,6 +101,10 @@ def unique_feature_names(names: Sequence[str]) -> tuple[str, ...]:
             key = _file_system_key(form[name])
             if uses[key] == 1 and key not in taken:
                 chosen[name] = form[name]
+    kept = {name: form for name, form in (settled or {}).items() if name in stems}
+    fixed = {_file_system_key(form) for form in kept.values()}
+    chosen = {name: form for name, form in chosen.items() if name not in kept and _file_system_key(form) not in fixed}
+    chosen |= kept
     taken = {_file_system_key(name) for name in chosen.values()}
     for name in pictures:
         if name not in chosen:

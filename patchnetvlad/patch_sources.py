@@ -108,7 +108,7 @@ class OnDemandPatches:
         self._settings = size
         self._rounded = False
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
-        self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes)
+        self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes, workers=0)
         self._bytes = 0  # of the picture described last
 
     def patches(self, index: int) -> PatchFeatures:
@@ -122,7 +122,8 @@ class OnDemandPatches:
         self._rounded = True
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Nothing: describing ahead would take the processor from matching."""
+        """Keep what is asked for soonest; nothing is described ahead, which would take the processor from matching."""
+        self._cache.prefetch(indices)
 
     @property
     def cache_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_extract_then_match(small_model, features, tmp_path, capsys):
     assert len((tmp_path / "PatchNetVLAD_predictions_msls.txt").read_text().splitlines()) == 18
     assert (tmp_path / "NetVLAD_pairs_hloc.txt").exists() and (tmp_path / "match.log").exists()
     assert "Recall@N" in capsys.readouterr().out
+
+
+def test_predictions_as_the_published_code_writes_them(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path, "--formats", "published") == 0
+    lines = (tmp_path / "PatchNetVLAD_predictions.txt").read_text().splitlines()
+    query, best = lines[2].split(", ")
+    assert lines[0] == "# kapture format: 1.0" and Path(query) == EXAMPLES / "queries/query00_0.jpg"
+    assert Path(best).is_file()
+    capsys.readouterr()
+    assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
+    assert "both write files of one name" in failure(capsys)
 
 
 def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
@@ -381,7 +393,9 @@ def test_kapture_to_msls(tmp_path, capsys):
     "script", ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models", "tools/fit_model"]
 )
 def test_help_says_the_defaults(script):
-    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0 and "default:" in shown.stdout
 
 

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -444,6 +444,7 @@ def test_leftovers_of_a_crash_are_removed(tmp_path):
         ({"geometry": EncoderGeometry(8, 100, 40)}, "geometry"),
         ({"names": NAMES[:2]}, "pictures in the list: 3 there, 2 wanted"),
         ({"names": NAMES[::-1]}, "picture list"),
+        ({"names": ["x.jpg", *NAMES[:2], "y.jpg"]}, "pictures that the list has not: day/b.jpg"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(tmp_path, changes, word):
@@ -470,6 +471,126 @@ def test_overwriting(tmp_path):
         "patchfeats_psize3_one.npy",
     }
     assert "notes.txt" in files_of(tmp_path)
+
+
+# --- a list that grows ---------------------------------------------------------------------------------------------
+
+
+def write_named(folder: Path, header: StoreHeader, names: Sequence[str], stop: int | None = None) -> list[str]:
+    """Write what is missing of a list, `stop` pictures at most, each with features of its name; what that was."""
+    with FeatureWriter(folder, make_list(names), header) as writer:
+        missing = writer.missing
+        for index in missing[:stop]:
+            writer.write(index, *make_features(header, features_of(names[index])))
+        if stop is None:
+            writer.finish()
+    return [names[index] for index in missing]
+
+
+def features_of(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+
+
+def check_named(folder: Path, header: StoreHeader, names: Sequence[str]) -> None:
+    with open_store(folder, header, make_list(names)) as store:
+        for index, name in enumerate(names):
+            global_, patches = make_features(header, features_of(name))
+            np.testing.assert_array_equal(store.global_[index], global_)
+            for stored, given_ in zip(store.patches(index).descriptors, patches.descriptors, strict=True):
+                assert torch.equal(stored, given_)
+    patch_files = {name for name in files_of(folder) if name.startswith("patchfeats")}
+    assert len(patch_files) == len(header.patch_sizes) * len(set(names))
+    assert files_of(folder) - patch_files == {"globalfeats.npy", "manifest.jsonl"}
+
+
+def test_a_longer_list_describes_new_pictures_only(tmp_path):
+    header, first = make_header(), ["b.jpg", "d.jpg"]
+    write_named(tmp_path, header, first)
+    longer = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    assert write_named(tmp_path, header, longer) == ["a.jpg", "c.jpg", "e.jpg"]
+    check_named(tmp_path, header, longer)
+    shuffled = ["f.jpg", *longer[::-1], "b.jpg"]
+    assert write_named(tmp_path, header, shuffled) == ["f.jpg"]
+    check_named(tmp_path, header, shuffled)
+    with pytest.raises(UserError, match="7 pictures, the list has 2"):
+        open_store(tmp_path, header, make_list(first))
+
+
+def test_new_pictures_of_equal_stems_stay_apart_from_old_ones(tmp_path):
+    header = make_header()
+    write_named(tmp_path, header, ["one/1.jpg", "one/2.jpg"])
+    assert "patchfeats_psize2_1.npy" in files_of(tmp_path)
+    both = ["one/1.jpg", "one/2.jpg", "two/1.jpg", "two_1.jpg", "two/2.jpg", "1/1.jpg"]
+    write_named(tmp_path, header, both, stop=1)
+    assert len(write_named(tmp_path, header, both)) == 3
+    check_named(tmp_path, header, both)
+
+
+def test_an_unfinished_folder_grows(tmp_path):
+    header, names = make_header(), [f"{number}.jpg" for number in range(6)]
+    write_named(tmp_path, header, names[2:5], stop=2)
+    assert write_named(tmp_path, header, names) == ["0.jpg", "1.jpg", "4.jpg", "5.jpg"]
+    check_named(tmp_path, header, names)
+
+
+class Killed(BaseException):
+    """The end of a process, which does nothing more to files."""
+
+
+class Executioner:
+    """Ends a process at one of its file events, and lets nothing of it touch a file afterwards."""
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self.events_left = 0
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.folder is None or event not in ("open", "os.rename", "os.remove", "os.truncate"):
+            return
+        if str(arguments[0]).startswith(self.folder):
+            self.events_left -= 1
+            if self.events_left < 0:
+                raise Killed
+
+    def run(self, folder: Path, events: int, work: Callable[[], object]) -> bool:
+        """Whether the work survived so many events in the folder."""
+        self.folder, self.events_left = str(folder), events
+        try:
+            work()
+            return True
+        except Killed:
+            return False
+        finally:
+            self.folder = None
+
+
+EXECUTIONER = Executioner()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_growing_may_be_killed_at_any_file_event(tmp_path, finished):
+    header = make_header(patch_sizes=(2,), strides=(1,))
+    first, longer = ["b.jpg", "d.jpg", "e.jpg"], ["a.jpg", "e.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    kept = first if finished else first[:2]
+    told = set()
+    for events in range(1000):
+        folder = tmp_path / str(events)
+        write_named(folder, header, first, None if finished else 2)
+        survived = EXECUTIONER.run(folder, events, lambda at=folder: write_named(at, header, longer, stop=0))
+        try:
+            again = write_named(folder, header, first)  # not yet grown: as if nothing had been
+            assert again == [name for name in first if name not in kept]
+            check_named(folder, header, first)
+            told.add("before")
+        except UserError:
+            told.add("after")
+        missing = set(write_named(folder, header, longer))
+        assert missing in ({"a.jpg", "c.jpg"}, {"a.jpg", "c.jpg"} | (set(first) - set(kept)))
+        check_named(folder, header, longer)
+        if survived:
+            break
+    assert told == {"before", "after"} and events > 5
 
 
 @pytest.mark.parametrize("name", ["globalfeats.npy", "patchfeats_psize5_x.npy"])

@@ -164,8 +164,11 @@ def test_video_against_its_first_frame(options, video, tmp_path, capsys):
 def test_video_that_cannot_be_opened(options, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENCV_LOG_LEVEL", "SILENT")
-        assert match_two([*options, "--video", str(tmp_path / "absent.avi")]) == 2
+        (tmp_path / "empty.avi").touch()
+        assert match_two([*options, "--video", str(tmp_path / "empty.avi")]) == 2
     assert "cannot be opened as a camera or video" in capsys.readouterr().err
+    assert match_two([*options, "--video", str(tmp_path / "absent.avi")]) == 2
+    assert "absent.avi: no such file" in capsys.readouterr().err
     assert match_two([*options, "--video", "0", "--first_im_path", str(QUERY)]) == 2
 
 

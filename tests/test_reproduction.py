@@ -61,7 +61,7 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
     assert "GB on disk" in printed and "of memory" in printed and not (tmp_path / "features").exists()
     assert reproduce(options) == 0
     printed = capsys.readouterr().out
-    assert "18 queries against" in printed and "% of resamples" in printed and "passed" in printed
+    assert "18 queries against" in printed and "% interval" in printed and "passed" in printed
     record = json.loads((tmp_path / "results" / "reproduction.json").read_text())
     assert [one["passed"] for one in record["known"]] == [True, True, None]
     parts_found = [
@@ -117,7 +117,7 @@ def test_predictions_of_another_method(tmp_path, capsys):
 
 def test_what_is_missing_is_all_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_files, "find_file", lambda *_: None)
-    monkeypatch.setattr(paths, "find_file", lambda *_: None)
+    monkeypatch.setattr(paths, "find_checkpoint", lambda *_: None)
     for name in ("pitts30k", "tokyo247", "msls_val", "nordland"):
         assert reproduce([name, "--dataset_root_dir", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -181,7 +181,7 @@ def test_answers_about_arguments_need_no_torch_and_leave_nothing(script, tmp_pat
     cases = WRONG_ARGUMENTS[script]
     calls = [["--help"], ["--version"], *(arguments for arguments, _ in cases)]
     answers, modules = run_python(ANSWERS, *line, json.dumps(calls), folder=tmp_path)
-    assert not set(modules) & ANSWERED_WITHOUT
+    assert set(modules) & ANSWERED_WITHOUT == set()
     assert answers[0][0] == 0 and "--help" in answers[0][1]
     assert answers[1][:2] == [0, f"patchnetvlad {patchnetvlad.__version__}\n"]
     for (arguments, said), (status, out, errors) in zip(cases, answers[2:], strict=True):
@@ -194,7 +194,7 @@ BUILT = """
 import json, sys
 from pathlib import Path
 from patchnetvlad.ini import load_config
-sizes = ["feature_extract.imageresizew=160", "feature_extract.imageresizeh=120"]
+sizes = [f"feature_{part}.imageresize{side}" for part in ("extract", "match") for side in ("w=160", "h=120")]
 config = load_config(Path("configs/builtin.ini"), sizes)
 """
 
@@ -216,7 +216,8 @@ config = load_config(Path("configs/builtin.ini"), sizes)
 )
 def test_describing_and_comparing_import_no_more_than_they_use(work):
     modules = set(run_python(BUILT + work + "\nprint(json.dumps(sorted(sys.modules)))"))
-    assert "torch" in modules and not modules & WORKED_WITHOUT
+    assert "torch" in modules
+    assert modules & WORKED_WITHOUT == set()
 
 
 def test_the_recognizer_is_the_front_door():
@@ -252,4 +253,4 @@ def test_what_is_logged_before_the_folder_is_there_is_not_lost(tmp_path):
         logger.warning("one")
         path.parent.mkdir()
         logger.warning("two")
-    assert [line.rsplit(": ", 1)[1] for line in path.read_text().splitlines()][1:] == ["one", "two"]
+    assert [line.rsplit(": ", 1)[1] for line in path.read_text().splitlines()][-2:] == ["one", "two"]

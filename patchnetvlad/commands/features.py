@@ -11,7 +11,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
-from patchnetvlad.result_files import FORMATS
+from patchnetvlad.result_files import FORMATS, check_formats
 
 if TYPE_CHECKING:
     from patchnetvlad.evaluation import Evaluation, MatchingRun
@@ -173,6 +173,7 @@ def _match(args: argparse.Namespace) -> None:
     truth = None if args.ground_truth_path in (None, "None", "") else args.ground_truth_path
     if truth is None and args.posDistThr is not None:
         raise UserError("--posDistThr: needs --ground_truth_path, whose distance it takes the place of")
+    check_formats(args.formats)
     config = command_line.configuration(args)
     config.check_matching()
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")

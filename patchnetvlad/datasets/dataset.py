@@ -40,7 +40,7 @@ class Pictures:
 class Dataset:
     """What a maker found. name: of the lists; radius: a true match lies within it, in the coordinates' unit;
     ground_truth_name: of the .npz file, where it is not the lists'; zone: of UTM coordinates; notes: what the user
-    should know, counted."""
+    should know, counted; panorama_cutouts: database pictures in a row that show one panorama."""
 
     name: str
     queries: Pictures
@@ -50,6 +50,7 @@ class Dataset:
     zone: Zone | None = None
     ground_truth_name: str | None = None
     notes: tuple[str, ...] = ()
+    panorama_cutouts: int = 1
 
     def ground_truth(self) -> GroundTruth | None:
         """None when some coordinates are not known."""
@@ -92,12 +93,12 @@ def check_pictures(
 
     A picture whose file has another extension (Tokyo 24/7 lists .jpg, its files are .png) is taken under the name
     of its file. Absent ones are an error that counts and names them, in the file ``report`` where they are many; with
-    leave_out they are left out, and a note counts them.
+    leave_out they are left out, with the other cut-outs of their panorama, and notes count them.
     """
     notes: list[str] = []
     absent: list[str] = []
     parts = []
-    for pictures in (dataset.queries, dataset.database):
+    for pictures, block in ((dataset.queries, 1), (dataset.database, dataset.panorama_cutouts)):
         listed = tqdm(pictures.names, f"Looking for {dataset.name}", unit="img", disable=not progress)
         names = [_find(root, name) for name in listed]
         renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
@@ -107,7 +108,11 @@ def check_pictures(
         found = Pictures(
             tuple(new or old for new, old in zip(names, pictures.names, strict=True)), pictures.coordinates
         )
-        parts.append(found.keep(np.flatnonzero([name is not None for name in names])))
+        present = np.array([name is not None for name in names], dtype=bool)
+        kept = _whole_blocks(present, block)
+        if (broken := int(present.sum() - kept.sum())) > 0:
+            notes.append(f"left out: {broken} cut-outs at hand of panoramas that are not complete")
+        parts.append(found.keep(np.flatnonzero(kept)))
     if absent:
         total = len(dataset.queries) + len(dataset.database)
         where = ""
@@ -115,8 +120,9 @@ def check_pictures(
             write_text(report, (f"{name}\n" for name in absent))
             where = f"; all are named in {report}"
         message = f"{len(absent)} of {total} listed pictures are absent below {root}: {some_of(absent, _NAMED)}{where}"
-        if not leave_out or len(absent) == total:
-            hint = "; --incomplete leave_out goes on without them" if len(absent) < total else " (another root?)"
+        enough = all(len(part) for part in parts)
+        if not leave_out or not enough:
+            hint = "; --incomplete leave_out goes on without them" if enough else ", too few are left (another root?)"
             raise UserError(f"{dataset.name}: {message}{hint}")
         notes.append(f"left out: {message}")
     return replace(dataset, queries=parts[0], database=parts[1]).noted(*notes)
@@ -174,6 +180,14 @@ def summary(dataset: Dataset) -> list[str]:
         if without == len(dataset.queries):
             lines.append("  warning: no query has a match (coordinates of different origin or unit?)")
     return lines + [f"  note: {note}" for note in dataset.notes]
+
+
+def _whole_blocks(present: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
+    """Which of n pictures are in a block, of so many in a row, that is complete; the last may be shorter."""
+    number = np.arange(len(present)) // block
+    incomplete = np.zeros(len(present), dtype=bool)
+    incomplete[number[~present]] = True
+    return ~incomplete[number]
 
 
 def _find(root: Path, name: str) -> str | None:

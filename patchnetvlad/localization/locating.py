@@ -18,7 +18,7 @@ from patchnetvlad.files import write_text
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
-from patchnetvlad.ranking import Ranker
+from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
 
@@ -65,6 +65,7 @@ def locate_pictures(
             f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, not to single "
             "pictures (give the results of feature_match)"
         )
+    check_panoramas(options.panorama_cutouts, len(database_list), database)
     recognizer = PlaceRecognizer.load(config, device)
     queries = described_pictures(recognizer, recognizer.describe(pictures))
     memory = cache_bytes(options.cache_gb)
