@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -13,11 +14,13 @@ from patchnetvlad.describing import Describer
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
+from patchnetvlad.images import ChangePicture
+from patchnetvlad.losses import find_loss
 from patchnetvlad.mining import Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
+from patchnetvlad.picture_changes import Picture, changed
 from patchnetvlad.training_data import CityPictures, TripletPlaces
 from patchnetvlad.training_log import TrainingLog
 from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
-from patchnetvlad.triplet_loss import triplet_loss
 from patchnetvlad.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Trainer:
         """folder: where events and checkpoints go, written by the first process."""
         train = config.train
         self._config = config
+        self._loss = find_loss(train.loss)
         self._learning = learning
         self._places = places
         self._validation = validation
@@ -86,7 +90,7 @@ class Trainer:
         for number in range(progress.subset, len(parts)):
             label = f"epoch {epoch}, subset {number + 1} of {len(parts)}"
             subset = make_subset(self._places, parts[number], train.subset_negatives, train.seed, epoch, number)
-            self._learn_from(subset, label)
+            self._learn_from(subset, label, self._change(epoch))
             progress.subset = number + 1
             self._save(LAST)
         if not progress.loss_steps:
@@ -109,11 +113,24 @@ class Trainer:
         if self._save_every_epoch:
             self._save(f"checkpoint_epoch{epoch}.pth.tar")
 
-    def _learn_from(self, subset: Subset, label: str) -> None:
+    def _change(self, epoch: int) -> ChangePicture | None:
+        """What augmentation does to a query in an epoch; the same whenever it is asked."""
+        train = self._config.train
+        if not train.augmentation:
+            return None
+
+        def change(number: int, picture: Picture) -> Picture:
+            if number >= self._places.num_queries:
+                return picture
+            return changed(picture, train.augmentation, np.random.default_rng([train.seed, epoch, number]))
+
+        return change
+
+    def _learn_from(self, subset: Subset, label: str, change: ChangePicture | None) -> None:
         """Mine one subset and take its steps."""
         train, progress, started = self._config.train, self._learning.progress, time.perf_counter()
         self._frozen.clear()
-        descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", keep=True)
+        descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", True, change)
         triplets = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
         if not triplets:
             logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
@@ -129,15 +146,16 @@ class Trainer:
             (train.imageresizeh, train.imageresizew),
             train.cachebatchsize,
             max(1, self._config.global_params.threads),
+            change,
         )
         total = 0.0
         bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)
         for step, share, own, numbers, maps in zip(bar, shares, taken, pictures, outputs, strict=True):
-            num_negatives = sum(len(triplet.negatives) for triplet in step)
-            loss = self._step(maps, numbers, own, len(share) > 0, num_negatives, label)
+            num_terms = self._loss.terms([(one.query, one.positive, one.negatives) for one in step])
+            loss = self._step(maps, numbers, own, len(share) > 0, num_terms, label)
             total += loss
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._log.step(progress.step, loss, num_negatives)
+            self._log.step(progress.step, loss, sum(len(one.negatives) for one in step))
         seconds = time.perf_counter() - started
         seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
         logger.info(
@@ -156,7 +174,7 @@ class Trainer:
         numbers: list[int],
         triplets: list[TripletSet],
         counts: bool,
-        num_negatives: int,
+        num_terms: int,
         label: str,
     ) -> float:
         """One step of the optimiser; returns the loss of the whole step, over all processes."""
@@ -168,7 +186,7 @@ class Trainer:
         ]
         learning.optimizer.zero_grad(set_to_none=True)
         descriptors = self._learned(maps)
-        part = triplet_loss(descriptors, rows, self._config.train.margin) / num_negatives * float(counts)
+        part = self._loss.total(descriptors, rows, self._config.train.margin) / num_terms * float(counts)
         (part * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
         loss = float(self._processes.sum(part.detach()))
         gradients = [parameter.grad for parameter in learning.parameters if parameter.grad is not None]

@@ -19,11 +19,13 @@ from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import freeze
 from patchnetvlad.ini import config_text
+from patchnetvlad.losses import find_loss
 from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_own_dataset
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
@@ -85,6 +87,8 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     """
     config.check_training()
     train = config.train
+    find_loss(train.loss)
+    check_changes(train.augmentation)
     if min(train.imageresizew, train.imageresizeh) < 1:
         raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
