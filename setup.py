@@ -63,6 +63,7 @@ setup(
         "timm": ["timm>=1.0"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",
