@@ -382,7 +382,7 @@ class _WritableFolder:
     rows: BinaryIO | None
     rows_offset: int
     missing: frozenset[int]
-    feature_names: tuple[str, ...]
+    feature_names: Sequence[str]
 
 
 def _open_folder(
