@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from patchnetvlad.encoders.rootsift import DenseRootSIFT
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
@@ -21,7 +22,6 @@ from patchnetvlad.patch_netvlad import chosen_descriptors, patch_descriptors
 from patchnetvlad.ransac import consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.retrieval import retrieve
-from patchnetvlad.rootsift import DenseRootSIFT
 from patchnetvlad.whitening import WPCA, fit_wpca
 
 MPS = torch.device("mps")

@@ -139,7 +139,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", silent + "/{repo_id}/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("patchnetvlad.vgg16._IMAGENET", silent)
+    monkeypatch.setattr("patchnetvlad.encoders.vgg16._IMAGENET", silent)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.3)
     model = PlaceModel(backbone, "netvlad", 4)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from patchnetvlad.downloads import fetch_from_hub
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.grid_tracing import trace_geometry
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
-from patchnetvlad.grid_tracing import trace_geometry
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
 
