@@ -28,6 +28,7 @@ TOOLS = {
     "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],
     "export": ["export_onnx", "export_hloc"],
     "examples": ["demo", "render_example_places", "render_msls"],
+    "architecture": ["draw_architecture"],
 }
 
 setup(
