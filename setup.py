@@ -67,6 +67,7 @@ setup(
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
             "timm>=1.0",
+            "pytorch-metric-learning>=2",
             "nbclient>=0.9",
             "nbformat>=5.9",
             "ipykernel>=6",

@@ -33,6 +33,7 @@ from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
@@ -97,6 +98,8 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     """
     _check_run(config, processes)
     train = config.train
+    find_loss(train.loss)
+    check_changes(train.augmentation)
     config = config.for_training()
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
     data = _read_data(config, options, processes, progress)
