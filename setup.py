@@ -19,7 +19,8 @@ SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "d
 TRAINING_SCRIPTS = ["train", "add_pca"]
 TOOLS = {  # module of patchnetvlad.commands: its commands
     "tools": [
-        *("demo", "fit_model", "gen_image_file_list", "convert_kapture_to_msls", "render_example_places"),
+        *("demo", "fit_model", "combine_models", "gen_image_file_list", "convert_kapture_to_msls"),
+        "render_example_places",
     ],
     "training": [*TRAINING_SCRIPTS, "render_msls"],
     "datasets": ["make_dataset", "measure", "reproduce"],

@@ -26,6 +26,7 @@ from patchnetvlad.reranking import (
     match_pair,
     reorder,
     rerank,
+    with_similarities,
 )
 from patchnetvlad.retrieval import Candidates, DatabaseIndex
 
@@ -92,6 +93,10 @@ class Ranker:
             return Rankings(retrieved, retrieved.indices, None)
         heads = [row[row >= 0].tolist() for row in retrieved.indices[:, :top]]
         rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, heads, progress)
+        if self._options.global_weight:
+            near = [self._database.global_[head] @ query for head, query in zip(heads, queries.global_, strict=True)]
+            weight = self._options.global_weight
+            rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from patchnetvlad.checkpoints import write_checkpoint
+from patchnetvlad.checkpoints import join_models, read_checkpoint, write_checkpoint
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.features import feature_extract, feature_match, match_two
@@ -61,6 +61,31 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
             explained_variance=wpca.explained_variance if wpca else 1.0,
         )
         print(f"model in {path}")
+
+    return command_line.run(parser, command, arguments)
+
+
+def combine_models(arguments: Sequence[str] | None = None) -> int:
+    """Join the global descriptors of one model and the patches of another."""
+    parser = Parser(
+        "Write a checkpoint with the global descriptors of one model and the patches of another: backbone and "
+        "patch_backbone of a configuration.",
+        "combine_models.py",
+    )
+    parser.add_argument("--global_path", required=True, metavar="FILE", help="checkpoint for retrieval")
+    parser.add_argument(
+        "--num_pcs", type=int, metavar="D", help="dimensions of both; without it, as many as the one with fewer has"
+    )
+    parser.add_argument("--patches_path", required=True, metavar="FILE", help="checkpoint for patches")
+    parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
+
+    def command(args: argparse.Namespace) -> None:
+        paths = [require_file(path, "pretrained_models") for path in (args.global_path, args.patches_path)]
+        if args.num_pcs is not None and args.num_pcs < 1:
+            raise UserError("--num_pcs must be 1 or more")
+        model = join_models(*map(read_checkpoint, paths), args.num_pcs)
+        write_checkpoint(Path(args.output_path), model, half_precision_wpca=True)
+        print(f"model of {model.output_dims} dimensions in {args.output_path}")
 
     return command_line.run(parser, command, arguments)
 
