@@ -3,8 +3,8 @@
 
     python benchmarks/robustness.py --config_path builtin.ini learned.ini --output docs
 
-The database is one picture by day of every place of a rendered city, some of whose places look alike; a query is the same
-place seen from aside or at dusk, as rendered, or the same picture changed as training changes pictures. Writes
+The database is one picture by day of every place of a rendered city, some of whose places look alike; a query is the
+same place seen from aside or at dusk, as rendered, or the same picture changed as training changes pictures. Writes
 robustness.png and robustness.md.
 """
 

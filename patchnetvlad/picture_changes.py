@@ -106,7 +106,8 @@ def jpeg(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
         return picture
     quality = round(_QUALITY[0] + amount * (_QUALITY[1] - _QUALITY[0]))
     _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1], dtype=np.uint8)
+    decoded = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), dtype=np.uint8)
+    return np.ascontiguousarray(decoded[..., ::-1])
 
 
 CHANGES: dict[str, Change] = {  # in the order in which they happen to a picture

@@ -80,10 +80,12 @@ def combine_models(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
 
     def command(args: argparse.Namespace) -> None:
-        paths = [require_file(path, "pretrained_models") for path in (args.global_path, args.patches_path)]
+        first, second = (
+            read_checkpoint(require_file(path, "pretrained_models")) for path in (args.global_path, args.patches_path)
+        )
         if args.num_pcs is not None and args.num_pcs < 1:
             raise UserError("--num_pcs must be 1 or more")
-        model = join_models(*map(read_checkpoint, paths), args.num_pcs)
+        model = join_models(first, second, args.num_pcs)
         write_checkpoint(Path(args.output_path), model, half_precision_wpca=True)
         print(f"model of {model.output_dims} dimensions in {args.output_path}")
 

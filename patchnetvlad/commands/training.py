@@ -15,7 +15,7 @@ from patchnetvlad.examples.rendered_msls import SMALL_TREE, write_msls
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.model_fitting import add_wpca
 from patchnetvlad.paths import require_file
-from patchnetvlad.training_run import DEFAULT_SAVE_PATH, RunOptions, read_training_data, train_model
+from patchnetvlad.training_run import DEFAULT_SAVE_PATH, RunOptions, Source, read_training_data, train_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,11 @@ def train(arguments: Sequence[str] | None = None) -> int:
         if args.nEpochs < 1 or (args.start_epoch or 0) < 0:
             raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
         config = _with_threads(command_line.configuration(args), args.threads)
+        first, *more = _sources(args)
         options = RunOptions(
-            command_line.folder(args.dataset_root_dir, "--dataset_root_dir"),
-            Path(args.dataset_csv) if args.dataset_csv else None,
+            first.root,
+            first.training_csv,
+            tuple(more),
             Path(args.save_path) if args.save_path else None,
             args.identifier,
             Path(args.cache_path) if args.cache_path else None,
@@ -112,17 +114,18 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
 
     def command(args: argparse.Namespace) -> None:
         config = _with_threads(command_line.configuration(args), args.threads)
-        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+        sources = _sources(args)
         name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
         if name and args.dataset_csv:
             raise UserError("--dataset_csv: cannot be used together with a list")
         if name:
-            pictures = read_image_list(require_file(name, "dataset_imagenames"), root)
+            if len(sources) > 1:
+                raise UserError("--dataset_root_dir: a list belongs to one folder")
+            pictures = read_image_list(require_file(name, "dataset_imagenames"), sources[0].root)
             source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
         else:
-            table = Path(args.dataset_csv) if args.dataset_csv else None
-            data = read_training_data(config, root, table)
-            source, paths = table or root, [path for city in data.train for path in city.database.paths]
+            data = read_training_data(config, sources)
+            source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
         resume = require_file(args.resume_path, "pretrained_models")
         written = add_wpca(config, resume, paths, source, command_line.device(args), command_line.progress(args))
         print(f"checkpoint in {written}")
@@ -150,13 +153,31 @@ def render_msls(arguments: Sequence[str] | None = None) -> int:
 
 def _add_dataset_options(parser: Parser) -> None:
     parser.add_argument(
-        "--dataset_root_dir", required=True, metavar="DIR", help="root of the MSLS tree, or of the pictures listed"
+        "--dataset_root_dir",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="root of the MSLS tree, or of the pictures listed; several, each with its --dataset_csv, are one dataset",
     )
     parser.add_argument(
         "--dataset_csv",
+        nargs="+",
         metavar="CSV",
-        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role",
+        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role; one "
+        "for each root in their order, with - for an MSLS tree",
     )
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    roots = [command_line.folder(folder, "--dataset_root_dir") for folder in args.dataset_root_dir]
+    tables = args.dataset_csv or ["-"]
+    if len(roots) != len(tables):
+        raise UserError(
+            f"--dataset_csv: expected one for each of the {len(roots)} folders of --dataset_root_dir, found "
+            f"{len(tables) if args.dataset_csv else 'none'} (- stands for an MSLS tree)"
+        )
+    pairs = zip(roots, tables, strict=True)
+    return [Source(root, None if table == "-" else Path(table)) for root, table in pairs]
 
 
 def _add_threads_option(parser: Parser) -> None:
