@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much may change before a place is no longer found? Recall@1 of models against changes of known amount.
 
-    python benchmarks/robustness.py --config_path builtin.ini learned.ini --output docs
+    python benchmarks/robustness.py --config_path builtin.ini --output docs
 
 The database is one picture by day of every place of a rendered city, some of whose places look alike; a query is the
 same place seen from aside or at dusk, as rendered, or the same picture changed as training changes pictures. Writes
@@ -120,7 +120,7 @@ def figure(names: Sequence[str], recalls: np.ndarray, amounts: Sequence[float], 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and write its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", nargs="+", default=["builtin.ini", "learned.ini"])
+    parser.add_argument("--config_path", nargs="+", default=["builtin.ini"])
     parser.add_argument("--places", type=int, default=40, help="a quarter of them look like others")
     parser.add_argument("--width", type=int, default=640, help="of the pictures as rendered; height is three quarters")
     parser.add_argument("--amounts", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
