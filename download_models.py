@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.features import download_models
+from patchnetvlad.commands.models import download_models
 
 if __name__ == "__main__":
     sys.exit(download_models())

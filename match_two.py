@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.features import match_two
+from patchnetvlad.commands.pairs import match_two
 
 if __name__ == "__main__":
     sys.exit(match_two())

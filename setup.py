@@ -15,17 +15,19 @@ DATA_FOLDERS = {
     "example_images": ["*.json", "*.npz", "*/*.jpg"],
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
-SCRIPTS = ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models"]
-TRAINING_SCRIPTS = ["train", "add_pca"]
-TOOLS = {  # module of patchnetvlad.commands: its commands
-    "tools": [
-        *("demo", "fit_model", "combine_models", "gen_image_file_list", "convert_kapture_to_msls"),
-        "render_example_places",
-    ],
-    "training": [*TRAINING_SCRIPTS, "render_msls"],
-    "datasets": ["make_dataset", "measure", "reproduce"],
+SCRIPTS = {  # module of patchnetvlad.commands: its commands
+    "features": ["feature_extract", "feature_match"],
+    "pairs": ["match_two", "match_realtime"],
+    "models": ["download_models"],
+    "training": ["train", "add_pca"],
+}
+TOOLS = {
+    "models": ["fit_model", "combine_models"],
+    "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
+    "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],
     "export": ["export_onnx", "export_hloc"],
+    "examples": ["demo", "render_example_places", "render_msls"],
 }
 
 setup(
@@ -41,9 +43,10 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
-        "faiss-cpu>=1.8",
+        "faiss-cpu>=1.11",
         "opencv-python-headless>=4.8",
         "scikit-learn>=1.3",
+        "threadpoolctl>=3.1",
         "natsort>=8",
         "tqdm>=4.60",
         "pillow>=10",
@@ -60,6 +63,7 @@ setup(
         "timm": ["timm>=1.0"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",
@@ -84,11 +88,11 @@ setup(
         "patchnetvlad.report": ["template/*"],
         **{f"patchnetvlad.{folder}": patterns for folder, patterns in DATA_FOLDERS.items()},
     },
-    scripts=[f"{name}.py" for name in SCRIPTS + TRAINING_SCRIPTS],
+    scripts=[f"{name}.py" for names in SCRIPTS.values() for name in names],
     entry_points={
         "console_scripts": [
             f"patchnetvlad-{name.replace('_', '-')} = patchnetvlad.commands.{module}:{name}"
-            for module, names in {"features": SCRIPTS, **TOOLS}.items()
+            for module, names in (*SCRIPTS.items(), *TOOLS.items())
             for name in names
         ]
     },

@@ -20,7 +20,7 @@ import torch
 from scipy.stats import spearmanr
 
 from patchnetvlad.config import Config
-from patchnetvlad.evaluation import RERANKING, RETRIEVAL, Evaluation, Sources, evaluate, open_run
+from patchnetvlad.evaluation import Evaluation, Sources, evaluate, open_run
 from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.feature_writer import FeatureWriter
@@ -31,6 +31,7 @@ from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ransac import TOLERANCE
 from patchnetvlad.reranking import MATCHERS, Matcher
+from patchnetvlad.result_files import RERANKING, RETRIEVAL
 from patchnetvlad.weights import load_model
 
 PARTS = ("query", "index")

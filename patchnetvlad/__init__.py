@@ -1,9 +1,18 @@
 """Patch-NetVLAD: visual place recognition by NetVLAD retrieval and re-ranking with multi-scale patch descriptors."""
 
-import os
+from typing import TYPE_CHECKING
 
-# Torch reads this when it first allocates: huge pages for large tensors halve the time that the system spends on
-# fresh memory. Without effect where the kernel offers none; set it to 0 to turn it off.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if TYPE_CHECKING:
+    from patchnetvlad.recognizer import PlaceRecognizer
 
 __version__ = "0.2.0"
+__all__ = ["PlaceRecognizer", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is asked for: the commands start without torch."""
+    if name == "PlaceRecognizer":
+        from patchnetvlad.recognizer import PlaceRecognizer
+
+        return PlaceRecognizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """A matching run: lists, features and ground truth, ranked, held against the truth, and written for others."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchnetvlad.config import Config
+from patchnetvlad.candidates import Candidates
+from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.feature_store import FeatureStore
@@ -22,30 +24,25 @@ from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall
 from patchnetvlad.result_files import (
-    Ranking,
+    FORMATS,
+    RERANKING,
+    RETRIEVAL,
     name_rankings,
     read_predictions,
-    write_hloc_pairs,
-    write_kapture_pairs,
     write_msls_predictions,
     write_recalls,
     write_scores,
 )
-from patchnetvlad.retrieval import Candidates, looks_like_cutouts
+from patchnetvlad.retrieval import looks_like_cutouts
+from patchnetvlad.search_index import IndexRecord, build_index, open_index
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
 
-RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages in result files
 _QUERY_SHARE = 8  # of the memory for patches an eighth is for those of the queries, which are read once
-FORMATS: dict[str, tuple[str, Callable[[Path, list[Ranking]], None]]] = {  # format: end of the file name, writer
-    "kapture": ("predictions.txt", write_kapture_pairs),
-    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
-    "msls": ("predictions_msls.txt", write_msls_predictions),
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Sources:
     index_features: Path
     ground_truth: Path | None = None
     radius: float | None = None  # takes the place of the ground truth's posDistThr
+    unit: str | None = None  # takes the place of the ground truth's, of which published ones have none
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +96,9 @@ class Evaluation:
     def protocol(self) -> Protocol | None:
         """What was compared; None without ground truth."""
         truth = self.ground_truth
-        return None if truth is None else Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius)
+        return (
+            None if truth is None else Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius, truth.unit)
+        )
 
     def lines(self, details: bool = False) -> list[str]:
         """The measures as a table for people; empty without ground truth."""
@@ -123,11 +123,21 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
         model = load_model(config)[0].to(device)
     memory = cache_bytes(config.feature_match.cache_gb)
+    if config.global_params.pooling == "patchnetvlad":
+        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
     for_queries = memory // _QUERY_SHARE
     with (
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
         open_features(config, database, sources.index_features, memory - for_queries, model) as database_features,
     ):
+        if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
+            raise UserError(
+                f"{sources.query_features}: holds codes, and queries are compared as they are (extract them with "
+                "feature_extract.py --queries)"
+            )
+        if given is None:
+            database_features = with_built_index(config, database, database_features)
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
 
 
@@ -155,6 +165,33 @@ def open_features(
             yield DescribedPictures(store.global_, store)
 
 
+def make_search_index(
+    config: Config,
+    index_list: Path,
+    root: Path,
+    features: Path,
+    path: Path,
+    factory: str | None = None,
+    shards: int = 1,
+    neighbours: int = 100,
+    recall: float = 0.99,
+) -> IndexRecord:
+    """Make the search index of a list's feature folder, as `build_index` says; returns what it is."""
+    pictures = read_image_list(index_list, root)
+    expected = replace(expected_header(config), patch_sizes=(), strides=())
+    with FeatureStore.open(features, pictures, expected) as store:
+        return build_index(store.global_, pictures.names, path, factory, shards, neighbours, recall).record
+
+
+def with_built_index(config: Config, pictures: ImageList, features: DescribedPictures) -> DescribedPictures:
+    """A database with the index file that [feature_match] index names, if it names one."""
+    named = config.feature_match.index
+    if not named.endswith(BUILT_INDEX):
+        return features
+    path = require_file(named, "dataset_gt_files", config.path)
+    return replace(features, index=open_index(path, features.global_, pictures.names))
+
+
 def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
     """Rank the database for every query, and hold the rankings against the ground truth where it is given."""
     options = run.config.feature_match
@@ -174,16 +211,18 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
     """
     files = []
-    query_names, database_names = evaluation.queries.names, evaluation.database.names
+    queries, database = evaluation.queries, evaluation.database
     for stage, indices in evaluation.stages.items():
-        rankings = name_rankings(query_names, database_names, indices)
-        for name in formats:
-            ending, write = FORMATS[name]
-            files.append(results / f"{stage}_{ending}")
-            write(files[-1], rankings)
+        for form in (FORMATS[name] for name in formats):
+            files.append(results / f"{stage}_{form.ending}")
+            names = [
+                [str(path) for path in pictures.paths] if form.full_paths else pictures.names
+                for pictures in (queries, database)
+            ]
+            form.write(files[-1], name_rankings(names[0], names[1], indices))
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
-        write_scores(files[-1], evaluation.rankings.scores, query_names, database_names)
+        write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)
     if evaluation.protocol is not None:
         measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
         write_recalls(measured[0], evaluation.recalls)
@@ -220,7 +259,8 @@ def _judge(
 def _ground_truth(sources: Sources, config: Config, queries: ImageList, database: ImageList) -> GroundTruth | None:
     if sources.ground_truth is None:
         return None
-    truth = read_ground_truth(sources.ground_truth, len(queries), len(database), sources.radius)
+    truth = read_ground_truth(sources.ground_truth, queries.names, database.names, sources.radius, sources.unit)
+    check_panoramas(config.feature_match.panorama_cutouts, len(database), truth.utm_database)
     if config.feature_match.panorama_cutouts == 1 and looks_like_cutouts(truth.utm_database):
         logger.warning(
             "%s: the database looks like 12 cut-outs of each panorama; Tokyo 24/7 is evaluated with "

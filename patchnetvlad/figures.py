@@ -1,7 +1,5 @@
 """Two pictures side by side with their patch matches, for people to judge."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -11,12 +9,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from PIL import Image
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import writing
-from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.reranking import PairScore
+from patchnetvlad.pair_comparison import MatchedPair
 
 SCALE_COLOURS = ("#ffb000", "#00c2ff", "#ff4fa3", "#7ddc3c", "#b08cff")  # by patch size; apart for the colour-blind
 OUTLIER_COLOUR = "#8c8c8c"
@@ -24,55 +20,6 @@ GAP = 0.025  # between the pictures, share of their height
 FORMATS = (".png", ".pdf", ".svg")
 _NARROW = 6.0  # inches; a figure below it, for a column of a paper, has its texts below each other
 _INK = 14.0  # how many lines of 1 point's width a picture of 10 inches bears before they thin out, per inch
-
-
-@dataclass(frozen=True)
-class MatchedPair:
-    """What a figure shows: both pictures, as files' own pixels, and how their patches match.
-
-    grids: one for each patch size, in pixels of the resized pictures; size: (height, width) they were resized to, or
-    None when they kept their own; names: what to call them in the figure.
-    """
-
-    query: Image.Image
-    reference: Image.Image
-    query_grids: Sequence[PatchGrid]
-    reference_grids: Sequence[PatchGrid]
-    pair: PairScore
-    size: tuple[int, int] | None = None
-    names: tuple[str, str] = ("query", "reference")
-
-    def points(self, scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Centres of the matched patches of one patch size, M×2 (x, y) in pixels of each picture as it is."""
-        found = self.pair.matches[scale]
-        ends = (
-            (self.query_grids[scale].centers()[found.query.cpu()], self.query),
-            (self.reference_grids[scale].centers()[found.reference.cpu()], self.reference),
-        )
-        query, reference = ((points.double().numpy() + 0.5) * self._factor(picture) - 0.5 for points, picture in ends)
-        return query, reference
-
-    def homography(self, scale: int) -> NDArray[np.float64] | None:
-        """3×3 from pixels of the reference to pixels of the query, each as it is; None where the matcher has none."""
-        found = self.pair.scores[scale].homography
-        if found is None:
-            return None
-        to_query, to_reference = (self._from_resized(picture) for picture in (self.query, self.reference))
-        result = to_query @ found.double().numpy() @ np.linalg.inv(to_reference)
-        return result / result[2, 2] if result[2, 2] else result
-
-    def patch_sides(self, scale: int, picture: Image.Image) -> NDArray[np.float64]:
-        """Width and height of a patch of one size in pixels of a picture as it is."""
-        return self.query_grids[scale].patch_pixels * self._factor(picture)
-
-    def _factor(self, picture: Image.Image) -> NDArray[np.float64]:
-        """Pixels of the picture as it is for one of the resized picture, along x and y."""
-        height, width = self.size or (picture.height, picture.width)
-        return np.array([picture.width / width, picture.height / height])
-
-    def _from_resized(self, picture: Image.Image) -> NDArray[np.float64]:
-        x, y = self._factor(picture)  # pixel centres: ½ is added before scaling and taken away after
-        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def match_figure(matched: MatchedPair, score: float, width: float = 10.0, outlines: bool = False) -> Figure:

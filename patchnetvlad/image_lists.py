@@ -1,26 +1,72 @@
 """Lists of pictures, read and written, and the names under which the pictures' features are stored."""
 
 import hashlib
+import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TypeVar, overload
 
 from natsort import natsorted
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text, write_text
 
+T = TypeVar("T")
+
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )  # of files that list_folder takes, in any case
+_PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*")  # stays as it is in the list; most do
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the store adds to both ends
+
+
+class Derived(Sequence[T]):
+    """What follows from a list's names, made when it is first looked at.
+
+    The paths and feature names of a million pictures take a GB, and matching needs neither.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[T]], length: int) -> None:
+        self._make = make
+        self._length = length
+
+    @cached_property
+    def _values(self) -> tuple[T, ...]:
+        return tuple(self._make())
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self._values[index]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == (other._values if isinstance(other, Derived) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Pictures in the order of their list; all tuples have one entry a line.
+    """Pictures in the order of their list; all sequences have one entry a line.
 
     names: relative to the dataset's root with forward slashes and without ``./``; absolute outside the root.
     paths: where the pictures are. feature_names: what the store calls them; a picture that is listed twice has
@@ -28,8 +74,8 @@ class ImageList:
     """
 
     names: tuple[str, ...]
-    paths: tuple[Path, ...]
-    feature_names: tuple[str, ...]
+    paths: Sequence[Path]
+    feature_names: Sequence[str]
     source: Path
 
     def __len__(self) -> int:
@@ -47,7 +93,8 @@ def read_image_list(list_path: Path, root: Path) -> ImageList:
     names = tuple(_name_below(root, line) for line in lines if line)
     if not names:
         raise UserError(f"{list_path}: names no picture (expected one path a line)")
-    return ImageList(names, tuple(root / name for name in names), unique_feature_names(names), list_path)
+    paths = Derived(lambda: [root / name for name in names], len(names))
+    return ImageList(names, paths, Derived(lambda: unique_feature_names(names), len(names)), list_path)
 
 
 def write_image_list(list_path: Path, names: Sequence[str]) -> None:
@@ -76,17 +123,18 @@ def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:
         raise UserError(f"{root}: no such folder")
     names = [file.relative_to(root).as_posix() for file in _pictures(root, recursive)]
     if not names:
-        hint = "" if recursive else " (folders within are entered only on request)"
+        hint = "" if recursive else " (folders within are entered with --recursive)"
         raise UserError(f"{root}: holds no picture{hint}")
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
 
 
-def unique_feature_names(names: Sequence[str]) -> tuple[str, ...]:
+def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """What each picture's files are called: its stem where no other picture has it, otherwise its path.
 
     A picture listed twice has one name. Names of different pictures differ even where a file system ignores
     case or Unicode forms; they do not depend on the order of the list, hold no separator and have at most 200
     bytes. Where paths do not tell pictures apart (``a/b.jpg`` and ``a_b.jpg``) a piece of a hash is added.
+    settled: what some pictures are called already; they keep it, and the others stay apart from them.
     """
     pictures = sorted(set(names))
     stems = {name: _as_file_name(PurePosixPath(name).stem) for name in pictures}
@@ -100,6 +148,10 @@ def unique_feature_names(names: Sequence[str]) -> tuple[str, ...]:
             key = _file_system_key(form[name])
             if uses[key] == 1 and key not in taken:
                 chosen[name] = form[name]
+    kept = {name: form for name, form in (settled or {}).items() if name in stems}
+    fixed = {_file_system_key(form) for form in kept.values()}
+    chosen = {name: form for name, form in chosen.items() if name not in kept and _file_system_key(form) not in fixed}
+    chosen |= kept
     taken = {_file_system_key(name) for name in chosen.values()}
     for name in pictures:
         if name not in chosen:
@@ -110,7 +162,14 @@ def unique_feature_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(chosen[name] for name in names)
 
 
+def hash_names(names: Sequence[str]) -> str:
+    """SHA-256 of a list of names, their order included, in hexadecimal."""
+    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
+
+
 def _name_below(root: Path, line: str) -> str:
+    if _PLAIN_NAME.fullmatch(line):
+        return line
     path = Path(line)
     if path.is_absolute():
         for base in (root, root.absolute(), root.resolve()):

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import functional
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
@@ -121,8 +120,7 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
 
     Bilinear with antialiasing, to [0, 1], then ImageNet's mean and standard deviation.
     """
-    if height > 0 and width > 0:
-        picture = functional.resize(picture, [height, width])
+    picture = _resized(picture, height, width)
     # In NumPy, with the result of torchvision's to_tensor and normalize bit for bit: torch would start a team
     # of threads of its own in each loading thread.
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)  # H×W×3 → 3×H×W
@@ -130,6 +128,24 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     pixels -= np.asarray(IMAGENET_MEAN, dtype=np.float32)[:, None, None]
     pixels /= np.asarray(IMAGENET_STD, dtype=np.float32)[:, None, None]
     return torch.from_numpy(pixels)
+
+
+def count_reshaped(
+    paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False, workers: int = 4
+) -> int:
+    """How many pictures have other proportions than width to height by over 1 %: resizing stretches what they show.
+
+    Only headers are read. None where pictures keep their own size (height or width of 0 or less).
+    """
+    if min(height, width) <= 0:
+        return 0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        sizes = pool.map(lambda path: _size(path, exif_rotation), dict.fromkeys(paths))
+        return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
+
+
+def _resized(picture: Image.Image, height: int, width: int) -> Image.Image:
+    return picture.resize((width, height), Image.Resampling.BILINEAR) if min(height, width) > 0 else picture
 
 
 class ImageDataset(Dataset[tuple[int, Tensor]]):
@@ -155,8 +171,7 @@ class ImageDataset(Dataset[tuple[int, Tensor]]):
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         picture = read_image(self.paths[index], self.exif_rotation)
         if self.change is not None:
-            if min(self.height, self.width) > 0:
-                picture = functional.resize(picture, [self.height, self.width])
+            picture = _resized(picture, self.height, self.width)
             picture = Image.fromarray(self.change(index, np.asarray(picture)))
         return index, prepare_image(picture, self.height, self.width)
 
@@ -219,9 +234,7 @@ def _batches_of_one_size(
     """Indices in batches of one picture size, read from the files' headers."""
 
     def size(index: int) -> tuple[int, int]:
-        with _opened(dataset.paths[index]) as picture:
-            turned = dataset.exif_rotation and _orientation(picture) in _SIDEWAYS
-            return picture.size[::-1] if turned else picture.size
+        return _size(dataset.paths[index], dataset.exif_rotation)
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}  # the newest batch of each size
@@ -232,6 +245,13 @@ def _batches_of_one_size(
             batches.append(batch)
         batch.append(index)
     return batches
+
+
+def _size(path: Path, exif_rotation: bool) -> tuple[int, int]:
+    """Width and height of a picture from its file's header."""
+    with _opened(path) as picture:
+        turned = exif_rotation and _orientation(picture) in _SIDEWAYS
+        return picture.size[::-1] if turned else picture.size
 
 
 @contextmanager

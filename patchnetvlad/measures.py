@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.recall import Recall, found_within, recall_of_hits, true_matches
 
-RESAMPLES = 2000  # of the bootstrap
-LEVEL = 0.95  # share of resamples inside a confidence interval
+LEVEL = 0.95  # confidence of intervals
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class PrecisionRecall:
 
 @dataclass(frozen=True)
 class Measures:
-    """All figures of one method; fractions 0..1, one entry an N. Intervals are (low, high) at LEVEL."""
+    """All figures of one method; fractions 0..1, one entry an N. Intervals are Wilson's, (low, high), at LEVEL."""
 
     recall: Recall
     all_queries_interval: tuple[tuple[float, float], ...]
@@ -85,7 +84,7 @@ def join(parts: Sequence[Judged]) -> Judged:
 
 def measure(judged: Judged, n_values: Sequence[int]) -> Measures:
     """Every figure of one method's rankings."""
-    found = found_within(judged.hits, n_values).astype(np.float64)
+    found = found_within(judged.hits, n_values)
     has_match = judged.num_matches > 0
     precision = np.stack([average_precision(judged.hits, judged.num_matches, n) for n in n_values], axis=1)
     curve = None
@@ -93,31 +92,31 @@ def measure(judged: Judged, n_values: Sequence[int]) -> Measures:
         curve = precision_recall(judged.scores, judged.hits[:, 0], has_match)
     return Measures(
         recall_of_hits(judged.hits, judged.num_matches, n_values),
-        bootstrap_intervals(found),
-        bootstrap_intervals(found[has_match]),
+        _intervals(found),
+        _intervals(found[has_match]),
         tuple(precision[has_match].mean(axis=0).tolist()) if has_match.any() else (float("nan"),) * len(n_values),
         curve,
     )
 
 
-def bootstrap_intervals(
-    values: NDArray[np.float64], resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> tuple[tuple[float, float], ...]:
-    """Confidence interval of the mean over n queries of each column of n×m, by drawing n queries with replacement.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Bounds of a share, successes of trials, at LEVEL (Wilson 1927); NaN without trials.
 
-    Percentiles of the resampled means; the same seed gives the same interval. NaN without queries. Queries are taken
-    as independent: those of one place, such as cut-outs of a panorama, are not, and the true interval is wider.
+    Trials are taken as independent: queries of one place, such as cut-outs of a panorama, are not, and the true
+    interval is wider.
     """
-    count, columns = values.shape
-    if count == 0:
-        return ((float("nan"), float("nan")),) * columns
-    rng = np.random.default_rng(seed)
-    means = np.empty((resamples, columns))
-    for number in range(resamples):
-        times_drawn = np.bincount(rng.integers(count, size=count), minlength=count)
-        means[number] = times_drawn @ values / count
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return tuple(zip(low.tolist(), high.tolist(), strict=True))
+    if trials == 0:
+        return float("nan"), float("nan")
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    share = successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def _intervals(found: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
+    """Of the share of n queries found, for each of the m columns of n×m."""
+    return tuple(wilson_interval(int(count), len(found)) for count in found.sum(axis=0))
 
 
 def average_precision(hits: NDArray[np.bool_], num_matches: NDArray[np.int64], n: int) -> NDArray[np.float64]:
@@ -152,14 +151,3 @@ def precision_recall(
         float((np.diff(recall, prepend=0) * precision).sum()),
         float(flawless.max()) if len(flawless) else 0.0,
     )
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Bounds of a fraction at LEVEL in closed form (Wilson 1927), for curves of many points; NaN without trials."""
-    if trials == 0:
-        return float("nan"), float("nan")
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    share = successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))

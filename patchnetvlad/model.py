@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.encoders import make_encoder
+from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
 from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
@@ -92,7 +93,17 @@ class PlaceModel(nn.Module):
         return parameter.device if parameter is not None else torch.device("cpu")
 
     def grids(self, map_height: int, map_width: int) -> tuple[PatchGrid, ...]:
-        """Where the patches of each size lie on a feature map of that size."""
+        """Where the patches of each size lie on a feature map of that size.
+
+        Raises UserError when a patch is larger than the map.
+        """
+        largest = max(self.patch_sizes, default=0)
+        if largest > min(map_height, map_width):
+            stride = self.geometry.stride
+            raise UserError(
+                f"a patch of size {largest} is larger than the feature map, which has {map_height}×{map_width} "
+                f"positions, one for each {stride}×{stride} pixels (take larger pictures or smaller patch_sizes)"
+            )
         return PatchGrid.of_map((map_height, map_width), self.patch_sizes, self.strides, self.geometry)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -101,7 +112,10 @@ class PlaceModel(nn.Module):
 
     @torch.inference_mode()
     def describe(self, pictures: Tensor) -> Descriptors:
-        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``; float32."""
+        """Global and patch descriptors of N×3×H×W pictures, made by ``images.prepare_image``; float32.
+
+        Raises UserError when a patch is larger than the feature map.
+        """
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             feature_map = self.encoder(pictures)
         if not self.patch_sizes:

@@ -1,6 +1,7 @@
 """What is fitted on pictures, without training: NetVLAD's clusters by k-means, WPCA on sampled descriptors."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.patch_netvlad import chosen_descriptors
 from patchnetvlad.picture_changes import Picture, changed, check_changes
 from patchnetvlad.weights import initialise_encoder
 from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_place_whitening, fit_wpca, whiteness_error
@@ -25,6 +27,8 @@ from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_place_whitening, 
 logger = logging.getLogger(__name__)
 
 WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
+SAMPLE_BYTES = 1 << 30  # that they may take, though at least twice as many are used as dimensions are kept
+PATCHES_PER_PICTURE = 100  # of one size, since patches of one picture overlap; again more where dimensions need it
 
 
 def fit_model(
@@ -37,6 +41,7 @@ def fit_model(
     and patch sizes, since they are what it is applied to most; a global model's on global descriptors.
     Raises UserError when the pictures are too few for num_clusters or num_pcs.
     """
+    started = time.perf_counter()
     params = config.global_params
     _check_fit(config)
     torch.manual_seed(config.train.seed)
@@ -56,7 +61,9 @@ def fit_model(
         initialise_pool(model.pool, find_clusters(model.encoder, batches, config.train.num_clusters, config.train.seed))
     if not params.num_pcs:
         return model, None
-    return model, add_projection(model, paths, config, progress)
+    wpca = add_projection(model, paths, config, progress)
+    logger.info("model fitted to %d pictures in %.1f s", len(paths), time.perf_counter() - started)
+    return model, wpca
 
 
 def _check_fit(config: Config) -> None:
@@ -117,21 +124,25 @@ def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, pro
     [global_params] num_pcs and [train] whitening, augmentation and seed are used: with augmentation every picture is
     described changed as well, and what the changes do is whitened. Raises UserError when the pictures are too few.
     """
-    train, num_pcs = config.train, config.global_params.num_pcs
+    train, num_pcs, started = config.train, config.global_params.num_pcs, time.perf_counter()
     batches = picture_batches(config, paths, model.device, progress, "Sampling descriptors")
-    descriptors = sample_descriptors(model, batches, len(paths), train.seed)
+    descriptors = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
+    differences = None
     if train.augmentation:
         change = _change(train.augmentation, train.seed)
         batches = picture_batches(config, paths, model.device, progress, "Describing changed pictures", change)
-        others = sample_descriptors(model, batches, len(paths), train.seed)
-        both = np.concatenate([descriptors, others])
-        fit = fit_place_whitening(both, others - descriptors, num_pcs, train.whitening)
-        descriptors = both
-    else:
+        changed_ones = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
+        differences = changed_ones - descriptors
+        descriptors = np.concatenate([descriptors, changed_ones])
+    described = time.perf_counter()
+    logger.info("WPCA: fitting %d dimensions to %d descriptors of %d numbers", num_pcs, *descriptors.shape)
+    if differences is None:
         fit = fit_wpca(descriptors, num_pcs, train.whitening)
+    else:
+        fit = fit_place_whitening(descriptors, differences, num_pcs, train.whitening)
     logger.info(
         "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors, eigenvalues %.3g to %.3g; projected, "
-        "their covariance is within %.2g of %s",
+        "their covariance is within %.2g of %s (describing %.1f s, fitting %.1f s)",
         len(fit.weight),
         descriptors.shape[1],
         100 * fit.explained_variance,
@@ -140,6 +151,8 @@ def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, pro
         fit.eigenvalues[-1],
         whiteness_error(descriptors, fit),
         "the identity (0 is white)",
+        described - started,
+        time.perf_counter() - described,
     )
     model.add_wpca(fit)
     return fit
@@ -154,26 +167,38 @@ def _change(names: Sequence[str], seed: int) -> ChangePicture:
 
 @torch.inference_mode()
 def sample_descriptors(
-    model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, seed: int
+    model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, num_pcs: int, seed: int
 ) -> NDArray[np.float32]:
-    """Descriptors before WPCA for WPCA to be fitted on: n×dims, n at most about WPCA_SAMPLES.
+    """Descriptors before WPCA for num_pcs dimensions to be fitted to: n×dims.
 
     pictures: batches on the model's device. Random patches of every picture and patch size, or the global
-    descriptors of a model without patches.
+    descriptors of a model without patches. n is at most about WPCA_SAMPLES.
     """
     rng = np.random.default_rng(seed)
     rows: list[NDArray[np.float32]] = []
-    scales = max(1, len(model.patch_sizes))
-    each = max(1, WPCA_SAMPLES // (num_pictures * scales))
+    each = _patches_of_each(num_pictures * max(1, len(model.patch_sizes)), num_pcs, model.output_dims)
     for batch in pictures:
-        described = model.describe(batch)
-        if not described.patches:
-            rows.append(described.global_.cpu().numpy())
-        for patches in described.patches:
-            for picture in patches:
-                chosen = torch.from_numpy(rng.permutation(len(picture))[:each])
-                rows.append(picture[chosen.to(picture.device)].cpu().numpy())
+        if not model.patch_sizes:
+            rows.append(model.describe(batch).global_.cpu().numpy())
+            continue
+        assert isinstance(model.pool, NetVLAD)
+        assigned = model.pool.assign(model.encoder(batch))
+        grids = model.grids(*assigned[0].shape[1:3])
+        for grid in grids:
+            for local, assignment in zip(*assigned, strict=True):
+                chosen = torch.from_numpy(rng.permutation(len(grid))[:each]).to(local.device)
+                found = chosen_descriptors(
+                    local, assignment, model.pool.centroids, grid.patch_size, grid.stride, chosen
+                )
+                rows.append(found.cpu().numpy())
     return np.concatenate(rows)
+
+
+def _patches_of_each(groups: int, num_pcs: int, dims: int) -> int:
+    """Patches to take of each picture and patch size, of which there are so many groups."""
+    enough = 2 * num_pcs
+    limit = min(WPCA_SAMPLES, max(SAMPLE_BYTES // (4 * dims), enough))
+    return max(1, min(limit // groups, max(PATCHES_PER_PICTURE, -(-enough // groups))))
 
 
 def picture_batches(

@@ -1,5 +1,7 @@
 """Two pictures compared and made ready for a figure or a program."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,59 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from patchnetvlad.figures import MatchedPair
 from patchnetvlad.images import read_image
+from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.recognizer import Comparison, Description, PlaceRecognizer
+from patchnetvlad.reranking import PairScore
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """What a figure shows: both pictures, as files' own pixels, and how their patches match.
+
+    grids: one for each patch size, in pixels of the resized pictures; size: (height, width) they were resized to, or
+    None when they kept their own; names: what to call them in the figure.
+    """
+
+    query: Image.Image
+    reference: Image.Image
+    query_grids: Sequence[PatchGrid]
+    reference_grids: Sequence[PatchGrid]
+    pair: PairScore
+    size: tuple[int, int] | None = None
+    names: tuple[str, str] = ("query", "reference")
+
+    def points(self, scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of the matched patches of one patch size, M×2 (x, y) in pixels of each picture as it is."""
+        found = self.pair.matches[scale]
+        ends = (
+            (self.query_grids[scale].centers()[found.query.cpu()], self.query),
+            (self.reference_grids[scale].centers()[found.reference.cpu()], self.reference),
+        )
+        query, reference = ((points.double().numpy() + 0.5) * self._factor(picture) - 0.5 for points, picture in ends)
+        return query, reference
+
+    def homography(self, scale: int) -> NDArray[np.float64] | None:
+        """3×3 from pixels of the reference to pixels of the query, each as it is; None where the matcher has none."""
+        found = self.pair.scores[scale].homography
+        if found is None:
+            return None
+        to_query, to_reference = (self._from_resized(picture) for picture in (self.query, self.reference))
+        result = to_query @ found.double().numpy() @ np.linalg.inv(to_reference)
+        return result / result[2, 2] if result[2, 2] else result
+
+    def patch_sides(self, scale: int, picture: Image.Image) -> NDArray[np.float64]:
+        """Width and height of a patch of one size in pixels of a picture as it is."""
+        return self.query_grids[scale].patch_pixels * self._factor(picture)
+
+    def _factor(self, picture: Image.Image) -> NDArray[np.float64]:
+        """Pixels of the picture as it is for one of the resized picture, along x and y."""
+        height, width = self.size or (picture.height, picture.width)
+        return np.array([picture.width / width, picture.height / height])
+
+    def _from_resized(self, picture: Image.Image) -> NDArray[np.float64]:
+        x, y = self._factor(picture)  # pixel centres: ½ is added before scaling and taken away after
+        return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def compare_files(recognizer: PlaceRecognizer, query: Path, reference: Path) -> tuple[MatchedPair, Comparison]:
@@ -18,9 +70,19 @@ def compare_files(recognizer: PlaceRecognizer, query: Path, reference: Path) -> 
     first, second = read_image(query, upright), read_image(reference, upright)
     first_description, second_description = recognizer.describe([first, second])
     comparison = recognizer.compare(first_description, second_description)
-    names = (query.name, reference.name)
+    names = distinct_names(query, reference)
     matched = matched_pair(recognizer, first, second, first_description, second_description, comparison, names)
     return matched, comparison
+
+
+def distinct_names(first: Path, second: Path) -> tuple[str, str]:
+    """The names of two files, with as many of their folders as it takes to tell them apart."""
+    parts = first.absolute().parts, second.absolute().parts
+    for count in range(1, max(map(len, parts))):
+        names = [Path(*path[-count:]).as_posix() for path in parts]
+        if names[0] != names[1]:
+            return names[0], names[1]
+    return first.name, second.name
 
 
 def matched_pair(

@@ -1,7 +1,7 @@
-"""Descriptors rounded to 8 bits at random, up or down, so that the expected value is exact.
+"""Descriptors rounded to 8 bits at random, up or down, so that what is lost is known in distribution.
 
-The error of a similarity is then a sum of independent terms of mean 0, and Hoeffding's inequality bounds it far below
-what lengths alone (Cauchy-Schwarz) allow.
+The error of a similarity is then a sum of independent terms of mean 0, and its tails are bounded far below what lengths
+alone (Cauchy-Schwarz) allow.
 """
 
 import math
@@ -25,36 +25,69 @@ _SEEDS: dict[Role, int] = {"query": 20210621, "reference": 20210622}
 
 @dataclass(frozen=True)
 class RoundedPatches:
-    """P descriptors in 8 bits: row ≈ scale · levels.
+    """P descriptors in 8 bits: row ≈ scale · (levels + the role's shift), see `shift`.
 
-    levels: int8 P×D; scale: float32 (P,); norm: float32 (P,), lengths of the rows before rounding.
+    levels: int8 P×D; scale: float32 (P,); norm: float32 (P,), lengths of the rows before rounding; offset: float32
+    (P,), what the other role's shift adds to the products of each row.
     """
 
     levels: Tensor
     scale: Tensor
     norm: Tensor
+    offset: Tensor
 
 
 def round_patches(rows: Tensor, role: Role) -> RoundedPatches:
     """Round P×D float32 rows on the CPU; those of a query go with those of a reference, and the result is always the
     same."""
     count, dims = rows.shape
-    dither = torch.rand(dims, generator=torch.Generator().manual_seed(_SEEDS[role]))
+    dither = _dither(dims, role)
+    own, other = (shift(dims, some) for some in (role, _other(role)))
     levels = torch.empty(count, dims, dtype=torch.int8)
-    scale, norm = torch.empty(count), torch.empty(count)
+    scale, norm, offset = (torch.empty(count) for _ in range(3))
     for first in range(0, count, ROWS_AT_ONCE):
         some = slice(first, first + ROWS_AT_ONCE)
         block = rows[some]
         norm[some] = torch.linalg.vector_norm(block, dim=1)
         lowest, highest = block.aminmax(dim=1)
         scale[some] = torch.maximum(-lowest, highest).div_(LEVELS).clamp_(min=1e-30)
-        levels[some] = torch.addcmul(dither, block, scale[some].reciprocal()[:, None]).floor_()
-    return RoundedPatches(levels, scale, norm)
+        whole = torch.addcmul(dither, block, scale[some].reciprocal()[:, None]).floor_()
+        levels[some] = whole
+        offset[some] = whole @ other
+    # Half of what the two shifts make together: both roles add it
+    return RoundedPatches(levels, scale, norm, offset + 0.5 * float(own.double() @ other.double()))
+
+
+def shift(dims: int, role: Role) -> Tensor:
+    """What is added to the levels of a role, so that the errors are uniform within half a level and of mean 0: (D,)."""
+    return 0.5 - _dither(dims, role)
+
+
+def approximate_similarities(query: RoundedPatches, reference: RoundedPatches) -> Tensor:
+    """Pq×Pr products of rounded rows, float32; within `similarity_errors` of the similarities."""
+    products = torch._int_mm(query.levels, reference.levels.T).float()  # exact before it becomes float
+    return products.add_(reference.offset).add_(query.offset[:, None]).mul_(reference.scale).mul_(query.scale[:, None])
+
+
+def similarity_errors(query: RoundedPatches, reference: RoundedPatches) -> tuple[Tensor, Tensor]:
+    """How far the product of rounded rows may be from the similarity, for each row (Pq) and each column (Pr).
+
+    Rounding with one scale s for a row leaves independent errors, uniform in an interval of length s. Such an error is
+    sub-Gaussian with its variance s²/12, so their sum, weighted by the other row r, is beyond t with a chance of at
+    most 2·exp(−6t²/(s²‖r‖²)). The similarity's error is the sum of the query's, weighted by the reference, and the
+    reference's, weighted by the rounded query, which is at most s·√D/2 longer than the query: variances add.
+    """
+    factor = math.sqrt(math.log(2 / CHANCE) / 6)
+    length = query.norm + query.scale * (math.sqrt(query.levels.shape[1]) / 2)
+    row = torch.hypot(query.scale * reference.norm.max(), length * reference.scale.max())
+    column = torch.hypot(query.scale.max() * reference.norm, length.max() * reference.scale)
+    slack = FLOAT_SLACK * max(1.0, float(length.max() * reference.norm.max()))
+    return factor * row + slack, factor * column + slack
 
 
 def rounded_bytes(count: int, dims: int) -> int:
     """Memory of count×dims rounded descriptors."""
-    return count * (dims + 8)
+    return count * (dims + 12)
 
 
 @lru_cache(maxsize=1)
@@ -69,14 +102,11 @@ def products_are_exact() -> bool:
     return True
 
 
-def similarity_errors(query: RoundedPatches, reference: RoundedPatches) -> tuple[Tensor, Tensor]:
-    """How far the product of rounded rows may be from the similarity, for each row (Pq) and each column (Pr).
+def _other(role: Role) -> Role:
+    return "reference" if role == "query" else "query"
 
-    With one scale s for each row, errors lie in an interval of length s: by Hoeffding their sum, weighted by the other
-    row r, is beyond t with a chance of 2·exp(−2t²/(s²‖r‖²)). The rounded query is at most s·√D longer than the query.
-    """
-    factor = math.sqrt(math.log(2 / CHANCE) / 2)
-    length = query.norm + query.scale * math.sqrt(query.levels.shape[1])
-    row = torch.hypot(query.scale * reference.norm.max(), length * reference.scale.max())
-    column = torch.hypot(query.scale.max() * reference.norm, length.max() * reference.scale)
-    return factor * row + FLOAT_SLACK, factor * column + FLOAT_SLACK
+
+@lru_cache(maxsize=16)
+def _dither(dims: int, role: Role) -> Tensor:
+    """Uniform numbers in [0, 1), (D,)."""
+    return torch.rand(dims, generator=torch.Generator().manual_seed(_SEEDS[role]))

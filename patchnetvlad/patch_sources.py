@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import ApproximateSearch
 from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.feature_cache import CacheStatistics, PictureCache
@@ -51,11 +52,13 @@ class PatchSource(Protocol):
 class DescribedPictures:
     """Pictures as ranking takes them, queries or a database.
 
-    global_: N×D float32, unit rows; patches: their patch descriptors by the same rows, None for a purely global model.
+    global_: N×D float32, unit rows; patches: their patch descriptors by the same rows, None for a purely global model;
+    index: a search index of global_ that was made before.
     """
 
     global_: NDArray[np.float32]
     patches: PatchSource | None
+    index: ApproximateSearch | None = None
 
     def __len__(self) -> int:
         return len(self.global_)
@@ -105,7 +108,7 @@ class OnDemandPatches:
         self._settings = size
         self._rounded = False
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
-        self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes)
+        self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes, workers=0)
         self._bytes = 0  # of the picture described last
 
     def patches(self, index: int) -> PatchFeatures:
@@ -119,7 +122,8 @@ class OnDemandPatches:
         self._rounded = True
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Nothing: describing ahead would take the processor from matching."""
+        """Keep what is asked for soonest; nothing is described ahead, which would take the processor from matching."""
+        self._cache.prefetch(indices)
 
     @property
     def cache_bytes(self) -> int:

@@ -11,6 +11,13 @@ from patchnetvlad.errors import UserError
 Kind = Literal["configs", "dataset_imagenames", "dataset_gt_files", "pretrained_models", "example_images"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
+RUNS_FOLDER = "runs"  # of training, unless another is named
+PUBLISHED_CHECKPOINTS = {  # local name: name on the hub
+    f"{local}_WPCA{num_pcs}.pth.tar": f"{remote}_WPCA{num_pcs}.pth.tar"
+    for local, remote in (("mapillary", "mapillary"), ("pittsburgh", "pitts"))
+    for num_pcs in (128, 512, 4096)
+}
+
 _PACKAGE = Path(__file__).resolve().parent
 _OLD_LAYOUT = "patchnetvlad"  # folder that held the data folders in the published release
 _ADVICE = {
@@ -67,6 +74,38 @@ def require_file(name: str, kind: Kind, beside: Path | None = None) -> Path:
     folders = dict.fromkeys(str(candidate.parent) for candidate in _candidates(name, kind, beside))
     advice = f" ({advice})" if advice else ""
     raise UserError(f"{name}: no such file, searched in {', '.join(folders)}{advice}")
+
+
+def find_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> Path | None:
+    """The checkpoint that a name means, wherever one is named, or None where there is no such file.
+
+    The name is the file's without its end, which is the number of WPCA dimensions (nothing for 0) and ``.pth.tar``, or
+    it is the whole file name. Searched as ``find_file`` says.
+    """
+    found = (find_file(form, "pretrained_models", beside) for form in _checkpoint_names(name, num_pcs))
+    return next((path for path in found if path is not None), None)
+
+
+def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> Path:
+    """As ``find_checkpoint``; raises UserError when there is none.
+
+    A published one that is nowhere at hand is named where it will be downloaded to, and is not there yet.
+    """
+    path = find_checkpoint(name, num_pcs, beside)
+    if path is not None:
+        return path
+    forms = _checkpoint_names(name, num_pcs)
+    for form in forms:
+        if Path(form).name in PUBLISHED_CHECKPOINTS:
+            return download_folder() / Path(form).name
+    raise UserError(
+        f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
+        f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
+    )
+
+
+def _checkpoint_names(name: str, num_pcs: int) -> tuple[str, str]:
+    return f"{name}{num_pcs or ''}.pth.tar", name
 
 
 def _checkout() -> Path | None:

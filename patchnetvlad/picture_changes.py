@@ -106,8 +106,9 @@ def jpeg(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
         return picture
     quality = round(_QUALITY[0] + amount * (_QUALITY[1] - _QUALITY[0]))
     _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    decoded = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), dtype=np.uint8)
-    return np.ascontiguousarray(decoded[..., ::-1])
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert decoded is not None  # it was encoded here
+    return np.ascontiguousarray(decoded[..., ::-1], dtype=np.uint8)
 
 
 CHANGES: dict[str, Change] = {  # in the order in which they happen to a picture

@@ -1,9 +1,8 @@
 """The one run from described queries and a database to rankings: retrieval, then re-ranking by patches."""
 
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,28 +11,28 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.candidates import Candidates, RankingScores
+from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.patch_rounding import products_are_exact
+from patchnetvlad.matching import WAYS
 from patchnetvlad.patch_sources import DescribedPictures, PatchSource
 from patchnetvlad.reranking import (
     MATCHERS,
     Matcher,
-    RankingScores,
     Reranking,
     collect_scores,
-    match_pair,
     reorder,
     rerank,
     with_similarities,
 )
-from patchnetvlad.retrieval import Candidates, DatabaseIndex
+from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
-_SHORTEST_ROUNDED = 256  # dimensions below which 8-bit products gain nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +61,15 @@ class Ranker:
         self._matcher = find_matcher(options.matcher)
         self._database = database
         self._device = device
+        self._workers = Workers()
         self._index: DatabaseIndex | None = None  # until the first query that is searched
         self._rounded: bool | None = None  # until the first pair decides
-        whole, rest = divmod(len(database), options.panorama_cutouts)
-        if rest:
+        if options.index.endswith(BUILT_INDEX) and database.index is None:
             raise UserError(
-                f"[feature_match] panorama_cutouts = {options.panorama_cutouts}: the database has {len(database)} "
-                f"pictures, {whole} panoramas and {rest} more (cut-outs left out of the list, or another dataset?)"
+                f"[feature_match] index = {options.index}: was made from a feature folder, and these pictures are not "
+                "read from one (Flat, or a factory string of faiss)"
             )
+        check_panoramas(options.panorama_cutouts, len(database))
 
     def rank(
         self,
@@ -97,6 +97,7 @@ class Ranker:
             near = [self._database.global_[head] @ query for head, query in zip(heads, queries.global_, strict=True)]
             weight = self._options.global_weight
             rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
+        _log_reads(self._database.patches, sum(map(len, heads)))
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)
@@ -105,7 +106,8 @@ class Ranker:
     def _retrieve(self, queries: DescribedPictures, depth: int) -> Candidates:
         started = time.perf_counter()
         if self._index is None:
-            self._index = DatabaseIndex(self._database.global_, self._options.index, self._device)
+            index = self._database.index or self._options.index
+            self._index = DatabaseIndex(self._database.global_, index, self._device)
         found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
@@ -118,34 +120,41 @@ class Ranker:
         first = next((row for row, head in enumerate(heads) if head), None)
         if first is not None:  # before reading ahead, which would be in vain where 8 bits are chosen
             self._choose_similarity(queries.patches(first).to(self._device), database, heads[first][0])
-        database.prefetch(chain.from_iterable(heads))
-        queries.prefetch(range(len(heads)))
-        rerankings = []
+        sizes = {index: database.picture_bytes(index) for index in set(chain.from_iterable(heads))}
+        _check_room(heads, sizes, database.cache_bytes)
+        order = visiting_order(heads, sizes, database.cache_bytes)
+        database.prefetch(chain.from_iterable(heads[row] for row in order))
+        queries.prefetch(order)
+        rerankings: dict[int, Reranking] = {}
         patch_sizes: tuple[int, ...] = ()
         started = time.perf_counter()
-        for row, head in enumerate(tqdm(heads, "Re-ranking", unit="query", disable=not progress)):
+        for row in tqdm(order, "Re-ranking", unit="query", disable=not progress):
             query = queries.patches(row).to(self._device)
             patch_sizes = tuple(grid.patch_size for grid in query.grids)
-            rerankings.append(self._rerank(query, database, head))
+            rerankings[row] = self._rerank(query, database, heads[row])
         pairs = sum(map(len, heads))
         seconds = time.perf_counter() - started
         logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
-        return rerankings, patch_sizes
+        return [rerankings[row] for row in range(len(heads))], patch_sizes
 
     def _rerank(self, query: PatchFeatures, database: PatchSource, head: Sequence[int]) -> Reranking:
         if self._rounded:
             query = query.round_as("query")
-        batch_size = 1 if self._device.type == "cpu" else CANDIDATES_AT_ONCE
         features = (database.patches(index) for index in head)
-        return rerank(query, features, self._options.patchweights2use, self._matcher, batch_size)
+        weights = self._options.patchweights2use
+        if self._device.type == "cpu":
+            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+        return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""
         if self._rounded is None:
             reference = database.patches(candidate).to(self._device)
-            self._rounded = uses_rounding(self._options.similarity, query, reference)
+            similarity = self._options.similarity
+            # Measured where pairs will be matched
+            (chosen,) = self._workers.map(lambda pair: choose_way(similarity, *pair), [(query, reference)])
+            self._rounded = WAYS[chosen].rounds
             if self._rounded:
-                logger.info("similarities by 8-bit products, checked in float32")
                 database.round_references()
 
 
@@ -156,25 +165,79 @@ def find_matcher(name: str) -> Matcher:
     return MATCHERS[name]
 
 
-def uses_rounding(similarity: str, query: PatchFeatures, reference: PatchFeatures) -> bool:
-    """Whether to match by 8-bit products; "auto" tries both ways on these two pictures, on this machine."""
-    if similarity == "float32":
-        return False
-    possible = query.descriptors[0].device.type == "cpu" and products_are_exact()
-    if similarity == "int8" and not possible:
-        raise UserError(
-            "[feature_match] similarity = int8: this device does not multiply 8-bit numbers exactly (auto takes what "
-            "suits it)"
+def visiting_order(
+    candidates: Sequence[Sequence[int]], picture_bytes: Mapping[int, int], room: int | None
+) -> list[int]:
+    """Rows of the queries, each once, in an order in which memory serves best: the list's where all candidates fit.
+
+    Otherwise the query comes next that shares most with the one before it. candidates: database rows of each query;
+    picture_bytes: what each of them takes; room: bytes that memory holds, None for everything.
+    """
+    if room is None or sum(picture_bytes.values()) <= room:
+        return list(range(len(candidates)))
+    asking: dict[int, list[int]] = {index: [] for index in picture_bytes}
+    for row, head in enumerate(candidates):
+        for index in head:
+            asking[index].append(row)
+    askers = {index: np.array(rows) for index, rows in asking.items()}
+    left = np.ones(len(candidates), dtype=bool)
+    order: list[int] = []
+    for _ in candidates:
+        shared = np.zeros(len(candidates))
+        for index in candidates[order[-1]] if order else ():
+            shared[askers[index]] += picture_bytes[index]
+        shared[~left] = -1
+        order.append(int(shared.argmax()))  # of equal ones the first of the list
+        left[order[-1]] = False
+    return order
+
+
+def _check_room(heads: Sequence[Sequence[int]], sizes: Mapping[int, int], room: int | None) -> None:
+    """Warn where the candidates of one query do not fit into memory; sizes: bytes of each."""
+    most = max((sum(sizes[index] for index in head) for head in heads), default=0)
+    if room is not None and most > room:
+        logger.warning(
+            "the candidates of one query take %.3g GB and memory keeps %.3g GB, so they are read again and again; ways "
+            "out: a larger [feature_match] cache_gb, fewer candidates (rerank_top), smaller ones ([feature_extract] "
+            "feature_dtype = float16 or int8)",
+            most / 1e9,
+            room / 1e9,
         )
-    if similarity == "int8":
-        return True
-    if not possible or query.descriptors[0].shape[1] < _SHORTEST_ROUNDED:
-        return False
-    rounded = query.round_as("query"), reference.round_as("reference")
-    seconds = {True: math.inf, False: math.inf}
-    for _ in range(3):
-        for way, (first, second) in ((True, rounded), (False, (query, reference))):
-            started = time.perf_counter()
-            match_pair(first, second)
-            seconds[way] = min(seconds[way], time.perf_counter() - started)
-    return seconds[True] < seconds[False]
+
+
+def _log_reads(database: PatchSource, asked: int) -> None:
+    done = database.statistics
+    if database.cache_bytes is not None:
+        logger.info(
+            "database patches: %d pictures read (%.3g GB), %d times found in memory, %.3g of %.3g GB in use",
+            done.reads,
+            done.bytes_read / 1e9,
+            max(0, asked - done.reads),
+            done.held_bytes / 1e9,
+            database.cache_bytes / 1e9,
+        )
+
+
+def check_panoramas(cutouts: int, num_pictures: int, coordinates: NDArray[np.float64] | None = None) -> None:
+    """Raises UserError unless a database is cut-outs of panoramas, so many in a row of each.
+
+    coordinates: of the pictures, M×c, where they are known: those of one panorama are the same.
+    """
+    key = f"[feature_match] panorama_cutouts = {cutouts}"
+    panoramas, rest = divmod(num_pictures, cutouts)
+    if rest:
+        raise UserError(
+            f"{key}: the database has {num_pictures} pictures, {panoramas} panoramas and {rest} more (cut-outs left "
+            "out of the list, or another dataset?)"
+        )
+    if coordinates is None:
+        return
+    blocks = coordinates.reshape(panoramas, cutouts, -1)
+    apart = np.flatnonzero((blocks != blocks[:, :1]).any(axis=(1, 2)))
+    if len(apart):
+        first = apart[0] * cutouts
+        raise UserError(
+            f"{key}: database pictures {first + 1} to {first + cutouts} have different coordinates in the ground "
+            f"truth, as have {len(apart) - 1} further panoramas (cut-outs left out of the list or in another order, or "
+            "a dataset without panoramas?)"
+        )

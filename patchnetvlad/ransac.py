@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from patchnetvlad.homographies import Quads, four_point_homographies, possible_quads, refine_homographies
+from patchnetvlad.homographies import (
+    Quads,
+    float64_device,
+    four_point_homographies,
+    possible_quads,
+    refine_homographies,
+)
 from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 
@@ -71,8 +78,9 @@ def consensus(source: Tensor, target: Tensor, counts: Tensor, tolerance: float) 
     source, target: B×M×2, of which the first counts (B, ≥ 4) are matches. Returns inliers, bool B×M, and homographies
     from source to target, float64 B×3×3, refined on them; without inliers where every sample was impossible. An
     inlier's projection lies within the tolerance of its target, in the unit of the points, which should be of order 1
-    to 100.
+    to 100. Computed, and returned, on the points' device or, where that has no float64, on the CPU.
     """
+    source, target, counts = (values.to(float64_device(values.device)) for values in (source, target, counts))
     residuals = _Residuals.of(source, target, counts, tolerance)
     batch = len(source)
     best = torch.full((batch,), SAMPLE - 1, device=source.device)  # inliers of the best so far
@@ -180,24 +188,69 @@ def _models_needed(share: Tensor) -> Tensor:
 
 def _samples(counts: Tensor, first: int, last: int) -> Tensor:
     """Samples of four different matches out of counts (B,), the first-th to the last-th that are ever drawn: 4×B×n."""
-    drawn = [_all_samples(count)[:, first:last] for count in counts.tolist()]
+    drawn = [samples_of(count)[:, first:last] for count in counts.tolist()]
     return torch.stack(drawn, dim=1).to(counts.device, torch.int64)
 
 
 @lru_cache(maxsize=256)
-def _all_samples(count: int) -> Tensor:
+def samples_of(count: int) -> Tensor:
     """Samples of four different matches out of count, as many as are ever drawn: int32 4×n."""
-    samples: list[tuple[int, ...]] = []
-    sample: list[int] = []
-    for match in (_random_numbers() % count).tolist():
-        if match not in sample:
-            sample.append(match)
-            if len(sample) == SAMPLE:
-                samples.append(tuple(sample))
-                sample = []
-                if len(samples) == sum(BLOCKS):
-                    break
-    return torch.tensor(samples, dtype=torch.int32).T.contiguous()
+    wanted = sum(BLOCKS)
+    needed = wanted * sum(count / (count - before) for before in range(SAMPLE))  # expected; 0.3 % at most is usual
+    numbers = _random_numbers()[: math.ceil(1.02 * needed) + 200]
+    drawn = (numbers % np.uint32(count)).astype(np.int32)
+    return torch.from_numpy(drawn[_sample_positions(drawn, wanted)])
+
+
+def _sample_positions(drawn: NDArray[np.int32], wanted: int) -> NDArray[np.int64]:
+    """Where the matches of each sample stand among those drawn one by one, 4×wanted.
+
+    A sample is the first four different matches after the sample before. Nearly always the next four are different;
+    the places where they are not are found first, and between two of these every fourth place begins a sample.
+    """
+    places, positions = _recurrent(drawn)
+    begins = np.append(positions[-1] + 1, 0)  # where the next sample begins, and last where the first one does
+    # From each beginning, in steps of four, the first recurrent place with the same remainder; -1: none
+    order = np.argsort(places % SAMPLE, kind="stable")
+    keys = places[order] + len(drawn) * (places[order] % SAMPLE)
+    found = np.searchsorted(keys, begins + len(drawn) * (begins % SAMPLE))
+    following = np.append(order, -1)[found]
+    following[places[following] % SAMPLE != begins % SAMPLE] = -1
+    chain, links = [], following.tolist()
+    place = links[-1]
+    while place >= 0:
+        chain.append(place)
+        place = links[place]
+    starts = np.append(0, begins[chain])
+    samples = (np.append(places[chain], len(drawn)) - starts) // SAMPLE + 1  # with the recurrent one that is last
+    last = samples.cumsum()
+    within = np.arange(last[-1]) - np.repeat(last - samples, samples)
+    result: NDArray[np.int64] = np.repeat(starts, samples) + SAMPLE * within + np.arange(SAMPLE)[:, None]
+    result[:, last[:-1] - 1] = positions[:, chain]
+    return result[:, :wanted]
+
+
+def _recurrent(drawn: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places after which a match recurs among the next four, (n,), and the positions of four different ones, 4×n."""
+    window = [drawn[first : len(drawn) - SAMPLE + 1 + first] for first in range(SAMPLE)]
+    recurs = np.zeros(len(window[0]), dtype=bool)
+    for one, other in combinations(window, 2):
+        recurs |= one == other
+    places = np.flatnonzero(recurs)
+    drawn = np.append(drawn, -np.arange(1, SAMPLE + 1))  # so that every search ends
+    positions = places[None]
+    for _ in range(SAMPLE - 1):
+        position = positions[-1] + 1
+        again = np.arange(len(places))  # those whose match has been drawn for this sample
+        while len(again):
+            match = drawn[position[again]]
+            recurs = np.zeros(len(again), dtype=bool)
+            for before in positions:
+                recurs |= match == drawn[before[again]]
+            again = again[recurs]
+            position[again] += 1
+        positions = np.vstack([positions, position])
+    return places, positions
 
 
 @lru_cache(maxsize=1)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.figures import MatchedPair, match_figure
+from patchnetvlad.figures import match_figure
 from patchnetvlad.images import read_image
-from patchnetvlad.pair_comparison import matched_pair
+from patchnetvlad.pair_comparison import MatchedPair, matched_pair
 from patchnetvlad.recognizer import Comparison, PlaceRecognizer
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.matching import Matches, Score, mutual_matches, mutual_matches_batch
+from patchnetvlad.matching import WAYS, Matches, Prepared, Score, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ransac import ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.rounded_matching import rounded_mutual_matches
 
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
@@ -46,6 +46,12 @@ class Matcher:
         return [self.one(*pair) for pair in zip(matches, query_grids, reference_grids, strict=True)]
 
 
+Scored = list[list[float]]
+"""Scores of some candidates at each patch size."""
+
+Run = Callable[[Callable[[Sequence[PatchFeatures]], Scored], Iterable[Sequence[PatchFeatures]]], Iterable[Scored]]
+"""How a function is called for every batch of candidates: `map`, or one that shares them among threads."""
+
 MATCHERS: dict[str, Matcher] = {
     "RANSAC": Matcher(ransac_score, ransac_scores),
     "spatialApproximator": Matcher(rapid_spatial_score),
@@ -73,22 +79,6 @@ class Reranking:
     per_scale: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class RankingScores:
-    """Spatial scores of all queries' re-ranked candidates, best first; larger is better.
-
-    patch_sizes: S of them; matcher: its name in MATCHERS; indices: int64 nQ×r, database rows, −1 where a query has
-    fewer than r candidates (its scores there are 0); fused: float64 nQ×r; per_scale: float64 nQ×r×S, as the matcher
-    gave them.
-    """
-
-    patch_sizes: tuple[int, ...]
-    matcher: str
-    indices: NDArray[np.int64]
-    fused: NDArray[np.float64]
-    per_scale: NDArray[np.float64]
-
-
 def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
     """Match and score two pictures at every patch size; their grids may differ."""
     matches = match_pair(query, reference)
@@ -98,11 +88,15 @@ def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher)
 
 def match_pair(query: PatchFeatures, reference: PatchFeatures) -> tuple[Matches, ...]:
     """Mutual matches of two pictures at every patch size, by 8-bit products where both have them."""
-    pairs = list(zip(query.descriptors, reference.descriptors, strict=True))
-    if query.rounded and reference.rounded:
-        rounded = zip(query.rounded, reference.rounded, strict=True)
-        return tuple(rounded_mutual_matches(*rows, *eight) for rows, eight in zip(pairs, rounded, strict=True))
-    return tuple(mutual_matches(*rows) for rows in pairs)
+    way = WAYS["int8" if query.rounded and reference.rounded else "float32"]
+    pairs = zip(_prepared(query, way.rounds), _prepared(reference, way.rounds), strict=True)
+    return tuple(way.match(*pair) for pair in pairs)
+
+
+def _prepared(picture: PatchFeatures, rounds: bool) -> list[Prepared]:
+    if not rounds:
+        return [Prepared(rows) for rows in picture.descriptors]
+    return [Prepared(*both) for both in zip(picture.descriptors, picture.rounded, strict=True)]
 
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> float:
@@ -134,23 +128,23 @@ def rerank(
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
-    positions: Sequence[int] | None = None,
+    run: Run = map,
 ) -> Reranking:
-    """Order a query's candidates by their fused spatial scores; ties keep the retrieval order.
+    """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
-    candidates is consumed once and no more than a batch is held, so they may come from disk one by one.
-    batch_size: candidates matched and scored in one go on the query's device; 1 suits the CPU, more an accelerator.
-    positions: of the candidates in the retrieval order, where they come in another.
+    candidates is consumed once, batch by batch, so they may come from disk one by one. batch_size: candidates matched
+    and scored in one go on the query's device; 1 suits the CPU, more an accelerator. run: calls a function for each
+    batch and gives the results in order, as `map` does; several at a time if it likes.
     """
-    values: list[list[float]] = []
+
+    def score(batch: Sequence[PatchFeatures]) -> Scored:
+        scored = _score_all(query, [candidate.grids for candidate in batch], _match_all(query, batch), matcher)
+        return [[score.value for score in scores] for scores in scored]
+
     stream = iter(candidates)
-    while batch := list(islice(stream, batch_size)):
-        matches = _match_all(query, batch)
-        scored = _score_all(query, [candidate.grids for candidate in batch], matches, matcher)
-        values += [[score.value for score in scores] for scores in scored]
+    batches = iter(lambda: list(islice(stream, batch_size)), [])
+    values = list(chain.from_iterable(run(score, batches)))
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
-    if positions is not None:
-        per_scale = per_scale[np.argsort(np.array(positions, dtype=np.int64))]
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
 

@@ -155,11 +155,11 @@ class Trainer:
         total = 0.0
         bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)
         for step, share, own, numbers, maps in zip(bar, shares, taken, pictures, outputs, strict=True):
-            num_terms = self._loss.terms([(one.query, one.positive, one.negatives) for one in step])
+            num_terms = self._loss.terms([(triplet.query, triplet.positive, triplet.negatives) for triplet in step])
             loss = self._step(maps, numbers, own, len(share) > 0, num_terms, label)
             total += loss
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._log.step(progress.step, loss, sum(len(one.negatives) for one in step))
+            self._log.step(progress.step, loss, sum(len(triplet.negatives) for triplet in step))
         seconds = time.perf_counter() - started
         seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
         logger.info(

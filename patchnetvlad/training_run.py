@@ -34,6 +34,7 @@ from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.paths import RUNS_FOLDER
 from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
@@ -53,7 +54,6 @@ from patchnetvlad.weights import initialise_encoder
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SAVE_PATH = "runs"
 CLUSTER_PICTURES = 500  # database pictures whose local descriptors are clustered
 
 
@@ -304,7 +304,7 @@ def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> No
 def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | None) -> Path:
     """The folder of the run that is resumed, unless the run is to go on elsewhere; otherwise a new one."""
     resumed = _resumed_folder(options, checkpoint)
-    save_path = options.save_path or (resumed.parent if resumed else Path(DEFAULT_SAVE_PATH))
+    save_path = options.save_path or (resumed.parent if resumed else Path(RUNS_FOLDER))
     if resumed is not None and resumed.parent.resolve() == save_path.resolve():
         return resumed
     folder = save_path / f"{time.strftime('%b%d_%H-%M-%S')}_{options.identifier}"

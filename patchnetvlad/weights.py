@@ -17,18 +17,13 @@ from patchnetvlad.encoder import Encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import make_folder, read_text, told, write_text
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.paths import download_folder, find_file, require_file
+from patchnetvlad.paths import PUBLISHED_CHECKPOINTS, require_file
 
 logger = logging.getLogger(__name__)
 
 _ENCODER = "encoder."  # before its keys in a checkpoint
 _WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 HUB_REPOSITORY = "TobiasRobotics/Patch-NetVLAD"
-PUBLISHED = {  # local name: name on the hub
-    f"{local}_WPCA{num_pcs}.pth.tar": f"{remote}_WPCA{num_pcs}.pth.tar"
-    for local, remote in (("mapillary", "mapillary"), ("pittsburgh", "pitts"))
-    for num_pcs in (128, 512, 4096)
-}
 
 
 def load_model(config: Config) -> tuple[PlaceModel, Checkpoint]:
@@ -121,17 +116,8 @@ def _weights_of(package: str) -> Path:
 
 def locate_checkpoint(config: Config) -> Path:
     """The configured checkpoint's file, fetched from the hub if it is a published one and nowhere at hand."""
-    name = config.checkpoint_name()
-    path = find_file(name, "pretrained_models", config.path)
-    if path is not None:
-        return path
-    base = Path(name).name
-    if base not in PUBLISHED:
-        raise UserError(
-            f"{name}: no such checkpoint ([global_params] resumepath + num_pcs + .pth.tar; published ones are "
-            f"{', '.join(PUBLISHED)}; configs/builtin.ini needs no download)"
-        )
-    return download(base, download_folder())
+    path = config.require_checkpoint()
+    return path if path.exists() else download(path.name, path.parent)
 
 
 def download(name: str, folder: Path) -> Path:
@@ -140,13 +126,13 @@ def download(name: str, folder: Path) -> Path:
     The file appears under its name only when it is whole and its SHA-256 is the hub's; the hash is kept beside it.
     """
     target = folder / name
-    url = hf_hub_url(HUB_REPOSITORY, PUBLISHED[name])
-    logger.info("fetching %s from %s", PUBLISHED[name], HUB_REPOSITORY)
+    url = hf_hub_url(HUB_REPOSITORY, PUBLISHED_CHECKPOINTS[name])
+    logger.info("fetching %s from %s", PUBLISHED_CHECKPOINTS[name], HUB_REPOSITORY)
     make_folder(folder)
     try:
         require_answer(url)
         metadata = get_hf_file_metadata(url, timeout=10)
-        fetched = Path(hf_hub_download(HUB_REPOSITORY, PUBLISHED[name], local_dir=folder))
+        fetched = Path(hf_hub_download(HUB_REPOSITORY, PUBLISHED_CHECKPOINTS[name], local_dir=folder))
     except Exception as error:  # the hub's HTTP library, and so its errors, change with its version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

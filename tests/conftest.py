@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchnetvlad import images
-from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad.commands.models import fit_model
 from patchnetvlad.examples.rendered_msls import RenderedCity, write_msls
 
 DATA = Path(__file__).parent / "data"
@@ -94,7 +94,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     listed = folder / "pictures.txt"
     listed.write_text("".join(f"database/place{place:02}_0.jpg\n" for place in range(12)))
     fitting = ["--dataset_root_dir", str(ROOT / "example_images"), "--dataset_file_path", str(listed)]
-    assert tool_commands.fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
+    assert fit_model([*options, *fitting, "--output_path", str(folder / "small_WPCA32.pth.tar")]) == 0
     return options
 
 

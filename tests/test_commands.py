@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from patchnetvlad.commands import features as commands
-from patchnetvlad.commands import tools as tool_commands
+from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_file_list
+from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.commands.models import download_models, fit_model
+from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -31,7 +35,7 @@ def features(small_model, tmp_path_factory):
 
 
 def extract(options, listed, folder, root=EXAMPLES, *more):
-    return commands.feature_extract(
+    return feature_extract(
         [*options, "--dataset_file_path", str(listed), "--dataset_root_dir", str(root)]
         + ["--output_features_dir", str(folder), *more]
     )
@@ -39,7 +43,7 @@ def extract(options, listed, folder, root=EXAMPLES, *more):
 
 def match(options, features, results, *more, truth="example.npz", query_list=QUERY_LIST, index_list=INDEX_LIST):
     ground_truth = ["--ground_truth_path", str(truth)] if truth else []
-    return commands.feature_match(
+    return feature_match(
         [*options, "--dataset_root_dir", str(EXAMPLES), *ground_truth, "--result_save_folder", str(results)]
         + ["--query_file_path", str(query_list), "--index_file_path", str(index_list)]
         + ["--query_input_features_dir", str(features / "query")]
@@ -70,6 +74,17 @@ def test_extract_then_match(small_model, features, tmp_path, capsys):
     assert len((tmp_path / "PatchNetVLAD_predictions_msls.txt").read_text().splitlines()) == 18
     assert (tmp_path / "NetVLAD_pairs_hloc.txt").exists() and (tmp_path / "match.log").exists()
     assert "Recall@N" in capsys.readouterr().out
+
+
+def test_predictions_as_the_published_code_writes_them(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path, "--formats", "published") == 0
+    lines = (tmp_path / "PatchNetVLAD_predictions.txt").read_text().splitlines()
+    query, best = lines[2].split(", ")
+    assert lines[0] == "# kapture format: 1.0" and Path(query) == EXAMPLES / "queries/query00_0.jpg"
+    assert Path(best).is_file()
+    capsys.readouterr()
+    assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
+    assert "both write files of one name" in failure(capsys)
 
 
 def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
@@ -125,6 +140,70 @@ def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, 
     assert size < whole * (0.51 if dtype == "float16" else 0.27)
 
 
+def test_codes_of_patches(small_model, features, tmp_path, capsys):
+    """Codes rank nearly as the descriptors do, resume with the folder's own codec, and are bound to it."""
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq8"]
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 0
+    assert extract([*options, "--queries"], QUERY_LIST, tmp_path / "query") == 0
+    size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
+    assert size < 0.1 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
+    for similarity in ("float32", "int8"):
+        chosen = ["--set", f"feature_match.similarity={similarity}"]
+        assert match(small_model, tmp_path, tmp_path / similarity, *chosen) == 0
+    assert match(small_model, features, tmp_path / "full") == 0
+    coded, rounded, full = (
+        recalls(tmp_path / name)["PatchNetVLAD"]["all_queries"] for name in ("float32", "int8", "full")
+    )
+    assert coded == rounded
+    assert abs(coded["1"] - full["1"]) <= 2 / 18 + 1e-9 and coded["10"] >= full["10"] - 1 / 18 - 1e-9
+
+    codec = (tmp_path / "index/patchcodec.npz").read_bytes()
+    kept = (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes()
+    (tmp_path / "index/patchfeats_psize3_place03_0.npy").unlink()
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 0
+    assert (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes() == kept
+    assert (tmp_path / "index/patchcodec.npz").read_bytes() == codec
+
+    capsys.readouterr()
+    assert extract(options, QUERY_LIST, tmp_path / "other") == 0
+    (tmp_path / "index/patchcodec.npz").write_bytes((tmp_path / "other/patchcodec.npz").read_bytes())
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 2
+    (tmp_path / "index/patchcodec.npz").write_bytes(codec[:-100])
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    (tmp_path / "index/patchcodec.npz").unlink()
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    messages = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    expected = ("is the codec of another folder", "another one", "is not the codec", "is missing")
+    assert len(messages) == 4
+    assert all(words in message for words, message in zip(expected, messages, strict=True))
+
+
+def test_packed_features_rank_as_files_do(small_model, features, tmp_path):
+    options = [*small_model, "--set", "feature_extract.layout=packed"]
+    for name, listed in (("query", QUERY_LIST), ("index", INDEX_LIST)):
+        assert extract(options, listed, tmp_path / name) == 0
+    assert len(list((tmp_path / "index").glob("*.npy"))) == 2  # the global descriptors and one block
+    assert match(small_model, tmp_path, tmp_path / "packed") == 0
+    assert match(small_model, features, tmp_path / "files") == 0
+    for name in ("NetVLAD_predictions.txt", "PatchNetVLAD_predictions.txt", "recalls.txt"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+
+
+def test_coded_queries_are_refused(small_model, features, tmp_path, capsys):
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq4"]
+    assert extract(options, QUERY_LIST, tmp_path / "query") == 0
+    (tmp_path / "index").symlink_to(features / "index")
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    assert "holds codes, and queries are compared as they are" in capsys.readouterr().err
+
+
+def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys):
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq33"]
+    assert extract(options, QUERY_LIST, tmp_path / "query") == 2
+    assert "feature_dtype = pq33: expected at most one byte for each of the model's 32" in capsys.readouterr().err
+
+
 def test_predictions_of_another_method(small_model, features, tmp_path):
     given = tmp_path / "pairs.npy"
     np.save(given, np.tile(np.array([7, 3, 5]), (18, 1)))
@@ -163,7 +242,7 @@ def test_match_two_prints_and_draws(small_model, tmp_path, capsys):
     for second in ("place00_0.jpg", "place05_0.jpg"):
         arguments = ["--first_im_path", str(EXAMPLES / "queries/query00_0.jpg")]
         arguments += ["--second_im_path", str(EXAMPLES / "database" / second), "--plot_save_path", str(tmp_path)]
-        assert commands.match_two([*small_model, *arguments]) == 0
+        assert match_two([*small_model, *arguments]) == 0
         line = capsys.readouterr().out.splitlines()[0]
         before, after = "Similarity score between the two images is: ", ". Larger scores indicate better matches."
         assert line.startswith(before) and line.endswith(after)
@@ -180,7 +259,7 @@ def test_names_that_need_care(small_model, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         source.convert(mode).save(tmp_path / name)
     listed = tmp_path / "list.txt"
-    assert tool_commands.gen_image_file_list(
+    assert gen_image_file_list(
         ["--dataset_root_dir", str(tmp_path), "--out_file", str(listed), "--recursive"]
     ) == 0  # fmt: skip
     for name in ("query", "index"):
@@ -212,6 +291,8 @@ def test_one_picture_database(small_model, features, tmp_path):
 
 
 def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
+    shuffled = tmp_path / "shuffled.txt"
+    shuffled.write_text("".join(reversed(require_file(QUERY_LIST, "dataset_imagenames").open().readlines())))
     cases = [
         (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
         (["--set", "feature_match.mather=RANSAC"], {}, "mather"),
@@ -223,7 +304,9 @@ def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
         ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
         ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
         ([], {"truth": "absent.npz"}, "absent.npz"),
-        (["--device", "gpu"], {}, "--device gpu"),
+        ([], {"query_list": shuffled}, "example.npz: was made for another query list"),
+        (["--distance_unit", "frames"], {"truth": None}, "--distance_unit: needs --ground_truth_path"),
+        (["--device", "gpu"], {}, "--device: gpu"),
         (["--posDistThr", "-1"], {}, "-1"),
     ]
     for more, changes, expected in cases:
@@ -241,7 +324,7 @@ def test_features_of_another_model_are_refused(small_model, features, tmp_path, 
         "--output_path",
         str(tmp_path / "other_WPCA32.pth.tar"),
     ]
-    assert tool_commands.fit_model([*changed, *fitting]) == 0
+    assert fit_model([*changed, *fitting]) == 0
     other = [*changed, "--set", f"global_params.resumepath={tmp_path / 'other_WPCA'}"]
     assert match(other, features, tmp_path / "out") == 2
     assert "checkpoint" in failure(capsys)
@@ -255,12 +338,12 @@ def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
         shutil.copy(EXAMPLES / "queries" / f"query0{number}_0.jpg", tmp_path / "more" / f"new{number}.jpg")
     folders = ["--dataset_root_dir", str(EXAMPLES / "database"), str(tmp_path / "more")]
     output = tmp_path / "both_WPCA32.pth.tar"
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
     assert torch.load(output, weights_only=True)["fitted_on"] == "32 pictures"
-    assert tool_commands.fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
+    assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
     assert "belongs to one folder" in failure(capsys)
     (tmp_path / "more" / "broken.jpg").write_bytes(b"")
-    assert tool_commands.fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
+    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
     assert "1 of 3 pictures cannot be read" in (line := failure(capsys)) and "broken.jpg" in line
 
 
@@ -275,8 +358,8 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("patchnetvlad.weights.require_answer", unreachable)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
-    assert commands.download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
+    assert download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
     assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
 
@@ -295,19 +378,19 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
     monkeypatch.setattr("patchnetvlad.weights.require_answer", lambda url: None)
     monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
     monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
-    monkeypatch.setattr("patchnetvlad.commands.features.download_folder", lambda: tmp_path)
+    monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     name = "pittsburgh_WPCA128.pth.tar"
-    assert commands.download_models(["-q", "--models", name]) == 2  # another hash
+    assert download_models(["-q", "--models", name]) == 2  # another hash
     assert not list(tmp_path.iterdir())
     Metadata.etag = hashlib.sha256(content).hexdigest()
-    assert commands.download_models(["-q", "--models", name]) == 0
+    assert download_models(["-q", "--models", name]) == 0
     assert (tmp_path / name).read_bytes() == content
     assert (tmp_path / f"{name}.sha256").read_text().split() == [Metadata.etag, name]
 
 
 def test_kapture_to_msls(tmp_path, capsys):
     (tmp_path / "pairs.txt").write_text("# kapture format: 1.1\nq/1.jpg, db/7.jpg, 1\nq/1.jpg, db/8.jpg, 0.5\n")
-    assert tool_commands.convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
+    assert convert_kapture_to_msls([str(tmp_path / "pairs.txt"), str(tmp_path / "msls.txt")]) == 0
     assert (tmp_path / "msls.txt").read_text() == "1 7 8\n"
 
 
@@ -315,7 +398,9 @@ def test_kapture_to_msls(tmp_path, capsys):
     "script", ["feature_extract", "feature_match", "match_two", "match_realtime", "download_models", "tools/fit_model"]
 )
 def test_help_says_the_defaults(script):
-    shown = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / f"{script}.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0 and "default:" in shown.stdout
 
 
@@ -326,3 +411,67 @@ def test_features_of_another_precision_are_not_mixed_with(small_model, features,
     assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
     assert match(rough, features, tmp_path / "results") == 2
     assert "precision" in failure(capsys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_patches_larger_than_the_map_are_refused(small_model, tmp_path, capsys, dtype):
+    sizes = ["--set", "global_params.patch_sizes=2,9", "--set", f"feature_extract.feature_dtype={dtype}"]
+    assert extract([*small_model, *sizes], INDEX_LIST, tmp_path / "features") == 2
+    line = failure(capsys)
+    assert "database/place00_0.jpg" in line and "size 9" in line and "7×10 positions" in line
+    assert not (tmp_path / "features/globalfeats.npy").exists()
+
+
+def test_small_pictures_of_their_own_size_are_named(small_model, tmp_path, capsys):
+    own = [item for key in ("extract", "match") for item in ("--set", f"feature_{key}.imageresizew=0")]
+    for name, size in (("large.png", (96, 96)), ("small.png", (32, 40))):
+        Image.new("RGB", size, "orange").save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("large.png\nsmall.png\n")
+    options = [*small_model, *own]
+    assert extract(options, tmp_path / "list.txt", tmp_path / "features", tmp_path) == 2
+    line = failure(capsys)
+    assert "small.png: a patch of size 3" in line and "2×2 positions" in line
+
+
+def test_output_folders_that_are_files(small_model, features, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        assert extract(small_model, INDEX_LIST, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+        assert match(small_model, features, folder) == 2
+        assert "a file is in the place of a folder" in failure(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folders_without_permission(small_model, features, tmp_path, capsys, monkeypatch):
+    def refuse(self, *more, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert extract(small_model, INDEX_LIST, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+    assert match(small_model, features, tmp_path / "new") == 2
+    assert "Permission denied; no permission there" in failure(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["NetVLAD_predictions.txt", "scores.npz", "recalls.txt", "recalls.json", "judged.npz", "report.html"]
+)
+def test_result_files_that_cannot_be_replaced(small_model, features, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert match(small_model, features, tmp_path, "--report") == 2
+    line = failure(capsys)
+    assert f"{tmp_path / name}: cannot be written (Is a directory; a folder is in its place)" in line
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_feature_files_that_cannot_be_replaced(small_model, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("database/place03_0.jpg\n")
+    assert extract(small_model, tmp_path / "list.txt", tmp_path / "features") == 0
+    path = tmp_path / "features/patchfeats_psize2_place03_0.npy"
+    path.unlink()
+    path.mkdir()
+    for more in ((), ("--overwrite",)):
+        assert extract(small_model, tmp_path / "list.txt", tmp_path / "features", EXAMPLES, *more) == 2
+        line = failure(capsys)
+        assert str(tmp_path / "features") in line and "a folder is in its place" in line

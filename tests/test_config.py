@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchnetvlad import paths
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import config_text, load_config
@@ -62,7 +64,7 @@ def test_published_file(tmp_path: Path, encoding: str, newline: str) -> None:
     assert config.feature_match.n_values_all == (1, 5, 10, 20, 50, 100)
     assert config.feature_match.patchweights2use == (0.45, 0.15, 0.4)
     assert config.feature_match.pred_input_path is None
-    assert config.checkpoint_name() == "patchnetvlad/pretrained_models/mapillary_WPCA4096.pth.tar"
+    assert config.require_checkpoint().name == "mapillary_WPCA4096.pth.tar"
     assert config.path == path
     config.check_matching()
     config.check_training()
@@ -100,7 +102,7 @@ def test_shipped_matching_files(
     assert (config.feature_extract.imageresizew, config.feature_extract.imageresizeh) == (640, 480)
     assert config.global_params.backbone == ("rootsift" if name == "builtin" else "vgg16")
     trained_on = "builtin" if name == "builtin" else "mapillary"
-    assert config.checkpoint_name() == f"./pretrained_models/{trained_on}_WPCA{pcs}.pth.tar"
+    assert config.require_checkpoint().name == f"{trained_on}_WPCA{pcs}.pth.tar"
 
 
 def test_other_shipped_files() -> None:
@@ -121,9 +123,32 @@ def test_every_shipped_key_is_explained() -> None:
             explained = explained or line.startswith("#")
 
 
-def test_checkpoint_without_whitening() -> None:
-    config = Config(global_params=GlobalParams(num_pcs=0, resumepath="models/vgg"))
-    assert config.checkpoint_name() == "models/vgg.pth.tar"
+def test_checkpoint_by_the_beginning_of_its_name_or_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in ("vgg.pth.tar", "vgg64.pth.tar", "other.pth"):
+        Path("models", name).touch()
+    for resumepath, num_pcs, found in (
+        ("models/vgg", 0, "vgg.pth.tar"),
+        ("models/vgg", 64, "vgg64.pth.tar"),
+        ("models/vgg64.pth.tar", 64, "vgg64.pth.tar"),
+        ("models/vgg.pth.tar", 64, "vgg.pth.tar"),  # what is in it says that it does not fit
+        ("models/other.pth", 64, "other.pth"),
+        ("models/vgg", 32, None),
+    ):
+        config = Config(global_params=GlobalParams(num_pcs=num_pcs, resumepath=resumepath))
+        assert config.find_checkpoint() == (tmp_path / "models" / found if found else None)
+        if found is None:
+            with pytest.raises(UserError, match=r"models/vgg32.pth.tar and models/vgg: no such checkpoint"):
+                config.require_checkpoint()
+
+
+def test_published_checkpoint_is_named_where_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "download_folder", lambda: tmp_path)
+    for resumepath in ("./pretrained_models/pittsburgh_WPCA", "pittsburgh_WPCA512.pth.tar"):
+        config = Config(global_params=GlobalParams(num_pcs=512, resumepath=resumepath))
+        assert config.find_checkpoint() is None
+        assert config.require_checkpoint() == tmp_path / "pittsburgh_WPCA512.pth.tar"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +242,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("global_params.threads", "expected section.key=value"),
         ("global.threads=8", "unknown section global"),
         ("global_params.thread=8", "did you mean threads?"),
+        ("feature_extract.imagewidth=8", "did you mean imageresizew?"),
+        ("feature_match.imageheight=8", "did you mean imageresizeh?"),
         ("global_params.threads=eight", "a whole number"),
     ],
 )
@@ -281,7 +308,7 @@ def configurations(draw: st.DrawFn) -> Config:
         FeatureExtractConfig(
             imageresizew=draw(sizes),
             imageresizeh=draw(sizes),
-            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8"])),
+            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8", "pq1", "pq32"])),
             exif_rotation=draw(st.booleans()),
         ),
         FeatureMatchConfig(
@@ -339,3 +366,22 @@ def test_no_threads_means_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyP
     assert GlobalParams(threads=0).loading_threads == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert GlobalParams(threads=0).loading_threads == 1
+
+
+def test_what_an_override_breaks_is_blamed_on_it(tmp_path: Path) -> None:
+    path = write(tmp_path, PUBLISHED_STYLE)
+    for override, said in (
+        ("global_params.patch_sizes=2,5", "[global_params] strides = 1,1,1"),
+        ("Feature_Extract.imageresizew=320".lower(), "[feature_match] imageresizew = 640: expected 320"),
+        ("feature_match.imageresizeh=240", "[feature_match] imageresizeh = 240: expected 480"),
+        ("feature_match.patchweights2use=1,2", "[feature_match] patchweights2use = 1.0,2.0"),
+        ("train.negative_radius=5", "[train] positive_radius = 10"),
+    ):
+        with pytest.raises(UserError) as refused:
+            config = load_config(path, ["global_params.threads=2", override])
+            config.check_matching()
+            config.check_training()
+        assert str(refused.value).startswith(f"--set {override}: {said}")
+    other = write(tmp_path, PUBLISHED_STYLE.replace("strides = 1, 1, 1", "strides = 1, 1"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(other))}: "):
+        load_config(other, ["global_params.threads=2"])

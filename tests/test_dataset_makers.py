@@ -14,6 +14,7 @@ from patchnetvlad.datasets.matlab import FIELDS
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.ranking import check_panoramas
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +118,36 @@ def test_tokyo_as_published(published, tmp_path):
 
 
 def test_pictures_with_another_extension_are_listed_under_their_own(tmp_path):
-    write_struct(tmp_path / "tokyo247.mat", ["1.jpg"], ["03811/a.jpg"], np.array([[4e5, 4e6]]), np.array([[4e5, 4e6]]))
+    names = [f"03811/{number:02}.jpg" for number in range(12)]
+    place = np.array([[4e5, 4e6]])
+    write_struct(tmp_path / "tokyo247.mat", ["1.jpg"], names, place, np.repeat(place, 12, axis=0))
     (dataset,) = MAKERS["tokyo247"].make(tmp_path, mat=None)
     folder = "247_Tokyo_GSV_Perspective"
-    touch(tmp_path, [f"{folder}/247query_v3/1.jpg", f"{folder}/03811/a.png"])
+    files = [f"{folder}/{Path(name).with_suffix('.png').as_posix()}" for name in names]
+    touch(tmp_path, [f"{folder}/247query_v3/1.jpg", *files])
     made, _ = finish(dataset, tmp_path, tmp_path, tmp_path)
-    assert made.database.names == (f"{folder}/03811/a.png",)
-    assert any(note.startswith("1 pictures have another extension") for note in made.notes)
+    assert list(made.database.names) == files
+    assert any(note.startswith("12 pictures have another extension") for note in made.notes)
+
+
+def test_a_panorama_without_one_of_its_cutouts_is_left_out_whole(tmp_path):
+    names = [f"03811/{number:02}.jpg" for number in range(36)]
+    places = np.repeat([[4e5, 4e6], [5e5, 4e6], [6e5, 4e6]], 12, axis=0)
+    write_struct(tmp_path / "tokyo247.mat", ["1.jpg"], names, places[:1], places)
+    (dataset,) = MAKERS["tokyo247"].make(tmp_path, mat=None)
+    folder = "247_Tokyo_GSV_Perspective"
+    listed = [f"{folder}/{name}" for name in names]
+    touch(tmp_path, [f"{folder}/247query_v3/1.jpg", *listed[:13], *listed[14:20], *listed[21:]])
+    made, files = finish(dataset, tmp_path, tmp_path, tmp_path, leave_out=True)
+    assert list(made.database.names) == [*listed[:12], *listed[24:]]
+    assert any(note.startswith("left out: 10 cut-outs at hand") for note in made.notes)
+    assert any(note.startswith("left out: 2 of 37 listed pictures are absent") for note in made.notes)
+    truth = read_ground_truth(files.ground_truth, 1, 24)
+    check_panoramas(12, 24, truth.utm_database)
+    for name in (listed[0], listed[-1]):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"too few are left \(another root\?\)"):
+        finish(dataset, tmp_path, tmp_path, tmp_path, leave_out=True)
 
 
 def test_nordland_as_published(published, tmp_path):

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tiny_run import EXAMPLES, tiny_model
 
-from patchnetvlad.commands.features import match_two
-from patchnetvlad.figures import MatchedPair, match_figure, save_figure
+from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches, Score
-from patchnetvlad.pair_comparison import compare_files
+from patchnetvlad.pair_comparison import MatchedPair, compare_files, distinct_names
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
@@ -101,6 +101,16 @@ def test_json(options, recognizer, tmp_path, capsys, matcher):
             assert (distance <= 4 * 24 + 0.1) == inlier
 
 
+def test_pictures_of_one_name_are_told_apart_by_their_folders():
+    for first, second, names in (
+        ("a/1.jpg", "a/2.jpg", ("1.jpg", "2.jpg")),
+        ("day/left/1.jpg", "night/left/1.jpg", ("day/left/1.jpg", "night/left/1.jpg")),
+        ("a/1.jpg", "a/1.jpg", ("1.jpg", "1.jpg")),
+        ("/1.jpg", "/a/1.jpg", ("/1.jpg", "a/1.jpg")),
+    ):
+        assert distinct_names(Path(first), Path(second)) == names
+
+
 def test_coordinates_are_pixels_of_the_pictures_themselves():
     grid = PatchGrid(2, 2, 1)  # of a 32×32 picture, centres at 7.5 and 23.5
     found = Matches(torch.tensor([0, 3]), torch.tensor([0, 3]))
@@ -164,8 +174,11 @@ def test_video_against_its_first_frame(options, video, tmp_path, capsys):
 def test_video_that_cannot_be_opened(options, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENCV_LOG_LEVEL", "SILENT")
-        assert match_two([*options, "--video", str(tmp_path / "absent.avi")]) == 2
+        (tmp_path / "empty.avi").touch()
+        assert match_two([*options, "--video", str(tmp_path / "empty.avi")]) == 2
     assert "cannot be opened as a camera or video" in capsys.readouterr().err
+    assert match_two([*options, "--video", str(tmp_path / "absent.avi")]) == 2
+    assert "absent.avi: no such file" in capsys.readouterr().err
     assert match_two([*options, "--video", "0", "--first_im_path", str(QUERY)]) == 2
 
 

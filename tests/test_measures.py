@@ -13,11 +13,11 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import (
     Judged,
     average_precision,
-    bootstrap_intervals,
     join,
     judge,
     measure,
     precision_recall,
+    wilson_interval,
 )
 
 PREDICTIONS = np.array([[4, 7, 2], [1, 3, 0], [5, 6, 8], [9, 0, 1]])
@@ -77,17 +77,21 @@ def test_area_as_scikit_learn(answers):
     assert area == pytest.approx(average_precision_score(correct, scores) * correct.mean())
 
 
-def test_interval_is_that_of_a_share():
-    """The mean of n answers has the deviation √(p(1−p)/n)."""
-    values = (np.arange(400)[:, None] < [200, 360, 400, 0]).astype(float)
-    intervals = np.array(bootstrap_intervals(values))
-    deviation = np.sqrt(np.array([0.5 * 0.5, 0.9 * 0.1]) / 400)
-    assert intervals[:2] == pytest.approx(
-        np.stack([[0.5, 0.9] - 1.96 * deviation, [0.5, 0.9] + 1.96 * deviation], 1), abs=0.008
-    )
-    assert intervals[2:].tolist() == [[1, 1], [0, 0]]
-    assert bootstrap_intervals(values) == bootstrap_intervals(values)
-    assert np.isnan(bootstrap_intervals(np.empty((0, 2)))).all()
+def test_intervals_are_wilsons_for_all_queries_and_those_with_a_match():
+    positives = [np.array([0])] * 8 + [np.array([], dtype=int)] * 2
+    measured = measure(judge(np.array([[0, 1]] * 4 + [[1, 0]] * 6), positives), (1, 2))
+    assert measured.all_queries_interval == (wilson_interval(4, 10), wilson_interval(8, 10))
+    assert measured.with_match_interval == (wilson_interval(4, 8), wilson_interval(8, 8))
+    assert measured.all_queries_interval[1] == pytest.approx((0.490162, 0.943318), abs=1e-6)  # 8 of 10, as tabulated
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilsons_bounds_are_where_the_score_test_turns(trials, data):
+    """Each bound p solves |share − p| = z·√(p(1−p)/n)."""
+    successes = data.draw(st.integers(0, trials))
+    share = successes / trials
+    for bound in wilson_interval(successes, trials):
+        assert abs(share - bound) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / trials), abs=1e-6)
 
 
 def test_cities_joined_and_apart():
@@ -108,9 +112,9 @@ def test_nothing_to_measure_is_not_a_number():
 
 def test_table_and_record():
     measures = {"NetVLAD": measure(judge(PREDICTIONS, POSITIVES, np.array([0.1, 0.9, 0.3, 0.2])), (1, 3, 5))}
-    protocol = Protocol(4, 10, 25.0)
+    protocol = Protocol(4, 10, 25.0, "m")
     assert measure_lines(protocol, measures) == [
-        "4 queries against 10 pictures, a match within 25; 1 queries have no match",
+        "4 queries against 10 pictures, a match within 25 m; 1 queries have no match",
         "Recall@N (%)                  1      3      5",
         "NetVLAD                    25.0   50.0   50.0",
         "NetVLAD, with a match      33.3   66.7   66.7",
@@ -119,7 +123,13 @@ def test_table_and_record():
     detailed = "\n".join(measure_lines(protocol, measures, details=True))
     assert "mAP@N (MSLS), NetVLAD" in detailed and "recall at 100 % precision 33.3 %" in detailed
     record = measure_record(protocol, measures)
-    assert record["protocol"] == {"queries": 4, "database": 10, "radius": 25.0, "queries_without_match": 1}
+    assert record["protocol"] == {
+        "queries": 4,
+        "database": 10,
+        "radius": 25.0,
+        "unit": "m",
+        "queries_without_match": 1,
+    }
     assert record["recalls"]["NetVLAD"]["all_queries"] == {"1": 0.25, "3": 0.5, "5": 0.5}
     low, high = record["recalls"]["NetVLAD"]["all_queries_interval"]["3"]
     assert 0 <= low < 0.5 < high <= 1

@@ -8,6 +8,7 @@ import torch
 from conftest import DATA, published_state
 from PIL import Image
 
+from patchnetvlad.errors import UserError
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 
@@ -105,3 +106,10 @@ def test_bfloat16_is_close_and_says_so_by_its_rounding(published_model):
         cosines = (first * second).sum(dim=-1)
         assert cosines.min() > 0.98
         assert not torch.equal(first, second)
+
+
+def test_a_patch_larger_than_the_map_is_refused():
+    model = PlaceModel("rootsift", "patchnetvlad", 4, 0, (2, 5), (1, 1)).eval()
+    assert [len(grid) for grid in model.describe(torch.rand(1, 3, 80, 96)).grids] == [20, 2]
+    with pytest.raises(UserError, match="patch of size 5 is larger than the feature map, which has 4×6 positions"):
+        model.describe(torch.rand(1, 3, 64, 96))

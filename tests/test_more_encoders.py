@@ -11,8 +11,8 @@ from tiny_run import EXAMPLES, example_names, run
 from torch import nn
 
 from patchnetvlad.checkpoints import write_checkpoint
-from patchnetvlad.commands.features import match_two
-from patchnetvlad.commands.tools import fit_model
+from patchnetvlad.commands.models import fit_model
+from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.config import Config, GlobalParams, TrainConfig
 from patchnetvlad.encoders import encoder_geometry, make_encoder, same_encoder
 from patchnetvlad.errors import UserError

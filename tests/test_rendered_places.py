@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from patchnetvlad.commands.tools import render_example_places
+from patchnetvlad.commands.examples import render_example_places
 from patchnetvlad.examples.rendered_city import City, city_geometry, make_city
 from patchnetvlad.examples.rendered_places import (
     Camera,

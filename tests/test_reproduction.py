@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from patchnetvlad import paths
 from patchnetvlad.commands.datasets import measure, reproduce
 from patchnetvlad.commands.features import feature_match
-from patchnetvlad.datasets import reproduction
+from patchnetvlad.datasets import benchmark_files
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
 from patchnetvlad.datasets.reproduction import compare
 from patchnetvlad.image_lists import read_image_list
@@ -60,7 +61,7 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
     assert "GB on disk" in printed and "of memory" in printed and not (tmp_path / "features").exists()
     assert reproduce(options) == 0
     printed = capsys.readouterr().out
-    assert "18 queries against" in printed and "% of resamples" in printed and "passed" in printed
+    assert "18 queries against" in printed and "% interval" in printed and "passed" in printed
     record = json.loads((tmp_path / "results" / "reproduction.json").read_text())
     assert [one["passed"] for one in record["known"]] == [True, True, None]
     parts_found = [
@@ -115,7 +116,8 @@ def test_predictions_of_another_method(tmp_path, capsys):
 
 
 def test_what_is_missing_is_all_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reproduction, "find_file", lambda *_: None)
+    monkeypatch.setattr(benchmark_files, "find_file", lambda *_: None)
+    monkeypatch.setattr(paths, "find_checkpoint", lambda *_: None)
     for name in ("pitts30k", "tokyo247", "msls_val", "nordland"):
         assert reproduce([name, "--dataset_root_dir", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -126,8 +128,7 @@ def test_what_is_missing_is_all_named(tmp_path, capsys, monkeypatch):
 
 
 def test_lists_are_made_where_they_are_missing(tmp_path, monkeypatch):
-    shipped = reproduction.find_file
-    monkeypatch.setattr(reproduction, "find_file", lambda *a: shipped(*a) if a[1] == "pretrained_models" else None)
+    monkeypatch.setattr(benchmark_files, "find_file", lambda *a: None)
     for season in ("winter", "summer"):
         for frame in range(3):
             path = tmp_path / season / f"images-{frame:05}.png"
@@ -136,7 +137,7 @@ def test_lists_are_made_where_they_are_missing(tmp_path, monkeypatch):
     weights = tmp_path / "w512.pth.tar"
     weights.touch()
     overrides = [f"global_params.resumepath={tmp_path / 'w'}", "global_params.num_pcs=512"]
-    config, (files,) = reproduction.prepare("nordland", tmp_path, tmp_path / "work", None, overrides)
+    config, (files,) = benchmark_files.prepare("nordland", tmp_path, tmp_path / "work", None, overrides)
     assert files.queries.names == tuple(f"winter/images-{frame:05}.png" for frame in range(3))
     assert files.ground_truth == tmp_path / "work" / "lists" / "nordland.npz" and config.global_params.num_pcs == 512
 

@@ -99,16 +99,6 @@ def test_candidates_scored_together_score_as_alone():
     assert (alone.per_scale > 0).any()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_candidates_may_come_in_any_order(batch_size):
-    query, candidates = picture(1), [picture(2), picture(1, noise_seed=7), picture(3), picture(3), picture(4)]
-    expected = rerank(query, candidates, (0.6, 0.4), RANSAC)
-    visited = [3, 1, 4, 0, 2]
-    result = rerank(query, [candidates[i] for i in visited], (0.6, 0.4), RANSAC, batch_size, visited)
-    for mine, its in zip(vars(expected).values(), vars(result).values(), strict=True):
-        np.testing.assert_array_equal(mine, its)
-
-
 def test_ties_keep_the_retrieval_order():
     same = picture(5)
     result = rerank(picture(1), [same, picture(1), same, same], (0.6, 0.4), RAPID)

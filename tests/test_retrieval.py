@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patchnetvlad import retrieval
+from patchnetvlad.candidates import Candidates
 from patchnetvlad.errors import UserError
-from patchnetvlad.retrieval import Candidates, DatabaseIndex, best_cutout_per_panorama, looks_like_cutouts
+from patchnetvlad.retrieval import DatabaseIndex, best_cutout_per_panorama, looks_like_cutouts
 
 
 def retrieve(queries, database, k, index="Flat", panorama_cutouts=1):

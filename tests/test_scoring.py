@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.ransac import SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores
+from patchnetvlad.ransac import BLOCKS, SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores, samples_of
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 
 SCORES = [ransac_score, rapid_spatial_score]
@@ -223,3 +223,17 @@ def test_a_consensus_is_what_its_homography_explains():
     clear = (distance - TOLERANCE).abs() > 1e-3
     assert torch.equal(inliers[clear], (distance < TOLERANCE)[clear])
     assert int(inliers.sum()) >= 80 > SAMPLE
+
+
+@pytest.mark.parametrize("count", [4, 5, 11, 64, 317, 1131, 5000])
+def test_samples_are_the_first_four_different_draws_one_after_the_other(count):
+    state, samples, sample = (1 << 64) - 1, [], []
+    while len(samples) < sum(BLOCKS):
+        state = (state & 0xFFFFFFFF) * 4164903690 + (state >> 32)  # OpenCV's generator
+        match = (state & 0xFFFFFFFF) % count
+        if match not in sample:
+            sample.append(match)
+        if len(sample) == SAMPLE:
+            samples.append(sample)
+            sample = []
+    assert samples_of(count).T.tolist() == samples

@@ -9,7 +9,7 @@ import torch
 from tiny_run import EXAMPLES, example_names, run
 
 from patchnetvlad.checkpoints import build_model, join_models, read_checkpoint, write_checkpoint
-from patchnetvlad.commands.tools import combine_models, fit_model
+from patchnetvlad.commands.models import combine_models, fit_model
 from patchnetvlad.config import Config, FeatureMatchConfig, GlobalParams
 from patchnetvlad.encoders import encoder_geometry, make_encoder
 from patchnetvlad.errors import UserError

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import combine_models
+from patchnetvlad.commands.models import combine_models
 
 if __name__ == "__main__":
     sys.exit(combine_models())

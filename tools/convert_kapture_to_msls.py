@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import convert_kapture_to_msls
+from patchnetvlad.commands.datasets import convert_kapture_to_msls
 
 if __name__ == "__main__":
     sys.exit(convert_kapture_to_msls())

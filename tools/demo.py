@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import demo
+from patchnetvlad.commands.examples import demo
 
 if __name__ == "__main__":
     sys.exit(demo())

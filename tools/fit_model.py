@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import fit_model
+from patchnetvlad.commands.models import fit_model
 
 if __name__ == "__main__":
     sys.exit(fit_model())

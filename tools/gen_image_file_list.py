@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import gen_image_file_list
+from patchnetvlad.commands.datasets import gen_image_file_list
 
 if __name__ == "__main__":
     sys.exit(gen_image_file_list())

@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.tools import render_example_places
+from patchnetvlad.commands.examples import render_example_places
 
 if __name__ == "__main__":
     sys.exit(render_example_places())

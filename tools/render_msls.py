@@ -3,7 +3,7 @@
 
 import sys
 
-from patchnetvlad.commands.training import render_msls
+from patchnetvlad.commands.examples import render_msls
 
 if __name__ == "__main__":
     sys.exit(render_msls())

@@ -1,26 +1,37 @@
-"""What all commands share: common options, the device, logging, and how errors end."""
+"""What all commands share: common options, the device, logging, and how errors end.
+
+Commands are felt at every start: their modules import what parses and checks arguments, and no torch. What does the
+work is imported by the function that does it, once the arguments are known to be good.
+"""
+
+from __future__ import annotations
 
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
+from patchnetvlad import __version__
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import make_folder, told
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import require_file
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger("patchnetvlad")
+
+_DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help says every default."""
+    """An argument parser whose help says every default, and whose errors are UserErrors."""
 
     def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_Help)
@@ -39,18 +50,23 @@ class Parser(argparse.ArgumentParser):
 
     def add_device_options(self) -> None:
         """--device and --nocuda."""
-        self.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")
+        self.add_argument("--device", default="auto", type=_device_name, metavar="DEVICE", help=_DEVICES)
         self.add_argument("--nocuda", action="store_true", help="the same as --device cpu")
 
-    def add_output_options(self) -> None:
-        """-q and -v."""
+    def add_common_options(self) -> None:
+        """-q, -v and --version."""
         self.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors")
         self.add_argument("-v", "--verbose", action="store_true", help="details as well")
+        self.add_argument("--version", action="version", version=f"patchnetvlad {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError, so that wrong arguments end as every other mistake does."""
+        raise UserError(f"{message} (--help lists the options)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or action.required:
+        if action.default in (None, False, [], "") or action.required:
             return action.help
         return super()._get_help_string(action)
 
@@ -61,10 +77,14 @@ def run(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and turn a user's mistake into one line and exit status 2."""
-    parser.add_output_options()
-    args = parser.parse_args(arguments)
-    console = _log_to_console(args)
+    parser.add_common_options()
+    console = logging.StreamHandler(sys.stderr)
     try:
+        args = parser.parse_args(arguments)
+        _log_to_console(console, args)
+        # Torch reads this when it is imported: huge pages for large tensors halve the time that the system spends
+        # on fresh memory. Without effect where the kernel offers none; 0 turns it off.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         return command(args) or 0
     except UserError as error:
         logger.debug("raised here", exc_info=True)
@@ -87,29 +107,34 @@ def configuration(args: argparse.Namespace) -> Config:
 
 def device(args: argparse.Namespace) -> torch.device:
     """The device that --device and --nocuda ask for; raises UserError when there is none such."""
+    import torch
+
     name = "cpu" if args.nocuda else args.device
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps") from error
+    chosen = torch.device(name)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine offers none")
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
     return chosen
 
 
-def folder(name: str, option: str) -> Path:
+def folder(name: str | Path, option: str) -> Path:
     """A folder that must exist; the empty name is the current one."""
     path = Path(name)
     if not path.is_dir():
         raise UserError(f"{option} {name}: no such folder")
+    return path
+
+
+def file(name: str | Path, option: str) -> Path:
+    """A file, or what can be read as one, that must exist where the name says."""
+    path = Path(name)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{option} {name}: no such file")
     return path
 
 
@@ -118,23 +143,50 @@ def progress(args: argparse.Namespace) -> bool:
     return not args.quiet
 
 
-def _log_to_console(args: argparse.Namespace) -> logging.Handler:
+def _device_name(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text) is None:
+        raise argparse.ArgumentTypeError(f"{text}: must be {_DEVICES}")
+    return text
+
+
+def _log_to_console(console: logging.Handler, args: argparse.Namespace) -> None:
     logger.setLevel(logging.DEBUG)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
-    return console
+
+
+class _WaitingFile(logging.FileHandler):
+    """A log file in a folder that the work makes: until it is there, records wait.
+
+    So a command that refuses what it was given leaves no folder behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.folder = path.parent
+        self.waiting: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.waiting.append(record)
+        if self.folder.is_dir():
+            waiting, self.waiting = self.waiting, []
+            try:
+                for earlier in waiting:
+                    super().emit(earlier)
+            except OSError as error:
+                raise UserError(f"{self.baseFilename}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append everything that is logged, with times, to a file for as long as the context lasts."""
-    make_folder(path.parent)
-    with told(path):
-        handler = logging.FileHandler(path, encoding="utf-8")
+    """Append everything that is logged, with times, to a file for as long as the context lasts.
+
+    The file's folder is for the work within to make; what is logged before that is written then.
+    """
+    handler = _WaitingFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.debug("command: %s", " ".join(sys.argv))

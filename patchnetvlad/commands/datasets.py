@@ -1,31 +1,48 @@
-"""The commands around datasets: make lists, measure, poses, positions, known results."""
+"""Datasets: lists and ground truth made, rankings measured, known results repeated, files converted."""
+
+from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.datasets.dataset import summary
-from patchnetvlad.datasets.known_results import BENCHMARKS
-from patchnetvlad.datasets.makers import MAKERS, finish
-from patchnetvlad.datasets.reproduction import Comparison, Estimate, free_disk, joined, prepare
-from patchnetvlad.datasets.reproduction import reproduce as run_benchmark
 from patchnetvlad.errors import UserError
-from patchnetvlad.ground_truth import read_ground_truth
-from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json
+from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
+from patchnetvlad.measure_files import Protocol, joined, measure_lines, measure_record, write_json
 from patchnetvlad.measures import Measures, judge
 from patchnetvlad.measures import measure as measure_judged
 from patchnetvlad.paths import making_folder, require_file
-from patchnetvlad.result_files import read_predictions
+from patchnetvlad.result_files import read_pairs, read_predictions, write_msls_predictions
+
+if TYPE_CHECKING:
+    from patchnetvlad.datasets.reproduction import Comparison, Estimate, Reproduction
 
 _JOINED = "all {} joined, each searched in its own database: {}"
 
 
+def gen_image_file_list(arguments: Sequence[str] | None = None) -> int:
+    """List a folder's pictures."""
+    parser = Parser("Write the list of a folder's pictures, in natural order.", "gen_image_file_list.py")
+    parser.add_argument("--dataset_root_dir", required=True, metavar="DIR", help="folder with the pictures")
+    parser.add_argument("--out_file", required=True, metavar="LIST", help="text file to write")
+    parser.add_argument("--recursive", action="store_true", help="enter folders within")
+    return command_line.run(parser, _list, arguments)
+
+
+def _list(args: argparse.Namespace) -> None:
+    names = list_folder(command_line.folder(args.dataset_root_dir, "--dataset_root_dir"), args.recursive)
+    write_image_list(Path(args.out_file), names)
+    print(f"{len(names)} pictures listed in {args.out_file}")
+
+
 def make_dataset(arguments: Sequence[str] | None = None) -> int:
     """Write lists and ground truth of a dataset as its authors distribute it, or of your own."""
+    from patchnetvlad.datasets.makers import MAKERS
+
     parser = Parser(
         "Write image lists and ground truth of a dataset as its authors distribute it, or of your own pictures.",
         "make_dataset.py",
@@ -52,28 +69,46 @@ def make_dataset(arguments: Sequence[str] | None = None) -> int:
             metavar="DIR",
             help="for the ground truth",
         )
+    return command_line.run(parser, _make, arguments)
 
-    def command(args: argparse.Namespace) -> None:
-        maker = MAKERS[args.kind]
-        command_line.folder(str(args.root), "ROOT")
-        names = [option.flag.lstrip("-") for option in maker.options]
-        progress = command_line.progress(args)
-        options = {name: getattr(args, name) for name in names}
-        for dataset in maker.make(args.root, **options, **({"progress": progress} if maker.reads_pictures else {})):
-            made, files = finish(
-                dataset,
-                args.root,
-                args.lists_dir,
-                args.ground_truth_dir,
-                args.incomplete == "leave_out",
-                args.only_queries_with_match,
-                not args.no_picture_check,
-                progress,
-            )
-            print("\n".join(summary(made)))
-            print(f"  written: {', '.join(str(path) for path in vars(files).values() if path is not None)}")
 
-    return command_line.run(parser, command, arguments)
+def _make(args: argparse.Namespace) -> None:
+    from patchnetvlad.datasets.dataset import summary
+    from patchnetvlad.datasets.makers import MAKERS, finish
+
+    maker = MAKERS[args.kind]
+    command_line.folder(args.root, "ROOT")
+    names = [option.flag.lstrip("-") for option in maker.options]
+    progress = command_line.progress(args)
+    options = {name: getattr(args, name) for name in names}
+    for dataset in maker.make(args.root, **options, **({"progress": progress} if maker.reads_pictures else {})):
+        made, files = finish(
+            dataset,
+            args.root,
+            args.lists_dir,
+            args.ground_truth_dir,
+            args.incomplete == "leave_out",
+            args.only_queries_with_match,
+            not args.no_picture_check,
+            progress,
+        )
+        print("\n".join(summary(made)))
+        print(f"  written: {', '.join(str(path) for path in vars(files).values() if path is not None)}")
+
+
+def convert_kapture_to_msls(arguments: Sequence[str] | None = None) -> int:
+    """Turn a Kapture pairs file into MSLS predictions."""
+    parser = Parser("Turn a Kapture pairs file into predictions for the MSLS evaluator.", "convert_kapture_to_msls.py")
+    parser.add_argument("kapture", metavar="IN", help="pairs file with two or three columns")
+    parser.add_argument("msls", metavar="OUT", help="text file to write")
+    parser.add_argument("--append", action="store_true", help="add another city to the file")
+    return command_line.run(parser, _convert, arguments)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    rankings = read_pairs(Path(args.kapture))
+    write_msls_predictions(Path(args.msls), rankings, args.append)
+    print(f"predictions of {len(rankings)} queries in {args.msls}")
 
 
 def measure(arguments: Sequence[str] | None = None) -> int:
@@ -93,37 +128,40 @@ def measure(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--posDistThr", type=float, metavar="DISTANCE", help="not the ground truth's, with --predictions"
     )
+    parser.add_argument("--distance_unit", metavar="UNIT", help="not the ground truth's, with --predictions")
     parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="with --predictions")
     parser.add_argument("--n_values", nargs="+", type=int, default=[1, 5, 10, 20], metavar="N", help="N of Recall@N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return command_line.run(parser, _measure, arguments)
 
-    def command(args: argparse.Namespace) -> None:
-        if bool(args.results) == bool(args.predictions):
-            raise UserError("expected result folders of feature_match.py, or --predictions")
-        if min(args.n_values) < 1:
-            raise UserError(f"--n_values {min(args.n_values)}: expected 1 or more")
-        if args.results:
-            named = {_name(given): _path(given) for given in args.results}
-            whole = joined(list(named.values()), args.n_values)
-            parts = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
-        else:
-            whole, parts = _measured_predictions(args), {}
+
+def _measure(args: argparse.Namespace) -> None:
+    if bool(args.results) == bool(args.predictions):
+        raise UserError("expected result folders of feature_match.py, or --predictions")
+    if min(args.n_values) < 1:
+        raise UserError(f"--n_values {min(args.n_values)}: expected 1 or more")
+    if args.results:
+        named = {_name(given): _path(given) for given in args.results}
+        whole = joined(list(named.values()), args.n_values)
+        parts = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
+    else:
+        whole, parts = _measured_predictions(args), {}
+    if parts:
+        print(_JOINED.format(len(parts), ", ".join(parts)))
+    print("\n".join(measure_lines(*whole, details=True)))
+    for name, part in parts.items():
+        print("\n".join(["", name, *measure_lines(*part)]))
+    if args.json:
+        record = measure_record(*whole)
         if parts:
-            print(_JOINED.format(len(parts), ", ".join(parts)))
-        print("\n".join(measure_lines(*whole, details=True)))
-        for name, part in parts.items():
-            print("\n".join(["", name, *measure_lines(*part)]))
-        if args.json:
-            record = measure_record(*whole)
-            if parts:
-                record["parts"] = {name: measure_record(*part) for name, part in parts.items()}
-            write_json(args.json, record)
-
-    return command_line.run(parser, command, arguments)
+            record["parts"] = {name: measure_record(*part) for name, part in parts.items()}
+        write_json(args.json, record)
 
 
 def reproduce(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark's whole chain and set the recalls beside the known ones."""
+    from patchnetvlad.datasets.known_results import BENCHMARKS
+
     parser = Parser(
         "Describe, match and measure a dataset, and set the recalls beside the known ones. Exit status: 0; 1 when a "
         "recall is outside its band; 2 for an error.",
@@ -138,43 +176,52 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--estimate_only", action="store_true", help="say disk, memory and time, and stop")
     parser.add_device_options()
+    return command_line.run(parser, _reproduce, arguments)
 
-    def command(args: argparse.Namespace) -> int:
-        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-        work = Path(args.output_dir) if args.output_dir else Path("runs") / args.dataset
-        config, files = prepare(args.dataset, root, work, args.config_path, args.overrides)
-        known = BENCHMARKS[args.dataset].known
-        for part in files:
-            print(f"{part.part.lists}: {len(part.queries)} queries, {len(part.database)} database pictures")
 
-        def announce(estimate: Estimate) -> None:
-            print("\n".join(_estimate_lines(estimate, work)), flush=True)
-            if args.estimate_only:
-                raise _Enough
+def _reproduce(args: argparse.Namespace) -> int:
+    from patchnetvlad.datasets.benchmark_files import prepare
+    from patchnetvlad.datasets.known_results import BENCHMARKS
 
-        try:
-            device, progress = command_line.device(args), command_line.progress(args)
-            done = run_benchmark(config, files, root, known, work, device, progress, announce)
-        except _Enough:
-            return 0
-        if len(done.parts) > 1:
-            print(_JOINED.format(len(done.parts), ", ".join(done.parts)))
-        print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
-        if len(done.parts) > 1:
-            for name, evaluation in done.parts.items():
-                print("\n".join(["", name, *evaluation.lines()]))
-        print("\n".join(["", *_comparison_lines(done.comparisons)]))
-        print(f"{done.seconds:.0f} s; results in {work / 'results'}")
-        record = measure_record(done.protocol, done.measures)
-        record["known"] = [
-            {"stage": one.known.stage, "source": one.known.source, "n": one.n, "known": one.known.recalls[one.n]}
-            | {"measured": one.measured, "passed": one.passed}
-            for one in done.comparisons
-        ]
-        write_json(work / "results" / "reproduction.json", record)
-        return int(any(one.passed is False for one in done.comparisons))
+    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    work = Path(args.output_dir) if args.output_dir else Path("runs") / args.dataset
+    config, files = prepare(args.dataset, root, work, args.config_path, args.overrides)
+    for part in files:
+        print(f"{part.part.lists}: {len(part.queries)} queries, {len(part.database)} database pictures")
+    from patchnetvlad.datasets.reproduction import reproduce as run_benchmark
 
-    return command_line.run(parser, command, arguments)
+    def announce(estimate: Estimate) -> None:
+        print("\n".join(_estimate_lines(estimate, work)), flush=True)
+        if args.estimate_only:
+            raise _Enough
+
+    known = BENCHMARKS[args.dataset].known
+    device, progress = command_line.device(args), command_line.progress(args)
+    try:
+        done = run_benchmark(config, files, root, known, work, device, progress, announce)
+    except _Enough:
+        return 0
+    _tell(done, work)
+    return int(any(one.passed is False for one in done.comparisons))
+
+
+def _tell(done: Reproduction, work: Path) -> None:
+    """Print what a run gave, and keep it beside its results."""
+    if len(done.parts) > 1:
+        print(_JOINED.format(len(done.parts), ", ".join(done.parts)))
+    print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
+    if len(done.parts) > 1:
+        for name, evaluation in done.parts.items():
+            print("\n".join(["", name, *evaluation.lines()]))
+    print("\n".join(["", *_comparison_lines(done.comparisons)]))
+    print(f"{done.seconds:.0f} s; results in {work / 'results'}")
+    record = measure_record(done.protocol, done.measures)
+    record["known"] = [
+        {"stage": one.known.stage, "source": one.known.source, "n": one.n, "known": one.known.recalls[one.n]}
+        | {"measured": one.measured, "passed": one.passed}
+        for one in done.comparisons
+    ]
+    write_json(work / "results" / "reproduction.json", record)
 
 
 class _Enough(Exception):
@@ -189,15 +236,21 @@ def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str,
         read_image_list(require_file(path, "dataset_imagenames"), root)
         for path in (args.query_file_path, args.index_file_path)
     )
+    from patchnetvlad.ground_truth import read_ground_truth
+
     truth = read_ground_truth(
-        require_file(args.ground_truth_path, "dataset_gt_files"), len(queries), len(database), args.posDistThr
+        require_file(args.ground_truth_path, "dataset_gt_files"),
+        queries.names,
+        database.names,
+        args.posDistThr,
+        args.distance_unit,
     )
     positives = truth.positives()
     measures = {}
     for given in args.predictions:
         predicted = read_predictions(_path(given), queries.names, database.names).indices
         measures[_name(given)] = measure_judged(judge(predicted, positives), args.n_values)
-    return Protocol(len(queries), len(database), truth.radius), measures
+    return Protocol(len(queries), len(database), truth.radius, truth.unit), measures
 
 
 def _name(given: str) -> str:
@@ -210,6 +263,8 @@ def _path(given: str) -> Path:
 
 
 def _estimate_lines(estimate: Estimate, work: Path) -> list[str]:
+    from patchnetvlad.datasets.reproduction import free_disk
+
     hours = estimate.seconds / 3600
     duration = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
     free = free_disk(work)

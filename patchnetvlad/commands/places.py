@@ -1,8 +1,11 @@
-"""The commands that turn matches into camera poses and into positions on the map."""
+"""Matches become camera poses and positions on the map."""
+
+from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +13,9 @@ from numpy.typing import NDArray
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_store import FeatureStore
-from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone
+from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone, with_unit
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.localization.coordinates import parse_zone
-from patchnetvlad.localization.locating import Located, locate_pictures, locate_run, position_rows, write_positions
 from patchnetvlad.localization.pose_approximation import (
     Weighting,
     approximate_poses,
@@ -37,6 +38,9 @@ from patchnetvlad.localization.position import LIMITS, score_positions
 from patchnetvlad.measure_files import write_json
 from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import read_predictions
+
+if TYPE_CHECKING:
+    from patchnetvlad.localization.locating import Located
 
 _WEIGHTINGS = ("best", "equal", "barycentric", "similarity")
 
@@ -74,6 +78,11 @@ def evaluate_poses(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alpha", type=float, default=8.0, help="power of the similarity")
     parser.add_argument("--query_input_features_dir", type=Path, metavar="DIR", help="needed by descriptors' weights")
     parser.add_argument("--index_input_features_dir", type=Path, metavar="DIR", help="needed by descriptors' weights")
+    _add_pose_outputs(parser)
+    return command_line.run(parser, _evaluate_poses, arguments)
+
+
+def _add_pose_outputs(parser: Parser) -> None:
     parser.add_argument(
         "--condition_pattern", default=r"^([^/]+)/", metavar="REGEX", help="its group is a query's condition"
     )
@@ -81,36 +90,33 @@ def evaluate_poses(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", default="full", choices=list(SUBMISSION_NAMES), help="names in the submission")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the percentages here")
 
-    def command(args: argparse.Namespace) -> None:
-        if args.top_k < 1:
-            raise UserError(f"--top_k {args.top_k}: expected 1 or more")
-        root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-        queries, database = (
-            read_image_list(require_file(path, "dataset_imagenames"), root)
-            for path in (args.query_file_path, args.index_file_path)
-        )
-        predicted = read_predictions(Path(args.predictions), queries.names, database.names).indices
-        placed = _poses_of(database, _read_all(args.database_poses), args.database_poses)
-        weighting, descriptors = _weighting(args, queries, database)
-        top_k = 1 if args.approximation == "best" else args.top_k
-        poses = approximate_poses(predicted, placed, top_k, weighting, *descriptors)
-        estimates = {
-            record_name(name): pose for name, pose in zip(queries.names, poses, strict=True) if pose is not None
-        }
-        print(f"{len(estimates)} of {len(queries)} queries have a pose ({args.approximation})")
-        if args.query_poses:
-            truths = _truths(queries, args.query_poses)
-            scores = {condition: score_poses(estimates, part) for condition, part in _parts(truths, args).items()}
-            print("\n".join(_pose_lines(scores)))
-            if args.json:
-                write_json(args.json, {condition: vars(score) for condition, score in scores.items()})
-        elif args.json:
-            raise UserError("--json: needs --query_poses, to score against")
-        if args.submission:
-            write_submission(args.submission, estimates, SUBMISSION_NAMES[args.names])
-            print(f"submission in {args.submission}")
 
-    return command_line.run(parser, command, arguments)
+def _evaluate_poses(args: argparse.Namespace) -> None:
+    if args.top_k < 1:
+        raise UserError(f"--top_k {args.top_k}: expected 1 or more")
+    if args.json and not args.query_poses:
+        raise UserError("--json: needs --query_poses, to score against")
+    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    queries, database = (
+        read_image_list(require_file(path, "dataset_imagenames"), root)
+        for path in (args.query_file_path, args.index_file_path)
+    )
+    predicted = read_predictions(Path(args.predictions), queries.names, database.names).indices
+    placed = _poses_of(database, _read_all(args.database_poses), args.database_poses)
+    weighting, descriptors = _weighting(args, queries, database)
+    top_k = 1 if args.approximation == "best" else args.top_k
+    poses = approximate_poses(predicted, placed, top_k, weighting, *descriptors)
+    estimates = {record_name(name): pose for name, pose in zip(queries.names, poses, strict=True) if pose is not None}
+    print(f"{len(estimates)} of {len(queries)} queries have a pose ({args.approximation})")
+    if args.query_poses:
+        truths = _truths(queries, args.query_poses)
+        scores = {condition: score_poses(estimates, part) for condition, part in _parts(truths, args).items()}
+        print("\n".join(_pose_lines(scores)))
+        if args.json:
+            write_json(args.json, {condition: vars(score) for condition, score in scores.items()})
+    if args.submission:
+        write_submission(args.submission, estimates, SUBMISSION_NAMES[args.names])
+        print(f"submission in {args.submission}")
 
 
 def locate(arguments: Sequence[str] | None = None) -> int:
@@ -135,22 +141,24 @@ def locate(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--index_input_features_dir", type=Path, metavar="DIR", help="their features, with --picture")
     parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="folder that the names start from")
     parser.add_device_options()
+    return command_line.run(parser, _locate, arguments)
 
-    def command(args: argparse.Namespace) -> None:
-        truth_path = require_file(args.ground_truth_path, "dataset_gt_files")
-        kept = args.zone or read_zone(truth_path)
-        zone = parse_zone(kept, "--zone") if kept else None
-        located = _located_run(args, truth_path) if args.results else _located_pictures(args, truth_path)
-        if args.picture or not args.positions:
-            for row in position_rows(located, zone):
-                print(", ".join(f"{column} {value}" for column, value in row.items()))
-        if args.results:
-            print("\n".join(_position_lines(located, truth_path)))
-        if args.positions:
-            write_positions(args.positions, located, zone)
-            print(f"positions in {args.positions}")
 
-    return command_line.run(parser, command, arguments)
+def _locate(args: argparse.Namespace) -> None:
+    truth_path = require_file(args.ground_truth_path, "dataset_gt_files")
+    kept = args.zone or read_zone(truth_path)
+    zone = parse_zone(kept, "--zone") if kept else None
+    located = _located_run(args, truth_path) if args.results else _located_pictures(args, truth_path)
+    from patchnetvlad.localization.locating import position_lines, write_positions
+
+    unit = "m" if zone else read_ground_truth(truth_path, *ground_truth_lengths(truth_path)).unit
+    if args.picture or not args.positions:
+        print("\n".join(position_lines(located, zone, unit)))
+    if args.results:
+        print("\n".join(_score_lines(located, truth_path, unit)))
+    if args.positions:
+        write_positions(args.positions, located, zone)
+        print(f"positions in {args.positions}")
 
 
 def _read_all(paths: Sequence[Path]) -> dict[str, Pose]:
@@ -196,6 +204,8 @@ def _weighting(
         raise UserError(
             f"--approximation {args.approximation}: needs --query_input_features_dir and --index_input_features_dir"
         )
+    from patchnetvlad.feature_store import FeatureStore
+
     vectors = []
     for pictures, folder in zip((queries, database), folders, strict=True):
         with FeatureStore.open(folder, pictures) as store:
@@ -216,37 +226,50 @@ def _pose_lines(scores: Mapping[str, PoseScore]) -> list[str]:
 
 
 def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
+    command_line.folder(args.results, "--results")
     truth = read_ground_truth(truth_path, *ground_truth_lengths(truth_path))
-    return locate_run(args.results / "scores.npz", truth.utm_database, truth.radius)
+    from patchnetvlad.localization.locating import locate_run
+
+    return locate_run(args.results / "scores.npz", truth_path, truth)
 
 
 def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
     if args.index_file_path is None or args.index_input_features_dir is None:
         raise UserError("--picture: needs --index_file_path and --index_input_features_dir, the database")
+    config = command_line.configuration(args)
+    config.check_matching()
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
-    truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], len(database))
-    return locate_pictures(
-        command_line.configuration(args),
-        args.picture,
-        database,
-        args.index_input_features_dir,
-        truth.utm_database,
-        truth.radius,
-        command_line.device(args),
-    )
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    pictures = [_picture(path, root) for path in args.picture]
+    truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], database.names)
+    config.require_checkpoint()
+    from patchnetvlad.localization.locating import locate_pictures
+
+    device = command_line.device(args)
+    return locate_pictures(config, pictures, database, features, truth.utm_database, truth.radius, device)
 
 
-def _position_lines(located: Sequence[Located], truth_path: Path) -> list[str]:
+def _picture(path: Path, root: Path) -> Path:
+    """A picture as named from the current folder, or else from the folder that names in lists start from."""
+    places = [path] if path.is_absolute() else [path, root / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"--picture {path}: no such file, searched in {', '.join(str(place.parent) for place in places)}")
+
+
+def _score_lines(located: Sequence[Located], truth_path: Path, unit: str) -> list[str]:
     lengths = ground_truth_lengths(truth_path)
     if lengths[0] != len(located):
         return [f"{truth_path}: utmQ has {lengths[0]} rows for {len(located)} queries: positions are not scored"]
-    truth = read_ground_truth(truth_path, *lengths)
+    truth = read_ground_truth(truth_path, [one.query for one in located], lengths[1])
     score = score_positions([one.position for one in located], truth.utm_query)
     shares = ", ".join(
-        f"{100 * share:.1f} % within {limit:g}" for limit, share in zip(LIMITS, score.within, strict=True)
+        f"{100 * share:.1f} % within {with_unit(limit, unit)}"
+        for limit, share in zip(LIMITS, score.within, strict=True)
     )
     return [
-        f"{score.num_queries} queries: median error {score.median_error:.2f}, {shares} (unit of the coordinates); "
+        f"{score.num_queries} queries: median error {score.median_error:.2f} {unit}, {shares}; "
         f"{100 * score.covered:.1f} % lie within their radius of uncertainty"
     ]

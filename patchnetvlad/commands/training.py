@@ -1,4 +1,4 @@
-"""The commands of training: each parses, makes one call and says where the result is."""
+"""Training, and adding WPCA to a trained checkpoint."""
 
 import argparse
 import logging
@@ -9,13 +9,9 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
-from patchnetvlad.distributed import processes
 from patchnetvlad.errors import UserError
-from patchnetvlad.examples.rendered_msls import SMALL_TREE, write_msls
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.model_fitting import add_wpca
-from patchnetvlad.paths import require_file
-from patchnetvlad.training_run import DEFAULT_SAVE_PATH, RunOptions, Source, read_training_data, train_model
+from patchnetvlad.paths import RUNS_FOLDER, require_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--save_path",
         metavar="DIR",
-        help=f"folder that gets the run's own folder (default: {DEFAULT_SAVE_PATH}, or where the resumed run is)",
+        help=f"folder that gets the run's own folder (default: {RUNS_FOLDER}, or where the resumed run is)",
     )
     parser.add_argument(
         "--cache_path", metavar="DIR", help="folder for the cluster file; without it, a temporary one is used"
@@ -61,37 +57,43 @@ def train(arguments: Sequence[str] | None = None) -> int:
         "--trust_pictures", action="store_true", help="do not decode every picture before training starts"
     )
     parser.add_device_options()
+    return command_line.run(parser, _train, arguments)
 
-    def command(args: argparse.Namespace) -> None:
-        if args.nEpochs < 1 or (args.start_epoch or 0) < 0:
-            raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
-        config = _with_threads(command_line.configuration(args), args.threads)
-        first, *more = _sources(args)
-        options = RunOptions(
-            first.root,
-            first.training_csv,
-            tuple(more),
-            Path(args.save_path) if args.save_path else None,
-            args.identifier,
-            Path(args.cache_path) if args.cache_path else None,
-            Path(args.cluster_path) if args.cluster_path else None,
-            require_file(args.resume_path, "pretrained_models") if args.resume_path else None,
-            args.nEpochs,
-            args.start_epoch,
-            args.save_every_epoch,
-            not args.trust_pictures,
-            args.skip_unreadable,
-        )
-        with processes(command_line.device(args)) as all_processes:
-            if not all_processes.is_first:
-                command_line.logger.setLevel(logging.ERROR)
-            run = train_model(config, options, all_processes, command_line.progress(args) and all_processes.is_first)
-        if all_processes.is_first:
-            recalls = ", ".join(f"@{n} {100 * value:.1f}" for n, value in run.recalls.items())
-            print(f"epoch {run.epoch}: Recall (%) {recalls}; best Recall@5 {100 * run.best_score:.1f}")
-            print(f"checkpoints in {run.folder / 'checkpoints'}")
 
-    return command_line.run(parser, command, arguments)
+def _train(args: argparse.Namespace) -> None:
+    if args.nEpochs < 1 or (args.start_epoch or 0) < 0:
+        raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
+    config = _with_threads(command_line.configuration(args), args.threads)
+    config.check_training()
+    places = _sources(args)
+    resumed = require_file(args.resume_path, "pretrained_models") if args.resume_path else None
+    from patchnetvlad.distributed import processes
+    from patchnetvlad.training_run import RunOptions, Source, train_model
+
+    first, *more = (Source(*place) for place in places)
+    options = RunOptions(
+        first.root,
+        first.training_csv,
+        tuple(more),
+        Path(args.save_path) if args.save_path else None,
+        args.identifier,
+        Path(args.cache_path) if args.cache_path else None,
+        Path(args.cluster_path) if args.cluster_path else None,
+        resumed,
+        args.nEpochs,
+        args.start_epoch,
+        args.save_every_epoch,
+        not args.trust_pictures,
+        args.skip_unreadable,
+    )
+    with processes(command_line.device(args)) as all_processes:
+        if not all_processes.is_first:
+            command_line.logger.setLevel(logging.ERROR)
+        run = train_model(config, options, all_processes, command_line.progress(args) and all_processes.is_first)
+    if all_processes.is_first:
+        recalls = ", ".join(f"@{n} {100 * value:.1f}" for n, value in run.recalls.items())
+        print(f"epoch {run.epoch}: Recall (%) {recalls}; best Recall@5 {100 * run.best_score:.1f}")
+        print(f"checkpoints in {run.folder / 'checkpoints'}")
 
 
 def add_pca(arguments: Sequence[str] | None = None) -> int:
@@ -111,44 +113,30 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset_file_path", metavar="LIST", help="any list of pictures in place of --dataset_choice")
     _add_threads_option(parser)
     parser.add_device_options()
-
-    def command(args: argparse.Namespace) -> None:
-        config = _with_threads(command_line.configuration(args), args.threads)
-        sources = _sources(args)
-        name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
-        if name and args.dataset_csv:
-            raise UserError("--dataset_csv: cannot be used together with a list")
-        if name:
-            if len(sources) > 1:
-                raise UserError("--dataset_root_dir: a list belongs to one folder")
-            pictures = read_image_list(require_file(name, "dataset_imagenames"), sources[0].root)
-            source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
-        else:
-            data = read_training_data(config, sources)
-            source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
-        resume = require_file(args.resume_path, "pretrained_models")
-        written = add_wpca(config, resume, paths, source, command_line.device(args), command_line.progress(args))
-        print(f"checkpoint in {written}")
-
-    return command_line.run(parser, command, arguments)
+    return command_line.run(parser, _add_pca, arguments)
 
 
-def render_msls(arguments: Sequence[str] | None = None) -> int:
-    """tools/render_msls.py: a small MSLS tree of rendered places."""
-    parser = Parser("Render a small tree in the layout of Mapillary Street-Level Sequences.", "render_msls.py")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="root of the new tree")
-    parser.add_argument("--width", type=int, default=640, help="width of the pictures in pixels")
-    parser.add_argument("--height", type=int, default=480, help="height of the pictures in pixels")
-    parser.add_argument("--places", type=float, default=1.0, metavar="FACTOR", help="places, times the default")
+def _add_pca(args: argparse.Namespace) -> None:
+    config = _with_threads(command_line.configuration(args), args.threads)
+    places = _sources(args)
+    resumed = require_file(args.resume_path, "pretrained_models")
+    name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
+    if name and args.dataset_csv:
+        raise UserError("--dataset_csv: cannot be used together with a list")
+    if name and len(places) > 1:
+        raise UserError("--dataset_root_dir: a list belongs to one folder")
+    pictures = read_image_list(require_file(name, "dataset_imagenames"), places[0][0]) if name else None
+    from patchnetvlad.model_fitting import add_wpca
+    from patchnetvlad.training_run import Source, read_training_data
 
-    def command(args: argparse.Namespace) -> None:
-        if min(args.width, args.height) < 32 or args.places <= 0:
-            raise UserError("--width and --height must be 32 or more, --places above 0")
-        cities = [replace(city, places=max(2, round(city.places * args.places))) for city in SMALL_TREE]
-        count = write_msls(Path(args.output_dir), cities, (args.width, args.height))
-        print(f"{count} pictures of {', '.join(city.name for city in cities)} in {args.output_dir}")
-
-    return command_line.run(parser, command, arguments)
+    if pictures is not None:
+        source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
+    else:
+        sources = [Source(*place) for place in places]
+        data = read_training_data(config, sources)
+        source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
+    written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
+    print(f"checkpoint in {written}")
 
 
 def _add_dataset_options(parser: Parser) -> None:
@@ -168,7 +156,8 @@ def _add_dataset_options(parser: Parser) -> None:
     )
 
 
-def _sources(args: argparse.Namespace) -> list[Source]:
+def _sources(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
+    """Each folder of pictures with its table, None for an MSLS tree."""
     roots = [command_line.folder(folder, "--dataset_root_dir") for folder in args.dataset_root_dir]
     tables = args.dataset_csv or ["-"]
     if len(roots) != len(tables):
@@ -177,7 +166,7 @@ def _sources(args: argparse.Namespace) -> list[Source]:
             f"{len(tables) if args.dataset_csv else 'none'} (- stands for an MSLS tree)"
         )
     pairs = zip(roots, tables, strict=True)
-    return [Source(root, None if table == "-" else Path(table)) for root, table in pairs]
+    return [(root, None if table == "-" else command_line.file(table, "--dataset_csv")) for root, table in pairs]
 
 
 def _add_threads_option(parser: Parser) -> None:

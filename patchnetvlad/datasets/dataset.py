@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of, write_text
-from patchnetvlad.ground_truth import GroundTruth, write_ground_truth
+from patchnetvlad.ground_truth import GroundTruth, with_unit, write_ground_truth
 from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
 from patchnetvlad.localization.coordinates import Zone
 
@@ -40,7 +40,7 @@ class Pictures:
 class Dataset:
     """What a maker found. name: of the lists; radius: a true match lies within it, in the coordinates' unit;
     ground_truth_name: of the .npz file, where it is not the lists'; zone: of UTM coordinates; notes: what the user
-    should know, counted."""
+    should know, counted; panorama_cutouts: database pictures in a row that show one panorama."""
 
     name: str
     queries: Pictures
@@ -50,13 +50,17 @@ class Dataset:
     zone: Zone | None = None
     ground_truth_name: str | None = None
     notes: tuple[str, ...] = ()
+    panorama_cutouts: int = 1
 
     def ground_truth(self) -> GroundTruth | None:
         """None when some coordinates are not known."""
         if self.queries.coordinates is None or self.database.coordinates is None:
             return None
         return GroundTruth(
-            self.queries.coordinates.astype(np.float64), self.database.coordinates.astype(np.float64), self.radius
+            self.queries.coordinates.astype(np.float64),
+            self.database.coordinates.astype(np.float64),
+            self.radius,
+            self.unit,
         )
 
     def noted(self, *notes: str) -> "Dataset":
@@ -92,12 +96,12 @@ def check_pictures(
 
     A picture whose file has another extension (Tokyo 24/7 lists .jpg, its files are .png) is taken under the name
     of its file. Absent ones are an error that counts and names them, in the file ``report`` where they are many; with
-    leave_out they are left out, and a note counts them.
+    leave_out they are left out, with the other cut-outs of their panorama, and notes count them.
     """
     notes: list[str] = []
     absent: list[str] = []
     parts = []
-    for pictures in (dataset.queries, dataset.database):
+    for pictures, block in ((dataset.queries, 1), (dataset.database, dataset.panorama_cutouts)):
         listed = tqdm(pictures.names, f"Looking for {dataset.name}", unit="img", disable=not progress)
         names = [_find(root, name) for name in listed]
         renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
@@ -107,7 +111,11 @@ def check_pictures(
         found = Pictures(
             tuple(new or old for new, old in zip(names, pictures.names, strict=True)), pictures.coordinates
         )
-        parts.append(found.keep(np.flatnonzero([name is not None for name in names])))
+        present = np.array([name is not None for name in names], dtype=bool)
+        kept = _whole_blocks(present, block)
+        if (broken := int(present.sum() - kept.sum())) > 0:
+            notes.append(f"left out: {broken} cut-outs at hand of panoramas that are not complete")
+        parts.append(found.keep(np.flatnonzero(kept)))
     if absent:
         total = len(dataset.queries) + len(dataset.database)
         where = ""
@@ -115,8 +123,9 @@ def check_pictures(
             write_text(report, (f"{name}\n" for name in absent))
             where = f"; all are named in {report}"
         message = f"{len(absent)} of {total} listed pictures are absent below {root}: {some_of(absent, _NAMED)}{where}"
-        if not leave_out or len(absent) == total:
-            hint = "; --incomplete leave_out goes on without them" if len(absent) < total else " (another root?)"
+        enough = all(len(part) for part in parts)
+        if not leave_out or not enough:
+            hint = "; --incomplete leave_out goes on without them" if enough else ", too few are left (another root?)"
             raise UserError(f"{dataset.name}: {message}{hint}")
         notes.append(f"left out: {message}")
     return replace(dataset, queries=parts[0], database=parts[1]).noted(*notes)
@@ -130,7 +139,7 @@ def with_matches_only(dataset: Dataset) -> Dataset:
     rows = np.flatnonzero([len(rows) > 0 for rows in truth.positives()])
     dropped = len(dataset.queries) - len(rows)
     if not len(rows):
-        raise UserError(f"{dataset.name}: no query has a match within {dataset.radius:g} {dataset.unit}")
+        raise UserError(f"{dataset.name}: no query has a match within {with_unit(dataset.radius, dataset.unit)}")
     return replace(dataset, queries=dataset.queries.keep(rows)).noted(f"left out: {dropped} queries without a match")
 
 
@@ -150,6 +159,8 @@ def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> Dataset
             dataset.queries.coordinates,
             dataset.database.coordinates,
             dataset.radius,
+            dataset.unit,
+            (dataset.queries.names, dataset.database.names),
             str(dataset.zone) if dataset.zone else None,
         )
     return files
@@ -163,7 +174,7 @@ def summary(dataset: Dataset) -> list[str]:
         lines.append("  no coordinates of all pictures: lists only, no ground truth")
     else:
         without = sum(len(rows) == 0 for rows in truth.positives())
-        lines.append(f"  a match lies within {dataset.radius:g} {dataset.unit}; {without} queries have none")
+        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {without} queries have none")
         everything = np.concatenate([truth.utm_query, truth.utm_database])
         extent = ", ".join(
             f"{low:.1f} to {high:.1f}" for low, high in zip(everything.min(0), everything.max(0), strict=True)
@@ -174,6 +185,14 @@ def summary(dataset: Dataset) -> list[str]:
         if without == len(dataset.queries):
             lines.append("  warning: no query has a match (coordinates of different origin or unit?)")
     return lines + [f"  note: {note}" for note in dataset.notes]
+
+
+def _whole_blocks(present: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
+    """Which of n pictures are in a block, of so many in a row, that is complete; the last may be shorter."""
+    number = np.arange(len(present)) // block
+    incomplete = np.zeros(len(present), dtype=bool)
+    incomplete[number[~present]] = True
+    return ~incomplete[number]
 
 
 def _find(root: Path, name: str) -> str | None:

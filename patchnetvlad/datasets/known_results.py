@@ -7,7 +7,7 @@ from pathlib import Path
 
 from patchnetvlad.datasets.dataset import Dataset
 from patchnetvlad.datasets.makers import MAKERS
-from patchnetvlad.evaluation import RERANKING, RETRIEVAL
+from patchnetvlad.result_files import RERANKING, RETRIEVAL
 
 _NETVLAD_SPECIFICATIONS = "the .mat files are NetVLAD's dataset specifications, on its project page at the WILLOW team"
 

@@ -1,5 +1,6 @@
 """Pittsburgh 30k / 250k and Tokyo 24/7 from the dbStruct of their .mat files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ FIELDS = (
     "nonTrivPosDistSqThr",
 )  # in the order of the published struct
 
+_CUTOUTS = 12  # of each panorama in Tokyo 24/7
+
 
 def pittsburgh(root: Path, mat: Path | None, split: str, size: str) -> list[Dataset]:
     """size 30k or 250k, split train, val or test; pictures in ROOT/Pittsburgh250k/000/… and …/queries_real/000/….
@@ -34,8 +37,9 @@ def pittsburgh(root: Path, mat: Path | None, split: str, size: str) -> list[Data
     dataset = from_struct(
         path, name, Path("Pittsburgh250k"), Path("Pittsburgh250k/queries_real"), Zone(17), expected_set=split
     )
-    names = (name, f"{name}_test") if split == "test" else (f"{name}_{split}", None)
-    return [_renamed(dataset, *names)]
+    if split == "test":
+        return [replace(dataset, ground_truth_name=f"{name}_test")]
+    return [replace(dataset, name=f"{name}_{split}")]
 
 
 def tokyo247(root: Path, mat: Path | None) -> list[Dataset]:
@@ -43,7 +47,8 @@ def tokyo247(root: Path, mat: Path | None) -> list[Dataset]:
     folder = Path("247_Tokyo_GSV_Perspective")
     path = mat or find_mat(root, "tokyo247.mat")
     dataset = from_struct(path, "tokyo247", folder, folder / "247query_v3", Zone(54))
-    return [dataset.noted("12 cut-outs a panorama: match with --set feature_match.panorama_cutouts=12")]
+    note = f"{_CUTOUTS} cut-outs a panorama: match with --set feature_match.panorama_cutouts={_CUTOUTS}"
+    return [replace(dataset, panorama_cutouts=_CUTOUTS).noted(note)]
 
 
 def find_mat(root: Path, name: str) -> Path:
@@ -130,16 +135,3 @@ def _number(path: Path, key: str, value: NDArray[np.generic]) -> float:
     if value.size != 1 or value.dtype.kind not in "iuf":
         raise UserError(f"{path}: {key}: expected one number, not {value.dtype} of shape {value.shape}")
     return float(value.ravel()[0])
-
-
-def _renamed(dataset: Dataset, name: str, ground_truth_name: str | None) -> Dataset:
-    return Dataset(
-        name,
-        dataset.queries,
-        dataset.database,
-        dataset.radius,
-        dataset.unit,
-        dataset.zone,
-        ground_truth_name,
-        dataset.notes,
-    )

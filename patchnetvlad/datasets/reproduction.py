@@ -11,22 +11,18 @@ import torch
 
 from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
-from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
-from patchnetvlad.datasets.makers import finish
-from patchnetvlad.errors import UserError
+from patchnetvlad.datasets.benchmark_files import Files
+from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.feature_cache import cache_bytes
-from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.ini import load_config
-from patchnetvlad.measure_files import Protocol, read_judged
-from patchnetvlad.measures import Measures, join, measure
+from patchnetvlad.measure_files import Protocol, joined
+from patchnetvlad.measures import Measures
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.paths import find_file, require_file
 from patchnetvlad.ranking import find_matcher
 from patchnetvlad.reranking import rerank
-from patchnetvlad.weights import PUBLISHED, load_model
+from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +37,6 @@ class Comparison:
     n: int
     measured: float
     passed: bool | None = field(default=None)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Lists and ground truth of one part, found or made."""
-
-    part: Part
-    queries: ImageList
-    database: ImageList
-    ground_truth: Path
 
 
 @dataclass(frozen=True)
@@ -71,35 +57,6 @@ class Reproduction:
     parts: dict[str, Evaluation]
     comparisons: tuple[Comparison, ...]
     seconds: float
-
-
-def prepare(
-    name: str, root: Path, work: Path, config_path: str | None, overrides: Sequence[str]
-) -> tuple[Config, list[Files]]:
-    """Configuration and lists of a benchmark; one UserError says all that is missing and where to get it."""
-    benchmark = BENCHMARKS[name]
-    own = () if config_path else benchmark.overrides
-    config = load_config(require_file(config_path or benchmark.config, "configs"), (*own, *overrides))
-    missing = []
-    files: list[Files] = []
-    try:
-        files = _lists(benchmark, root, work)
-        for listed in (pictures for part in files for pictures in (part.queries, part.database)):
-            absent = sum(not path.is_file() for path in listed.paths)
-            if absent:
-                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
-    except UserError as error:
-        missing.append(f"data: {error} (get it: {benchmark.where})")
-    checkpoint = config.checkpoint_name()
-    if find_file(checkpoint, "pretrained_models", config.path) is None:
-        base = Path(checkpoint).name
-        if base not in PUBLISHED:
-            missing.append(f"weights: {checkpoint} is no published checkpoint and not at hand (fit_model.py makes one)")
-        elif missing:
-            missing.append(f"weights: {base} is not at hand (get it: download_models.py --models {base})")
-    if missing:
-        raise UserError(f"{name}: missing " + "; ".join(missing))
-    return config, files
 
 
 def reproduce(
@@ -146,22 +103,6 @@ def reproduce(
         [work / "results" / part.part.lists for part in files], config.feature_match.n_values_all
     )
     return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
-
-
-def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, dict[str, Measures]]:
-    """Measures over the queries of several matching runs, each searched in its own database."""
-    runs = [read_judged(folder / "judged.npz") for folder in results]
-    first, stages = runs[0]
-    for (protocol, judged), folder in zip(runs, results, strict=True):
-        if protocol.radius != first.radius or judged.keys() != stages.keys():
-            raise UserError(
-                f"{folder}: a match within {protocol.radius:g}, by {', '.join(judged)}; {results[0]}: within "
-                f"{first.radius:g}, by {', '.join(stages)}: only runs of one kind can be joined"
-            )
-    whole = Protocol(
-        sum(protocol.queries for protocol, _ in runs), sum(protocol.database for protocol, _ in runs), first.radius
-    )
-    return whole, {stage: measure(join([judged[stage] for _, judged in runs]), n_values) for stage in stages}
 
 
 def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
@@ -218,33 +159,3 @@ def free_disk(folder: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def _lists(benchmark: Benchmark, root: Path, work: Path) -> list[Files]:
-    """Lists beside the pictures, among the known ones, or made from the dataset."""
-    found = [_find_part(root, part) for part in benchmark.parts]
-    if all(part is not None for part in found):
-        return [part for part in found if part is not None]
-    if benchmark.make is None:
-        names = "; ".join(
-            f"{part.lists}_imageNames_query.txt, …_index.txt, {part.ground_truth}.npz" for part in benchmark.parts
-        )
-        raise UserError(f"{root}: no {names}")
-    made = []
-    for part, dataset in zip(benchmark.parts, benchmark.make(root), strict=True):
-        _, files = finish(dataset, root, work / "lists", work / "lists")
-        if files.ground_truth is None:
-            raise UserError(f"{root}: {dataset.name} has no coordinates")
-        made.append(
-            Files(part, read_image_list(files.queries, root), read_image_list(files.database, root), files.ground_truth)
-        )
-    return made
-
-
-def _find_part(root: Path, part: Part) -> Files | None:
-    names = (f"{part.lists}_imageNames_query.txt", f"{part.lists}_imageNames_index.txt")
-    lists = [find_file(name, "dataset_imagenames", root) for name in names]
-    truth = find_file(f"{part.ground_truth}.npz", "dataset_gt_files", root)
-    if lists[0] is None or lists[1] is None or truth is None:
-        return None
-    return Files(part, read_image_list(lists[0], root), read_image_list(lists[1], root), truth)

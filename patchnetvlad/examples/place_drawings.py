@@ -193,18 +193,43 @@ def draw_building(sheet: Sheet, style: np.random.Generator, rng: np.random.Gener
             draw_window(sheet, rng, left, bottom, *opening, look)
             if rng.random() < 0.14:
                 _draw_balcony(sheet, left, bottom, opening[0], rng.random() < 0.6, rng)
-    roof = int(style.integers(3))
+    _draw_roof(sheet, rng, int(style.integers(3)), x, width, height, pitch, wall, look)
+    _draw_ground_floor(sheet, rng, x, width, look)
+    if rng.random() < 0.5:
+        _draw_blade_sign(sheet, rng, x, width)
+    for pipe in (x + 0.06, x + width - 0.16):
+        sheet.box(pipe, 0, 0.1, height - 0.3, tint((96, 98, 96), 0.9))
+        sheet.box(pipe + 0.1, 0, 0.06, height - 0.3, (0, 0, 0, 50))
+    return height
+
+
+def _draw_roof(
+    sheet: Sheet,
+    rng: np.random.Generator,
+    kind: int,
+    x: float,
+    width: float,
+    height: float,
+    pitch: float,
+    wall: Colour,
+    look: dict[str, int],
+) -> None:
+    """Edge of a roof at a height; kind 0 is flat, 1 has dormers, and both others have a chimney."""
     sheet.box(x, height - 0.75, width, 0.45, (0, 0, 0, 65))
     sheet.box(x - 0.1, height - 0.35, width + 0.2, 0.4, tint(wall, 1.2))
-    if roof == 1:
+    if kind == 1:
         sheet.masonry(rng, x, height + 0.05, width, 1.5, "boards", (98, 96, 106))
         for left in np.arange(x + pitch, x + width - 1.2, pitch * 2):
             sheet.box(left - 0.15, height + 0.1, 1.3, 1.5, (220, 214, 202))
             draw_window(sheet, rng, left, height + 0.25, 1.0, 1.15, look | {"shutters": 0, "surround": 0})
-    for left in [x + rng.uniform(0.1, 0.8) * width] if roof else []:
-        top = height + (1.5 if roof == 1 else 0.0)
+    if kind:
+        left, top = x + rng.uniform(0.1, 0.8) * width, height + (1.5 if kind == 1 else 0.0)
         sheet.masonry(rng, left, top, 0.9, 0.9, "brick", (140, 84, 68))
         sheet.box(left - 0.08, top + 0.9, 1.06, 0.12, (110, 104, 98))
+
+
+def _draw_ground_floor(sheet: Sheet, rng: np.random.Generator, x: float, width: float, look: dict[str, int]) -> None:
+    """Shops, doors, posters and windows from x to x + width."""
     spot = x + 0.25
     while spot < x + width - 1.6:
         room = x + width - 0.25 - spot
@@ -217,23 +242,23 @@ def draw_building(sheet: Sheet, style: np.random.Generator, rng: np.random.Gener
             _draw_door(sheet, rng, spot + 0.4)
         elif kind < 0.9 or room < 2.6:
             span = min(room, 2.4)
-            _draw_posters(sheet, rng, spot + 0.1) if room > 2.5 else None
+            if room > 2.5:
+                _draw_posters(sheet, rng, spot + 0.1)
         else:
             span = 2.4
             draw_window(sheet, rng, spot + 0.6, 1.0, 1.3, 1.7, look | {"shutters": 0})
         spot += span + rng.uniform(0.25, 0.6)
-    if rng.random() < 0.5:
-        blade, tall = x + width * rng.uniform(0.15, 0.85), rng.uniform(1.6, 2.6)
-        colour, word = SIGNS[rng.integers(len(SIGNS))], TRADES[rng.integers(len(TRADES))]
-        sheet.box(blade + 0.1, 4.0, 0.62, tall, (0, 0, 0, 60))
-        sheet.box(blade, 4.1, 0.6, tall, colour)
-        for row, letter in enumerate(word):
-            step = (tall - 0.2) / len(word)
-            sheet.text(blade + 0.3, 4.0 + tall - step * (row + 0.5), step, 0.6, letter, (250, 244, 226))
-    for pipe in (x + 0.06, x + width - 0.16):
-        sheet.box(pipe, 0, 0.1, height - 0.3, tint((96, 98, 96), 0.9))
-        sheet.box(pipe + 0.1, 0, 0.06, height - 0.3, (0, 0, 0, 50))
-    return height
+
+
+def _draw_blade_sign(sheet: Sheet, rng: np.random.Generator, x: float, width: float) -> None:
+    """A sign that stands out from the wall, its word written from top to bottom."""
+    left, tall = x + width * rng.uniform(0.15, 0.85), rng.uniform(1.6, 2.6)
+    colour, word = SIGNS[rng.integers(len(SIGNS))], TRADES[rng.integers(len(TRADES))]
+    sheet.box(left + 0.1, 4.0, 0.62, tall, (0, 0, 0, 60))
+    sheet.box(left, 4.1, 0.6, tall, colour)
+    step = (tall - 0.2) / len(word)
+    for row, letter in enumerate(word):
+        sheet.text(left + 0.3, 4.0 + tall - step * (row + 0.5), step, 0.6, letter, (250, 244, 226))
 
 
 def _paint_tree(sheet: Sheet, rng: np.random.Generator) -> None:

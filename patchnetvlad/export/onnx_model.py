@@ -141,6 +141,7 @@ def export_script(
     into its pictures, and a trace would keep their number.
     """
     exportable = ExportableModel(model).eval()
+    model.describe(torch.zeros(1, 3, height, width))  # refuses patches larger than the feature map
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # newer torch calls TorchScript deprecated; others hint at sizes, checked below
         traced = torch.jit.trace(exportable, torch.rand(1, 3, height, width))
@@ -163,6 +164,7 @@ def _program(exportable: ExportableModel, height: int, width: int, dynamic_size:
     if dynamic_size:
         shape |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     pictures = torch.zeros(2, 3, height, width)
+    exportable.model.describe(pictures)  # refuses patches larger than the feature map
     with torch.no_grad():
         return torch.export.export(exportable, (pictures,), dynamic_shapes=(shape,), strict=False)
 

@@ -1,6 +1,7 @@
 """A run's rankings made ready for the result page."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_match
 from patchnetvlad.reranking import score_pair
 
 
-def run_content(run: MatchingRun, evaluation: Evaluation, unit: str) -> ReportContent:
-    """What the page needs of a run, whose patches must still be open; unit: of the ground truth's coordinates.
+def run_content(run: MatchingRun, evaluation: Evaluation) -> ReportContent:
+    """What the page needs of a run, whose patches must still be open.
 
     Confidences compare queries with each other: the cosine of global descriptors (candidates of another method have
     none), and the spatial score of the best candidate, the one that match_two prints.
@@ -40,7 +41,6 @@ def run_content(run: MatchingRun, evaluation: Evaluation, unit: str) -> ReportCo
         run.ground_truth,
         _pair_matches(run),
         _settings(run.config),
-        unit,
         run.config.feature_extract.exif_rotation,
     )
 
@@ -62,7 +62,7 @@ def _pair_matches(run: MatchingRun) -> Callable[[int, int], Sequence[DrawnMatche
 def _settings(config: Config) -> dict[str, str]:
     params, match, size = config.global_params, config.feature_match, config.feature_extract
     shown = {
-        "weights": config.checkpoint_name().rsplit("/", 1)[-1],
+        "weights": (config.find_checkpoint() or Path(params.resumepath)).name,
         "encoder": params.backbone,
         "pooling": params.pooling,
         "dimensions": str(params.num_pcs or "without WPCA"),

@@ -1,0 +1,83 @@
+"""What a benchmark's run needs, found, made or asked for before it starts: configuration, lists, pictures, weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchnetvlad.config import Config
+from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Part
+from patchnetvlad.datasets.makers import finish
+from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.ini import load_config
+from patchnetvlad.paths import find_file, require_file
+
+
+@dataclass(frozen=True)
+class Files:
+    """Lists and ground truth of one part, found or made."""
+
+    part: Part
+    queries: ImageList
+    database: ImageList
+    ground_truth: Path
+
+
+def prepare(
+    benchmark_name: str, root: Path, work: Path, config_path: str | None, overrides: Sequence[str]
+) -> tuple[Config, list[Files]]:
+    """Configuration and lists of a benchmark; one UserError says all that is missing and where to get it."""
+    benchmark = BENCHMARKS[benchmark_name]
+    own = () if config_path else benchmark.overrides
+    config = load_config(require_file(config_path or benchmark.config, "configs"), (*own, *overrides))
+    missing = []
+    files: list[Files] = []
+    try:
+        files = _lists(benchmark, root, work)
+        for listed in (pictures for part in files for pictures in (part.queries, part.database)):
+            absent = sum(not path.is_file() for path in listed.paths)
+            if absent:
+                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
+    except UserError as error:
+        missing.append(f"data: {error} (get it: {benchmark.where})")
+    try:
+        weights = config.require_checkpoint()
+        if missing and not weights.exists():
+            missing.append(
+                f"weights: {weights.name} is not at hand (get it: download_models.py --models {weights.name})"
+            )
+    except UserError as error:
+        missing.append(f"weights: {error}")
+    if missing:
+        raise UserError(f"{benchmark_name}: missing " + "; ".join(missing))
+    return config, files
+
+
+def _lists(benchmark: Benchmark, root: Path, work: Path) -> list[Files]:
+    """Lists beside the pictures, among the known ones, or made from the dataset."""
+    found = [_find_part(root, part) for part in benchmark.parts]
+    if all(part is not None for part in found):
+        return [part for part in found if part is not None]
+    if benchmark.make is None:
+        names = "; ".join(
+            f"{part.lists}_imageNames_query.txt, …_index.txt, {part.ground_truth}.npz" for part in benchmark.parts
+        )
+        raise UserError(f"{root}: no {names}")
+    made = []
+    for part, dataset in zip(benchmark.parts, benchmark.make(root), strict=True):
+        _, files = finish(dataset, root, work / "lists", work / "lists")
+        if files.ground_truth is None:
+            raise UserError(f"{root}: {dataset.name} has no coordinates")
+        made.append(
+            Files(part, read_image_list(files.queries, root), read_image_list(files.database, root), files.ground_truth)
+        )
+    return made
+
+
+def _find_part(root: Path, part: Part) -> Files | None:
+    names = (f"{part.lists}_imageNames_query.txt", f"{part.lists}_imageNames_index.txt")
+    lists = [find_file(name, "dataset_imagenames", root) for name in names]
+    truth = find_file(f"{part.ground_truth}.npz", "dataset_gt_files", root)
+    if lists[0] is None or lists[1] is None or truth is None:
+        return None
+    return Files(part, read_image_list(lists[0], root), read_image_list(lists[1], root), truth)

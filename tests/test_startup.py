@@ -1,0 +1,256 @@
+"""What a command imports before it works, what it leaves behind when it refuses, what the package imports."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import patchnetvlad
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for folder in (ROOT, ROOT / "tools")
+    for path in folder.glob("*.py")
+    if path.name not in ("setup.py", "hubconf.py")
+)
+ANSWERED_WITHOUT = {"torch", "torchvision", "timm", "sklearn", "matplotlib", "faiss", "h5py", "jinja2", "cv2"}
+"""What `--help` and errors about paths and keys are answered without."""
+WORKED_WITHOUT = {"torchvision", "timm", "sklearn", "scipy", "h5py", "pyproj", "jinja2", "matplotlib"}
+"""What pictures are described and compared without."""
+
+ANSWERS = """
+import contextlib, io, json, sys
+from importlib import import_module
+module, name, calls = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+command = getattr(import_module(module), name)
+answers = []
+for arguments in calls:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = command(arguments)
+        except SystemExit as ended:
+            status = ended.code
+    answers.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps([answers, sorted(sys.modules)]))
+"""
+
+
+def run_python(code: str, *arguments: str, folder: Path = ROOT) -> list[Any]:
+    """What a Python process of its own prints last, as JSON."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+Case = tuple[list[str], str]
+
+
+def each(beginning: list[str], *cases: Case) -> list[Case]:
+    return [([*beginning, *arguments], said) for arguments, said in cases]
+
+
+EXAMPLES, ABSENT = str(ROOT / "example_images"), "nowhere/absent"
+LISTS = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
+FEATURES = ["--query_input_features_dir", EXAMPLES, "--index_input_features_dir", EXAMPLES]
+LISTED = ["--dataset_file_path", "example_imageNames_query.txt"]
+CONFIGURED = [
+    (["--config_path", ABSENT], f"{ABSENT}: no such file"),
+    (["--set", "global_params.num_pc=4"], "unknown key"),
+    (["--set", "global_params.threads=-1"], "expected a whole number"),
+    (["--device", "gpu"], "--device: gpu"),
+]
+WEIGHTS = [(["--set", f"global_params.resumepath={ABSENT}"], "no such checkpoint")]
+
+TRAINING = ["--dataset_root_dir", EXAMPLES, "--config_path", "train.ini"]
+LOCATED = ["--ground_truth_path", "example.npz", "--index_file_path", LISTS[-1]]
+LOCATED += ["--index_input_features_dir", EXAMPLES, "--picture", "queries/query00_0.jpg"]
+LOCATED += ["--dataset_root_dir", EXAMPLES]
+ROOT_ABSENT = (["--dataset_root_dir", ABSENT], f"{ABSENT}: no such folder")
+WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its line must say
+    "feature_extract": each(
+        [*LISTED, "--dataset_root_dir", EXAMPLES],
+        *CONFIGURED,
+        *WEIGHTS,
+        ROOT_ABSENT,
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "feature_match": each(
+        [*LISTS, *FEATURES],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--formats", "odd"], "'odd'"),
+        (["--set", f"feature_match.pred_input_path={ABSENT}"], f"{ABSENT}: no such file"),
+        (["--set", f"feature_match.index={ABSENT}.json"], f"{ABSENT}.json: no such file"),
+        (["--set", "feature_match.imageresizew=32"], "imageresizew = 32"),
+    ),
+    "tools/build_index": each(
+        [*LISTS[2:], *FEATURES[2:]],
+        *CONFIGURED[:3],
+        ROOT_ABSENT,
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--output_path", "made/index.faiss"], "ends in .json"),
+        (["--shards", "0"], "--shards"),
+        (["--recall", "2"], "--recall"),
+    ),
+    "match_two": each(
+        [],
+        *CONFIGURED,
+        *WEIGHTS,
+        (["--first_im_path", ABSENT, "--second_im_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--video", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "match_realtime": each([], *CONFIGURED, *WEIGHTS, (["--video", ABSENT], f"{ABSENT}: no such file")),
+    "download_models": each([], (["--models", "odd"], "'odd'")),
+    "tools/fit_model": each(
+        ["--dataset_root_dir", EXAMPLES, "--output_path", "made/new.pth.tar"],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "train": each(
+        TRAINING,
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--dataset_csv", ABSENT], f"{ABSENT}: no such file"),
+        (["--resume_path", ABSENT], f"{ABSENT}"),
+        (["--nEpochs", "0"], "--nEpochs"),
+    ),
+    "add_pca": each(
+        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
+        *CONFIGURED,
+        ROOT_ABSENT,
+        (["--resume_path", ABSENT], f"{ABSENT}"),
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/evaluate_poses": each(
+        ["--predictions", ABSENT, "--database_poses", ABSENT, *LISTS],
+        ROOT_ABSENT,
+        (["--query_file_path", ABSENT], f"{ABSENT}: no such file"),
+        ([], f"{ABSENT}: "),
+    ),
+    "tools/locate": each(
+        LOCATED,
+        *CONFIGURED,
+        *WEIGHTS,
+        ROOT_ABSENT,
+        (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--picture", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/make_dataset": [(["nordland", ABSENT], f"{ABSENT}: no such folder"), (["odd", "."], "'odd'")],
+    "tools/measure": [([ABSENT], ABSENT), ([], "expected result folders")],
+    "tools/reproduce": each(
+        ["corridor", "--dataset_root_dir", EXAMPLES], *CONFIGURED[:2], ROOT_ABSENT, ([], "corridor")
+    ),
+    "tools/gen_image_file_list": each(["--out_file", "made/list.txt"], ROOT_ABSENT),
+    "tools/convert_kapture_to_msls": [([ABSENT, "made/msls.txt"], ABSENT)],
+    "tools/export_onnx": each(
+        ["--output_path", "made/model.onnx"],
+        *CONFIGURED[:2],
+        *WEIGHTS,
+        (["--output_path", "made/model.odd"], "must end in"),
+    ),
+    "tools/export_hloc": each(
+        ["--features_dir", EXAMPLES, *LISTED, "--output_path", "made/features.h5"],
+        ROOT_ABSENT,
+        (["--features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+    ),
+    "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
+    "tools/render_example_places": each([], (["--width", "3"], "--width")),
+    "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_answers_about_arguments_need_no_torch_and_leave_nothing(script, tmp_path):
+    (line,) = re.findall(r"^from (\S+) import (\w+)$", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
+    cases = WRONG_ARGUMENTS[script]
+    calls = [["--help"], ["--version"], *(arguments for arguments, _ in cases)]
+    answers, modules = run_python(ANSWERS, *line, json.dumps(calls), folder=tmp_path)
+    assert set(modules) & ANSWERED_WITHOUT == set()
+    assert answers[0][0] == 0 and "--help" in answers[0][1]
+    assert answers[1][:2] == [0, f"patchnetvlad {patchnetvlad.__version__}\n"]
+    for (arguments, said), (status, out, errors) in zip(cases, answers[2:], strict=True):
+        assert status == 2 and not out, arguments
+        assert said in errors and len(errors.splitlines()) == 1, (arguments, errors)
+    assert not list(tmp_path.iterdir())
+
+
+BUILT = """
+import json, sys
+from pathlib import Path
+from patchnetvlad.ini import load_config
+sizes = [f"feature_{part}.imageresize{side}" for part in ("extract", "match") for side in ("w=160", "h=120")]
+config = load_config(Path("configs/builtin.ini"), sizes)
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "from patchnetvlad import PlaceRecognizer\n"
+        "from patchnetvlad.pair_comparison import compare_files\n"
+        "recognizer = PlaceRecognizer.load(config)\n"
+        "compare_files(recognizer, *sorted(Path('example_images/queries').iterdir())[:2])",
+        "from patchnetvlad.extraction import extract\n"
+        "from patchnetvlad.images import image_batches\n"
+        "from patchnetvlad.weights import load_model\n"
+        "model, _ = load_model(config)\n"
+        "model.describe(next(image_batches(sorted(Path('example_images/queries').iterdir()), 120, 160, 1))[1])",
+    ],
+    ids=["match_two", "feature_extract"],
+)
+def test_describing_and_comparing_import_no_more_than_they_use(work):
+    modules = set(run_python(BUILT + work + "\nprint(json.dumps(sorted(sys.modules)))"))
+    assert "torch" in modules
+    assert modules & WORKED_WITHOUT == set()
+
+
+def test_the_recognizer_is_the_front_door():
+    code = """
+import json, os, sys
+before = dict(os.environ)
+import patchnetvlad
+light = "torch" not in sys.modules
+from patchnetvlad import PlaceRecognizer
+assert PlaceRecognizer.__module__ == "patchnetvlad.recognizer" and light and os.environ == before
+assert "PlaceRecognizer" in patchnetvlad.__all__
+try:
+    patchnetvlad.absent
+except AttributeError as error:
+    assert "absent" in str(error)
+else:
+    raise AssertionError
+print(json.dumps(["well"]))
+"""
+    assert run_python(code) == ["well"]
+
+
+def test_what_is_logged_before_the_folder_is_there_is_not_lost(tmp_path):
+    from patchnetvlad.commands.command_line import log_file, logger
+    from patchnetvlad.errors import UserError
+
+    path = tmp_path / "made" / "run.log"
+    with pytest.raises(UserError), log_file(path):
+        logger.warning("one")
+        raise UserError("refused")
+    assert not path.parent.exists()
+    with log_file(path):
+        logger.warning("one")
+        path.parent.mkdir()
+        logger.warning("two")
+    assert [line.rsplit(": ", 1)[1] for line in path.read_text().splitlines()][-2:] == ["one", "two"]
