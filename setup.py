@@ -22,7 +22,7 @@ SCRIPTS = {  # module of patchnetvlad.commands: its commands
     "training": ["train", "add_pca"],
 }
 TOOLS = {
-    "models": ["fit_model"],
+    "models": ["fit_model", "combine_models"],
     "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
     "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],

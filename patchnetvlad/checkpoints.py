@@ -24,6 +24,8 @@ from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
 
+_PATCHES = "patch_branch."  # before the keys of patches that come from an encoder of their own
+
 
 def _plain_dict(factory: object = None) -> dict[object, object]:
     """What a defaultdict in a file becomes."""
@@ -69,6 +71,12 @@ class Checkpoint:
     def backbone(self) -> str:
         """The encoder's INI name; published files hold VGG16 and do not say so."""
         return str(self.extras.get("backbone", "vgg16"))
+
+    @property
+    def patch_backbone(self) -> str | None:
+        """The INI name of the patches' own encoder, None where they have none."""
+        name = self.extras.get("patch_backbone")
+        return None if name is None else str(name)
 
 
 def file_sha256(path: Path) -> str:
@@ -197,6 +205,14 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
         raise UserError(
             f"{path}: made for backbone = {checkpoint.backbone}, the configuration says backbone = {params.backbone}"
         )
+    patches, of_patches = params.pooling == "patchnetvlad", _PATCHES + "pool.centroids"
+    if not patches:  # a global model of a checkpoint that has patches as well
+        state = {key: value for key, value in state.items() if not key.startswith(_PATCHES)}
+    elif checkpoint.patch_backbone != params.patch_backbone or (params.patch_backbone and of_patches not in state):
+        raise UserError(
+            f"{path}: made for patch_backbone = {checkpoint.patch_backbone}, the configuration says patch_backbone = "
+            f"{params.patch_backbone}"
+        )
     if checkpoint.num_pcs != params.num_pcs:
         raise UserError(
             f"{path}: WPCA has {checkpoint.num_pcs} dimensions, [global_params] num_pcs says {params.num_pcs} "
@@ -220,8 +236,45 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
         params.patch_sizes,
         params.strides,
         params.vladv2,
+        params.patch_backbone,
+        len(state[of_patches]) if params.patch_backbone else 0,
     )
     load_state(model, state, path)
+    return model.eval()
+
+
+def join_models(global_: Checkpoint, patches: Checkpoint, num_pcs: int | None = None) -> PlaceModel:
+    """A model with the global descriptors of one checkpoint and the patches of another.
+
+    Both keep their first num_pcs dimensions, which have the largest variance; None: as many as the one with fewer has.
+    Raises UserError for a checkpoint without NetVLAD, without so many dimensions of WPCA, or with a branch of patches
+    already, and where one has biases in its soft assignment and the other none.
+    """
+    both = (global_, patches)
+    for one in both:
+        if one.num_clusters is None or not one.num_pcs or one.patch_backbone is not None:
+            raise UserError(f"{one.path}: expected a model of one encoder with NetVLAD and WPCA")
+    biases = {"pool.conv.bias" in one.state for one in both}
+    if len(biases) > 1:
+        raise UserError(f"{global_.path}, {patches.path}: vladv2 is True of one and False of the other")
+    fewest = min(one.num_pcs for one in both)
+    num_pcs = num_pcs or fewest
+    if num_pcs > fewest:
+        raise UserError(f"{global_.path}, {patches.path}: have {fewest} dimensions in common, not {num_pcs}")
+    model = PlaceModel(
+        global_.backbone,
+        "patchnetvlad",
+        global_.num_clusters or 0,
+        num_pcs,
+        vladv2=biases.pop(),
+        patch_backbone=patches.backbone,
+        patch_clusters=patches.num_clusters or 0,
+    )
+    state = {}
+    for one, before in ((global_, ""), (patches, _PATCHES)):
+        for key, value in one.state.items():
+            state[before + key] = value[:num_pcs] if key.startswith("WPCA.") else value
+    load_state(model, state, patches.path)
     return model.eval()
 
 
@@ -250,11 +303,13 @@ def write_checkpoint(path: Path, model: PlaceModel, half_precision_wpca: bool = 
     as float16, half the bytes.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    if half_precision_wpca and "WPCA.0.weight" in state:
-        state["WPCA.0.weight"] = state["WPCA.0.weight"].half()
+    for key in ("WPCA.0.weight", f"{_PATCHES}WPCA.0.weight"):
+        if half_precision_wpca and key in state:
+            state[key] = state[key].half()
     content = {
         "state_dict": state,
         "backbone": model.backbone,
+        **({"patch_backbone": model.patch_branch.backbone} if model.patch_branch else {}),
         "num_pcs": model.WPCA.output_dims if model.WPCA else 0,
     }
     with writing_with_torch(path) as file:

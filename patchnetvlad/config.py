@@ -66,6 +66,8 @@ class FeatureMatchConfig:
     imageresizeh: int = setting(480, whole())
     # Share of each patch size in the score; not given: 0.45,0.15,0.4 for three sizes, otherwise equal shares.
     patchweights2use: tuple[float, ...] = setting((), scale_weights())
+    # Share of the global descriptors' similarity in the score, beside those of the patch sizes; 0 as published.
+    global_weight: float = setting(0.0, real(0))
     # Candidates that are re-ranked; None: as many as the largest of n_values_all.
     rerank_top: int | None = setting(None, optional(whole(1)))
     panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
@@ -108,6 +110,9 @@ class GlobalParams:
     strides: tuple[int, ...] = setting((), list_of(whole(1), "whole numbers of 1 or more"))
     vladv2: bool = setting(False, flag())  # NetVLAD's soft assignment has a bias
     backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS, or timm:NAME:LAYER
+
+    # Encoder of the patches where it is another one; only with pooling = patchnetvlad.
+    patch_backbone: str | None = setting(None, optional(some_text()))
 
     def __post_init__(self) -> None:
         if not self.strides:
@@ -182,6 +187,11 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
+        if self.global_params.patch_backbone is not None and self.global_params.pooling != "patchnetvlad":
+            raise UserError(
+                f"{self._place}: [global_params] patch_backbone = {self.global_params.patch_backbone}: pooling = "
+                f"{self.global_params.pooling} has no patches (expected patchnetvlad, or patch_backbone = None)"
+            )
         if len(strides) != len(sizes):
             place = self._place("global_params.strides", "global_params.patch_sizes")
             raise UserError(
@@ -241,7 +251,8 @@ class Config:
             imageresizeh=train.imageresizeh,
             cachebatchsize=train.cachebatchsize,
         )
-        return replace(self, global_params=replace(params, pooling=pooling, num_pcs=0), feature_extract=sizes)
+        params = replace(params, pooling=pooling, num_pcs=0, patch_backbone=None)
+        return replace(self, global_params=params, feature_extract=sizes)
 
     def check_training(self) -> None:
         """Raises UserError unless [train] has the picture size of extraction, and radii that fit together."""

@@ -183,7 +183,7 @@ def expected_header(config: Config) -> StoreHeader:
         file_sha256(path) if path is not None else None,
         params.num_pcs,
         params.patch_sizes if params.pooling == "patchnetvlad" else (),
-        encoder_geometry(params.backbone),
+        encoder_geometry(params.patch_backbone or params.backbone),
     )
 
 
@@ -194,13 +194,14 @@ def _header(
     patch_sizes: tuple[int, ...],
     geometry: EncoderGeometry,
 ) -> StoreHeader:
-    size = config.feature_extract
+    size, params = config.feature_extract, config.global_params
     resized = [size.imageresizeh, size.imageresizew] if min(size.imageresizeh, size.imageresizew) > 0 else "own"
     return StoreHeader(
         checkpoint_sha256=checkpoint_sha256,
         settings={
             "backbone": config.global_params.backbone,
             "vladv2": config.global_params.vladv2,
+            **({"patch_backbone": params.patch_backbone} if params.patch_backbone else {}),
             "picture_size": resized,
             "precision": size.precision,
             "exif_rotation": size.exif_rotation,

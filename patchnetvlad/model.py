@@ -19,10 +19,22 @@ from patchnetvlad.whitening import WPCA, WPCAFit
 POOLINGS = ("netvlad", "patchnetvlad", "max", "avg")
 
 
+class PatchBranch(nn.Module):
+    """What makes patch descriptors where they come from another encoder than the global one: keys as PlaceModel's."""
+
+    def __init__(self, backbone: str, num_clusters: int, num_pcs: int, vladv2: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = make_encoder(backbone)
+        self.pool = NetVLAD(num_clusters, self.encoder.channels, vladv2)
+        self.WPCA = WPCA(self.pool.output_dims, num_pcs)
+
+
 class PlaceModel(nn.Module):
     """A place recognition model.
 
-    Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``. ``patch_sizes`` and ``strides``
+    Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``; where patches come from an encoder of
+    their own, that one's lie behind ``patch_branch.``. ``patch_sizes`` and ``strides``
     count positions of the feature map; both are empty for a purely global model. ``precision`` is that of the encoder
     and the WPCA product in `describe`: torch.float32 or torch.bfloat16; pooling stays in float32.
     """
@@ -36,14 +48,19 @@ class PlaceModel(nn.Module):
         patch_sizes: Sequence[int] = (),
         strides: Sequence[int] = (),
         vladv2: bool = False,
+        patch_backbone: str | None = None,
+        patch_clusters: int = 0,
     ) -> None:
-        """num_pcs = 0 leaves the WPCA layer out: descriptors are as long as the pooling makes them."""
+        """num_pcs = 0 leaves the WPCA layer out: descriptors are as long as the pooling makes them.
+
+        patch_backbone: encoder of the patches where it is another one, with patch_clusters clusters and num_pcs (above
+        0) dimensions.
+        """
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
         self.encoder = make_encoder(backbone)
         channels = self.encoder.channels
-        self.geometry = self.encoder.geometry
         self.pool: NetVLAD | MaxPooling | AveragePooling
         if pooling in ("netvlad", "patchnetvlad"):
             self.pool = NetVLAD(num_clusters, channels, vladv2)
@@ -56,6 +73,11 @@ class PlaceModel(nn.Module):
         self.patch_sizes = tuple(patch_sizes) if pooling == "patchnetvlad" else ()
         self.strides = tuple(strides) if pooling == "patchnetvlad" else ()
         self.precision = torch.float32
+        self.patch_branch: PatchBranch | None = None
+        if patch_backbone is not None:
+            self.patch_branch = PatchBranch(patch_backbone, patch_clusters, num_pcs, vladv2)
+        # Of the patches
+        self.geometry = (self.patch_branch or self).encoder.geometry
 
     def add_wpca(self, fit: WPCAFit) -> None:
         """Project to the dimensions of a fit from now on, in place of any projection there was."""
@@ -98,12 +120,26 @@ class PlaceModel(nn.Module):
             feature_map = self.encoder(pictures)
         if not self.patch_sizes:
             return Descriptors(self.whiten(self.pool(feature_map)), (), ())
+        if self.patch_branch is not None:
+            global_ = self.whiten(self.pool(feature_map))
+            with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+                local, assignment = self.patch_branch.pool.assign(self.patch_branch.encoder(pictures))
+            return self._with_patches(global_, local, assignment, self.patch_branch.pool)
         assert isinstance(self.pool, NetVLAD)
-        grids = self.grids(feature_map.shape[2], feature_map.shape[3])
         local, assignment = self.pool.assign(feature_map)
         global_ = self.whiten(self.pool.aggregate(local, assignment))
-        patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
-        return Descriptors(global_, tuple(self.whiten(some) for some in patches), grids)
+        return self._with_patches(global_, local, assignment, self.pool)
+
+    def _with_patches(self, global_: Tensor, local: Tensor, assignment: Tensor, pool: NetVLAD) -> Descriptors:
+        patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
+        grids = self.grids(local.shape[1], local.shape[2])
+        return Descriptors(global_, tuple(self.whiten_patches(some) for some in patches), grids)
+
+    def whiten_patches(self, descriptors: Tensor) -> Tensor:
+        """The same for patches, which may have a WPCA of their own."""
+        if self.patch_branch is None:
+            return self.whiten(descriptors)
+        return cast(Tensor, self.patch_branch.WPCA(descriptors, self.precision))
 
     def whiten(self, descriptors: Tensor) -> Tensor:
         """Pooled descriptors, …×dims, to what the model gives out: through WPCA if there is one, unit rows."""

@@ -16,12 +16,13 @@ from patchnetvlad.checkpoints import build_model, read_checkpoint, without_proje
 from patchnetvlad.clustering import Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.images import image_batches, require_readable
+from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import chosen_descriptors
+from patchnetvlad.picture_changes import Picture, changed, check_changes
 from patchnetvlad.weights import initialise_encoder
-from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_wpca, whiteness_error
+from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_place_whitening, fit_wpca, whiteness_error
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ def fit_model(
 ) -> tuple[PlaceModel, WPCAFit | None]:
     """Fit clusters and WPCA on pictures, for any encoder; the configuration says everything else.
 
-    [train] num_clusters, whitening, seed and pretrained are used, and [global_params] backbone, pooling, num_pcs,
-    patch_sizes, strides, vladv2. Patch-NetVLAD's WPCA is fitted on patches sampled evenly from all pictures and patch
-    sizes, since they are what it is applied to most; a global model's on global descriptors.
+    [train] num_clusters, whitening, augmentation, seed and pretrained are used, and [global_params] backbone, pooling,
+    num_pcs, patch_sizes, strides, vladv2. Patch-NetVLAD's WPCA is fitted on patches sampled evenly from all pictures
+    and patch sizes, since they are what it is applied to most; a global model's on global descriptors.
     Raises UserError when the pictures are too few for num_clusters or num_pcs.
     """
     started = time.perf_counter()
     params = config.global_params
+    _check_fit(config)
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
         params.backbone,
@@ -59,10 +61,24 @@ def fit_model(
         initialise_pool(model.pool, find_clusters(model.encoder, batches, config.train.num_clusters, config.train.seed))
     if not params.num_pcs:
         return model, None
-    batches = picture_batches(config, paths, device, progress, "Sampling descriptors")
-    wpca = add_projection(model, batches, len(paths), config)
+    wpca = add_projection(model, paths, config, progress)
     logger.info("model fitted to %d pictures in %.1f s", len(paths), time.perf_counter() - started)
     return model, wpca
+
+
+def _check_fit(config: Config) -> None:
+    params, train = config.global_params, config.train
+    check_changes(train.augmentation)
+    if train.augmentation and params.pooling == "patchnetvlad":
+        raise UserError(
+            "[train] augmentation: WPCA learns from changed pictures for a global model alone, since a changed "
+            "picture's patches lie elsewhere (set [global_params] pooling = netvlad, or augmentation = None)"
+        )
+    if params.patch_backbone is not None:
+        raise UserError(
+            f"[global_params] patch_backbone = {params.patch_backbone}: global descriptors and patches are fitted one "
+            "by one, and joined by tools/combine_models.py (set it to None)"
+        )
 
 
 def add_wpca(
@@ -88,8 +104,7 @@ def add_wpca(
     check_num_pcs(num_pcs, len(paths), model.output_dims)
     require_readable(paths, source, config.global_params.loading_threads, progress)
     config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
-    batches = picture_batches(config, paths, device, progress, "Describing")
-    fit = add_projection(model, batches, len(paths), config)
+    fit = add_projection(model, paths, config, progress)
     path = resume_path.with_name(resume_path.name.removesuffix(".pth.tar") + f"_WPCA{num_pcs}.pth.tar")
     epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
     write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
@@ -103,16 +118,28 @@ def initialise_pool(pool: NetVLAD, clusters: Clusters) -> None:
     logger.info("soft assignment: alpha %.2f", alpha)
 
 
-def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, config: Config) -> WPCAFit:
-    """Fit WPCA on pictures (batches on the model's device), add it to the model, and say how good it is.
+def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, progress: bool) -> WPCAFit:
+    """Fit WPCA on pictures, add it to the model, and say how good it is.
 
-    [global_params] num_pcs and [train] whitening and seed are used. Raises UserError when the pictures are too few.
+    [global_params] num_pcs and [train] whitening, augmentation and seed are used: with augmentation every picture is
+    described changed as well, and what the changes do is whitened. Raises UserError when the pictures are too few.
     """
-    num_pcs, started = config.global_params.num_pcs, time.perf_counter()
-    descriptors = sample_descriptors(model, pictures, num_pictures, num_pcs, config.train.seed)
+    train, num_pcs, started = config.train, config.global_params.num_pcs, time.perf_counter()
+    batches = picture_batches(config, paths, model.device, progress, "Sampling descriptors")
+    descriptors = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
+    differences = None
+    if train.augmentation:
+        change = _change(train.augmentation, train.seed)
+        batches = picture_batches(config, paths, model.device, progress, "Describing changed pictures", change)
+        changed_ones = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
+        differences = changed_ones - descriptors
+        descriptors = np.concatenate([descriptors, changed_ones])
     described = time.perf_counter()
     logger.info("WPCA: fitting %d dimensions to %d descriptors of %d numbers", num_pcs, *descriptors.shape)
-    fit = fit_wpca(descriptors, num_pcs, config.train.whitening)
+    if differences is None:
+        fit = fit_wpca(descriptors, num_pcs, train.whitening)
+    else:
+        fit = fit_place_whitening(descriptors, differences, num_pcs, train.whitening)
     logger.info(
         "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors, eigenvalues %.3g to %.3g; projected, "
         "their covariance is within %.2g of %s (describing %.1f s, fitting %.1f s)",
@@ -129,6 +156,13 @@ def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: 
     )
     model.add_wpca(fit)
     return fit
+
+
+def _change(names: Sequence[str], seed: int) -> ChangePicture:
+    def change(number: int, picture: Picture) -> Picture:
+        return changed(picture, names, np.random.default_rng([seed, number]))
+
+    return change
 
 
 @torch.inference_mode()
@@ -168,7 +202,12 @@ def _patches_of_each(groups: int, num_pcs: int, dims: int) -> int:
 
 
 def picture_batches(
-    config: Config, paths: Sequence[Path], device: torch.device, progress: bool, label: str
+    config: Config,
+    paths: Sequence[Path],
+    device: torch.device,
+    progress: bool,
+    label: str,
+    change: ChangePicture | None = None,
 ) -> Iterator[Tensor]:
     """Batches of pictures of the size of [feature_extract] on a device, with a progress bar."""
     size = config.feature_extract
@@ -179,6 +218,7 @@ def picture_batches(
         size.cachebatchsize,
         config.global_params.loading_threads,
         size.exif_rotation,
+        change=change,
     )
     with tqdm(total=len(paths), desc=label, unit="img", disable=not progress) as bar:
         for indices, batch in batches:

@@ -16,7 +16,15 @@ from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
-from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
+from patchnetvlad.reranking import (
+    MATCHERS,
+    Matcher,
+    Reranking,
+    collect_scores,
+    reorder,
+    rerank,
+    with_similarities,
+)
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.similarity_choice import choose_way
 from patchnetvlad.store.patch_sources import DescribedPictures, PatchSource
@@ -85,6 +93,10 @@ class Ranker:
             return Rankings(retrieved, retrieved.indices, None)
         heads = [row[row >= 0].tolist() for row in retrieved.indices[:, :top]]
         rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, heads, progress)
+        if self._options.global_weight:
+            near = [self._database.global_[head] @ query for head, query in zip(heads, queries.global_, strict=True)]
+            weight = self._options.global_weight
+            rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
         _log_reads(self._database.patches, sum(map(len, heads)))
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices

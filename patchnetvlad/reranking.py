@@ -1,7 +1,7 @@
 """Spatial scores of a query's candidates, fused over patch sizes into one ranking (paper sections 3.4 and 3.5)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -147,6 +147,16 @@ def rerank(
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
+
+
+def with_similarities(reranking: Reranking, similarities: NDArray[np.floating], weight: float) -> Reranking:
+    """The same with a share for the global descriptors' similarities to the query's, (n,) in retrieval order.
+
+    They are standardised over the candidates and weighted like the scores of one more patch size; ties keep the
+    retrieval order.
+    """
+    fused = reranking.fused + fuse(similarities[:, None], (weight,))
+    return replace(reranking, order=np.argsort(-fused, kind="stable"), fused=fused)
 
 
 def reorder(ranking: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:

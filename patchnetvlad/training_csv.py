@@ -18,8 +18,11 @@ from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 ROLES = ("train_query", "train_database", "val_query", "val_database")
 
 
-def read_training_csv(path: Path, root: Path, include_panoramas: bool = False) -> TrainingData:
-    """Read a CSV file of pictures; raises UserError naming line and column, or the city that lacks a role."""
+def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, complete: bool = True) -> TrainingData:
+    """Read a CSV file of pictures; raises UserError naming line and column, or the city that lacks a role.
+
+    complete: also when there is nothing to learn from, or to be judged by; another source may have it.
+    """
     table = read_table(path)
     images = table.text(PICTURES)
     roles = table.choices("role", ROLES)
@@ -57,7 +60,7 @@ def read_training_csv(path: Path, root: Path, include_panoramas: bool = False) -
                 raise UserError(f"{path}: city {city} has no picture of role {part}_{lacking}")
             if len(queries):
                 found.append(CityPictures(city, queries, database))
-        if not found:
+        if complete and not found:
             raise UserError(f"{path}: no picture has the roles {part}_query and {part}_database")
         return tuple(found)
 

@@ -3,7 +3,8 @@
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +58,32 @@ CLUSTER_PICTURES = 500  # database pictures whose local descriptors are clustere
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where pictures come from: the root of an MSLS tree, or of the pictures in a CSV file."""
+
+    root: Path
+    training_csv: Path | None = None
+
+    @property
+    def listed(self) -> Path:
+        """What to name in messages."""
+        return self.training_csv or self.root
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What the command line says of a run.
 
-    root: of the dataset; training_csv: CSV file in place of MSLS; save_path: folder for the run's own folder,
-    None for runs, or where the run that is resumed is;
-    cache_path: where clusters are kept, None for a temporary folder; cluster_path: a cluster file to use, or to make;
-    resume_path: checkpoint to start from; start_epoch: take its weights alone and count from there; check_pictures:
-    decode all before the start; skip_unreadable: leave bad ones out.
+    root: of the dataset; training_csv: CSV file in place of MSLS; more_sources: of pictures, beside that one;
+    save_path: folder for the run's own folder, None for runs, or where the run that is resumed is; cache_path: where
+    clusters are kept, None for a temporary folder; cluster_path: a cluster file to use, or to make; resume_path:
+    checkpoint to start from; start_epoch: take its weights alone and count from there; check_pictures: decode all
+    before the start; skip_unreadable: leave bad ones out.
     """
 
     root: Path
     training_csv: Path | None = None
+    more_sources: tuple[Source, ...] = ()
     save_path: Path | None = None
     identifier: str = "mapillary_nopanos"
     cache_path: Path | None = None
@@ -79,6 +94,11 @@ class RunOptions:
     save_every_epoch: bool = False
     check_pictures: bool = True
     skip_unreadable: bool = False
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where all pictures come from."""
+        return (Source(self.root, self.training_csv), *self.more_sources)
 
 
 @dataclass(frozen=True)
@@ -136,18 +156,36 @@ def _check_run(config: Config, processes: Processes) -> None:
         )
 
 
-def read_training_data(config: Config, root: Path, training_csv: Path | None) -> TrainingData:
-    """MSLS cities of the configuration below ``root``, or the pictures of a CSV file relative to it."""
+def read_training_data(config: Config, sources: Sequence[Source]) -> TrainingData:
+    """The pictures of all sources: MSLS cities of the configuration, or those in CSV files.
+
+    Several sources may each have pictures to learn from, or to be judged by, or both. Raises UserError when all of them
+    together lack one, and for a city that is in two sources.
+    """
     train = config.train
-    if training_csv is not None:
-        return read_training_csv(training_csv, root, train.includepanos)
-    return TrainingData(
-        read_cities(root, train.cities, include_panoramas=train.includepanos), read_cities(root, train.val_cities)
+    found = []
+    for source in sources:
+        if source.training_csv is None:
+            cities = read_cities(source.root, train.cities, include_panoramas=train.includepanos)
+            found.append(TrainingData(cities, read_cities(source.root, train.val_cities)))
+        else:
+            complete = len(sources) == 1
+            found.append(read_training_csv(source.training_csv, source.root, train.includepanos, complete))
+    joined = TrainingData(
+        tuple(city for data in found for city in data.train), tuple(city for data in found for city in data.validation)
     )
+    where = ", ".join(str(source.listed) for source in sources)
+    for part, cities in (("train", joined.train), ("val", joined.validation)):
+        if not cities:
+            raise UserError(f"{where}: no picture has the roles {part}_query and {part}_database")
+        twice = [name for name, count in Counter(city.name for city in cities).items() if count > 1]
+        if twice:
+            raise UserError(f"{where}: city {twice[0]} is in more than one (give its pictures another city's name)")
+    return joined
 
 
 def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
-    data = read_training_data(config, options.root, options.training_csv)
+    data = read_training_data(config, options.sources)
     workers = config.global_params.loading_threads
     return data.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
 

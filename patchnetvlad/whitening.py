@@ -14,6 +14,8 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.netvlad import EPSILON
 
 EIGENVALUE_FLOOR = 1e-9  # added to eigenvalues before the power, so that empty directions stay finite
+PLACE_DIMENSIONS = 1024  # principal directions within which differences are whitened; beyond is mostly noise
+PLACE_SHRINKAGE = 0.2  # share of an even spread in what differences are taken to spread like: they are few
 COLUMNS_AT_ONCE = 4096  # the same for columns, where there are more of these
 ROWS_AT_ONCE = 1024  # rows turned into float64 at a time while the covariance is summed
 
@@ -74,8 +76,8 @@ class WPCA(nn.Module):
 class WPCAFit:
     """A fitted projection, all float64.
 
-    weight: D×dims; bias: D; mean: dims; eigenvalues: D, largest first; directions: dims×D, orthonormal columns;
-    total_variance: the trace of the covariance; num_samples: rows it was fitted on.
+    weight: D×dims; bias: D; mean: dims; eigenvalues: D, largest first; directions: dims×D, unit columns, orthonormal
+    unless differences were whitened; total_variance: the trace of the covariance; num_samples: rows it was fitted on.
     """
 
     weight: NDArray[np.float64]
@@ -113,6 +115,36 @@ def fit_wpca(samples: NDArray[np.floating], num_pcs: int, whitening: float = 1.0
         eigenvalues, directions, total = _primal_components(samples, mean, num_pcs)
     weight = (eigenvalues + EIGENVALUE_FLOOR)[:, None] ** (-whitening / 2) * directions.T
     return WPCAFit(weight, -weight @ mean, mean, eigenvalues, directions, total, num_samples)
+
+
+def fit_place_whitening(
+    samples: NDArray[np.floating], differences: NDArray[np.floating], num_pcs: int, whitening: float = 1.0
+) -> WPCAFit:
+    """Whiten what differs between descriptors of one place, then keep the principal components of all samples.
+
+    samples: n×dims; differences: m×dims, each between two descriptors that show one place. Within the samples' first
+    PLACE_DIMENSIONS principal directions the differences' scatter, drawn towards an even one by PLACE_SHRINKAGE, is
+    taken to the power −whitening/2: what changes at one place counts less, what tells places apart counts more
+    (linear discriminant projections: Cai, Mikolajczyk, Matas 2011). Raises UserError as `fit_wpca` does.
+    """
+    check_num_pcs(num_pcs, *samples.shape)
+    kept = max(num_pcs, min(PLACE_DIMENSIONS, len(samples) - 1, samples.shape[1]))
+    rotation = fit_wpca(samples, kept, whitening=0.0)
+    scatter = np.zeros((kept, kept))
+    for first in range(0, len(differences), ROWS_AT_ONCE):
+        turned = differences[first : first + ROWS_AT_ONCE].astype(np.float64) @ rotation.directions
+        scatter += turned.T @ turned
+    even = np.trace(scatter) / kept
+    if even > 0:
+        scatter /= even
+    spread, axes = np.linalg.eigh((1 - PLACE_SHRINKAGE) * scatter + PLACE_SHRINKAGE * np.eye(kept))
+    whiten = axes * spread ** (-whitening / 2)
+    covariance = whiten.T @ (rotation.eigenvalues[:, None] * whiten)  # of the samples, whitened
+    total = float(np.trace(covariance))
+    values, vectors = _largest(covariance, num_pcs)
+    weight = (rotation.directions @ (whiten @ vectors)).T
+    directions = weight.T / np.linalg.norm(weight, axis=1)
+    return WPCAFit(weight, -weight @ rotation.mean, rotation.mean, values, directions, total, len(samples))
 
 
 def check_num_pcs(num_pcs: int, num_samples: int, dims: int) -> None:

@@ -26,7 +26,7 @@ from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
 from patchnetvlad.losses import LOSSES
-from patchnetvlad.training_run import RunOptions, TrainedRun, train_model
+from patchnetvlad.training_run import RunOptions, Source, TrainedRun, read_training_data, train_model
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 96, 72
@@ -215,6 +215,34 @@ def test_unknown_names_stop_before_training(key: str, value: Any, msls: Path, tm
     with pytest.raises(UserError, match=rf"\[train\] {key} = (hinge|fog): expected"):
         run(msls, tmp_path, small(**{key: value}))
     assert list(tmp_path.iterdir()) == []
+
+
+def own_rows(folder: Path) -> list[tuple[str, str]]:
+    """Each picture of one side of a city with its easting and northing."""
+    with (folder / "postprocessed.csv").open(newline="") as file:
+        return [(f"{row['key']}.jpg", f"{row['easting']},{row['northing']}") for row in csv.DictReader(file)]
+
+
+def test_several_sources_in_one_run(msls: Path, tmp_path: Path) -> None:
+    """An MSLS tree beside tables of its own pictures as other cities, one to learn from and one to be judged by."""
+    for part, name in (("train", "london"), ("val", "sf")):
+        rows = ["image,easting,northing,role,city"]
+        for side in ("query", "database"):
+            folder = Path("train_val") / name / side
+            for picture, place in own_rows(msls / folder):
+                rows.append(f"{folder / 'images' / picture},{place},{part}_{side},{name}-again")
+        (tmp_path / f"{part}.csv").write_text("\n".join([*rows, ""]))
+    sources = [Source(msls), Source(msls, tmp_path / "train.csv"), Source(msls, tmp_path / "val.csv")]
+    data = read_training_data(small(), sources)
+    assert [city.name for city in data.train] == ["trondheim", "london", "london-again"]
+    assert [city.name for city in data.validation] == ["cph", "sf", "sf-again"]
+    assert len(data.train[2].queries) == len(data.train[1].queries)
+    with pytest.raises(UserError, match=r"val\.csv: no picture has the roles train_query"):
+        read_training_data(small(), sources[2:] * 2)
+    with pytest.raises(UserError, match="city london-again is in more than one"):
+        read_training_data(small(), [*sources, sources[1]])
+    options = ["--dataset_root_dir", str(msls), str(msls), "--save_path", str(tmp_path), "-q"]
+    assert train([*options, "--dataset_csv", "-"]) == 2
 
 
 def command_line(msls: Path, folder: Path, *more: str) -> list[str]:

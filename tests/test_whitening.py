@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.whitening import WPCA, fit_wpca
+from patchnetvlad.whitening import PLACE_SHRINKAGE, WPCA, fit_place_whitening, fit_wpca
 
 
 @pytest.mark.parametrize(("rows", "form"), [(300, "pca"), (30, "pca_dual")])
@@ -70,3 +70,38 @@ def test_a_reduced_weight_follows_the_weight():
         layer.weight.neg_()
         layer.bias.neg_()
         torch.testing.assert_close(layer(rows, torch.bfloat16), -before)
+
+
+def test_place_whitening_by_hand():
+    # Two axes of equal spread among the samples; at one place only the first one changes.
+    samples = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    fit = fit_place_whitening(samples, np.array([[0.5, 0.0], [-0.3, 0.0]]), 1)
+    # Scatter diag(2, 0), drawn to even by 0.2: diag(1.8, 0.2); whitened, the second axis has nine times the variance
+    np.testing.assert_allclose(np.abs(fit.weight), [[0, PLACE_SHRINKAGE**-0.5]], atol=1e-12)
+    assert fit.explained_variance == pytest.approx(0.9)
+
+
+def test_place_whitening_tells_places_apart_that_wpca_does_not():
+    rng = np.random.default_rng(4)
+    places = rng.standard_normal((60, 8)) @ rng.standard_normal((8, 24)) * 0.3
+    changes = np.zeros((120, 24))
+    changes[:, :3] = rng.standard_normal((120, 3)) * 3  # what changes is large and known
+    seen = np.concatenate([places + changes[:60], places + changes[60:]])
+    queries, database = seen[:60], seen[60:]
+
+    def found(fit):
+        rows = [part @ fit.weight.T + fit.bias for part in (queries, database)]
+        rows = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in rows]
+        return ((rows[0] @ rows[1].T).argmax(1) == np.arange(60)).mean()
+
+    learned = found(fit_place_whitening(seen, queries - database, 8))
+    assert learned > found(fit_wpca(seen, 8)) + 0.1 and learned > 0.9
+
+
+def test_place_whitening_to_the_power_0_is_a_rotation():
+    rng = np.random.default_rng(5)
+    samples, differences = rng.standard_normal((40, 12)), rng.standard_normal((10, 12))
+    rotated = fit_place_whitening(samples, differences, 6, whitening=0.0)
+    plain = fit_wpca(samples, 6, whitening=0.0)
+    np.testing.assert_allclose(np.abs(rotated.weight), np.abs(plain.weight), atol=1e-9)
+    np.testing.assert_allclose(rotated.eigenvalues, plain.eigenvalues, atol=1e-9)

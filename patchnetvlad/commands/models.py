@@ -88,3 +88,31 @@ def _pictures(args: argparse.Namespace) -> dict[Path, list[Path]]:
         raise UserError("--dataset_file_path: a list belongs to one folder, and --dataset_root_dir names more")
     listed = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), roots[0])
     return {listed.source: list(listed.paths)}
+
+
+def combine_models(arguments: Sequence[str] | None = None) -> int:
+    """Join the global descriptors of one model and the patches of another."""
+    parser = Parser(
+        "Write a checkpoint with the global descriptors of one model and the patches of another: backbone and "
+        "patch_backbone of a configuration.",
+        "combine_models.py",
+    )
+    parser.add_argument("--global_path", required=True, metavar="FILE", help="checkpoint for retrieval")
+    parser.add_argument(
+        "--num_pcs", type=int, metavar="D", help="dimensions of both; without it, as many as the one with fewer has"
+    )
+    parser.add_argument("--patches_path", required=True, metavar="FILE", help="checkpoint for patches")
+    parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
+    return command_line.run(parser, _combine, arguments)
+
+
+def _combine(args: argparse.Namespace) -> None:
+    if args.num_pcs is not None and args.num_pcs < 1:
+        raise UserError("--num_pcs must be 1 or more")
+    paths = [require_file(path, "pretrained_models") for path in (args.global_path, args.patches_path)]
+    from patchnetvlad.checkpoints import join_models, read_checkpoint, write_checkpoint
+
+    first, second = map(read_checkpoint, paths)
+    model = join_models(first, second, args.num_pcs)
+    write_checkpoint(Path(args.output_path), model, half_precision_wpca=True)
+    print(f"model of {model.output_dims} dimensions in {args.output_path}")

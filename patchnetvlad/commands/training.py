@@ -65,15 +65,16 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
-    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-    own_pictures = command_line.file(args.dataset_csv, "--dataset_csv") if args.dataset_csv else None
+    places = _sources(args)
     resumed = require_file(args.resume_path, "pretrained_models") if args.resume_path else None
     from patchnetvlad.distributed import processes
-    from patchnetvlad.training_run import RunOptions, train_model
+    from patchnetvlad.training_run import RunOptions, Source, train_model
 
+    first, *more = (Source(*place) for place in places)
     options = RunOptions(
-        root,
-        own_pictures,
+        first.root,
+        first.training_csv,
+        tuple(more),
         Path(args.save_path) if args.save_path else None,
         args.identifier,
         Path(args.cache_path) if args.cache_path else None,
@@ -117,34 +118,55 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
 
 def _add_pca(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
-    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    places = _sources(args)
     resumed = require_file(args.resume_path, "pretrained_models")
     name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
     if name and args.dataset_csv:
         raise UserError("--dataset_csv: cannot be used together with a list")
-    own_pictures = command_line.file(args.dataset_csv, "--dataset_csv") if args.dataset_csv else None
-    pictures = read_image_list(require_file(name, "dataset_imagenames"), root) if name else None
+    if name and len(places) > 1:
+        raise UserError("--dataset_root_dir: a list belongs to one folder")
+    pictures = read_image_list(require_file(name, "dataset_imagenames"), places[0][0]) if name else None
     from patchnetvlad.model_fitting import add_wpca
-    from patchnetvlad.training_run import read_training_data
+    from patchnetvlad.training_run import Source, read_training_data
 
     if pictures is not None:
         source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
     else:
-        data = read_training_data(config, root, own_pictures)
-        source, paths = own_pictures or root, [path for city in data.train for path in city.database.paths]
+        sources = [Source(*place) for place in places]
+        data = read_training_data(config, sources)
+        source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
     written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
     print(f"checkpoint in {written}")
 
 
 def _add_dataset_options(parser: Parser) -> None:
     parser.add_argument(
-        "--dataset_root_dir", required=True, metavar="DIR", help="root of the MSLS tree, or of the pictures listed"
+        "--dataset_root_dir",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="root of the MSLS tree, or of the pictures listed; several, each with its --dataset_csv, are one dataset",
     )
     parser.add_argument(
         "--dataset_csv",
+        nargs="+",
         metavar="CSV",
-        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role",
+        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role; one "
+        "for each root in their order, with - for an MSLS tree",
     )
+
+
+def _sources(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
+    """Each folder of pictures with its table, None for an MSLS tree."""
+    roots = [command_line.folder(folder, "--dataset_root_dir") for folder in args.dataset_root_dir]
+    tables = args.dataset_csv or ["-"]
+    if len(roots) != len(tables):
+        raise UserError(
+            f"--dataset_csv: expected one for each of the {len(roots)} folders of --dataset_root_dir, found "
+            f"{len(tables) if args.dataset_csv else 'none'} (- stands for an MSLS tree)"
+        )
+    pairs = zip(roots, tables, strict=True)
+    return [(root, None if table == "-" else command_line.file(table, "--dataset_csv")) for root, table in pairs]
 
 
 def _add_threads_option(parser: Parser) -> None:

@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 
+from patchnetvlad.encoders.half_size import HalfSize
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
 from patchnetvlad.encoders.timm_encoder import TimmEncoder
@@ -12,12 +13,14 @@ from patchnetvlad.encoders.vgg16 import VGG16
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry
 
-# What stands behind a colon of the name are arguments: timm:NAME:LAYER
+# What stands behind a colon of the name are arguments: timm:NAME:LAYER, half:ENCODER
 ENCODERS: dict[str, Callable[..., Encoder]] = {
     "vgg16": VGG16,
     "rootsift": DenseRootSIFT,
     "timm": TimmEncoder,
+    "half": lambda *name: HalfSize(make_encoder(":".join(name))),
 }
+_WITH_ARGUMENTS = ("timm", "half")
 ALIASES = {
     "resnet50": "timm:resnet50.tv2_in1k:layer3",
     "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
@@ -52,9 +55,9 @@ def is_encoder(name: str) -> bool:
 
 def _kind(name: str) -> tuple[Callable[..., Encoder], list[str]]:
     kind, *arguments = ALIASES.get(name, name).split(":", 2)
-    if kind not in ENCODERS or (arguments and kind != "timm"):
+    if kind not in ENCODERS or (arguments and kind not in _WITH_ARGUMENTS):
         raise UserError(
             f"[global_params] backbone = {name}: expected one of {', '.join([*ENCODERS, *ALIASES])} (timm as "
-            "timm:NAME or timm:NAME:LAYER)"
+            "timm:NAME or timm:NAME:LAYER, half as half:ENCODER)"
         )
     return ENCODERS[kind], arguments

@@ -45,18 +45,23 @@ class ExportableModel(nn.Module):
         self.register_buffer("_std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        feature_map = self.model.encoder((pictures - self.get_buffer("_mean")) / self.get_buffer("_std"))
+        normalised = (pictures - self.get_buffer("_mean")) / self.get_buffer("_std")
+        feature_map = self.model.encoder(normalised)
         pool = self.model.pool
         if not isinstance(pool, NetVLAD):
             return (self.model.whiten(pool(feature_map)),)
         local, assignment = pool.assign(feature_map)
         outputs = [self.model.whiten(pool.aggregate(local, assignment))]
+        branch = self.model.patch_branch
+        if branch is not None:
+            pool = branch.pool
+            local, assignment = pool.assign(branch.encoder(normalised))
         if self.model.patch_sizes:
             residuals = (local.unsqueeze(3) - pool.centroids) * assignment.unsqueeze(4)  # N×H×W×K×C
             residuals = residuals.flatten(3).permute(0, 3, 1, 2)  # N×(K·C)×H×W
             for size, stride in zip(self.model.patch_sizes, self.model.strides, strict=True):
                 means = F.avg_pool2d(residuals, size, stride).flatten(2).transpose(1, 2)  # N×P×(K·C)
-                outputs.append(self.model.whiten(intra_normalised(means.unflatten(2, pool.centroids.shape))))
+                outputs.append(self.model.whiten_patches(intra_normalised(means.unflatten(2, pool.centroids.shape))))
         return tuple(outputs)
 
     @property

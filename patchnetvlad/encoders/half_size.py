@@ -1,0 +1,38 @@
+"""Any encoder, shown pictures of half their size: a quarter of the work, and twice the view of each position."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.patch_grid import EncoderGeometry
+
+
+class HalfSize(Encoder):
+    """Means of 2×2 pixels, then another encoder; strides count pixels of the whole picture. Keys are the encoder's."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.channels = encoder.channels
+        seen = encoder.geometry
+        self.geometry = EncoderGeometry(2 * seen.stride, 2 * seen.receptive_field, 2 * seen.padding)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return cast(Tensor, self.encoder(F.avg_pool2d(pictures, 2)))
+
+    def last_stage(self) -> tuple[str, ...]:
+        return tuple(f"encoder.{name}" for name in self.encoder.last_stage())
+
+    def in_two(self) -> tuple[nn.Module, nn.Module]:
+        before, learned = self.encoder.in_two()
+        return nn.Sequential(nn.AvgPool2d(2), before), learned
+
+    def published_state(self) -> Mapping[str, Tensor]:
+        return {f"encoder.{key}": value for key, value in self.encoder.published_state().items()}
+
+    def own_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        inner = {key.removeprefix("encoder."): value for key, value in state.items()}
+        return {f"encoder.{key}": value for key, value in self.encoder.own_state(inner).items()}
