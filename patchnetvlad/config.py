@@ -9,6 +9,7 @@ from patchnetvlad.config_values import (
     code_bytes,
     flag,
     list_of,
+    names,
     optional,
     real,
     recall_counts,
@@ -134,6 +135,8 @@ class TrainConfig:
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
     loss: str = setting("triplet", some_text())  # one of losses.LOSSES
+    # Changes that happen to queries by chance, others in every epoch; of picture_changes.CHANGES.
+    augmentation: tuple[str, ...] = setting((), names())
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too
@@ -163,7 +166,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration; ``path``, the file that it came from, takes no part in equality.
+    """One configuration; ``path``, its file, and ``overrides``, section.key=value in place of the file's keys, take no
+    part in equality.
 
     Weights that are not given become 0.45, 0.15, 0.4 for three patch sizes, otherwise equal ones of sum 1.
     Raises UserError when the numbers of patch sizes and strides differ.
@@ -174,12 +178,14 @@ class Config:
     global_params: GlobalParams = GlobalParams()
     train: TrainConfig = TrainConfig()
     path: Path | None = field(default=None, compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
         if len(strides) != len(sizes):
+            place = self._place("global_params.strides", "global_params.patch_sizes")
             raise UserError(
-                f"{self._place}: [global_params] strides = {value_text(strides)}: expected one stride for "
+                f"{place}: [global_params] strides = {value_text(strides)}: expected one stride for "
                 f"each of patch_sizes = {value_text(sizes)}"
             )
         if not self.feature_match.patchweights2use:
@@ -188,8 +194,11 @@ class Config:
             matching = replace(self.feature_match, patchweights2use=weights)
             object.__setattr__(self, "feature_match", matching)
 
-    @property
-    def _place(self) -> str:
+    def _place(self, *keys: str) -> str:
+        """Whose mistake it is when keys, as section.key, do not fit: the last override of one of them, or the file."""
+        for override in reversed(self.overrides):
+            if override.partition("=")[0].strip().lower() in keys:
+                return f"--set {override}"
         return str(self.path or "configuration")
 
     def find_checkpoint(self) -> Path | None:
@@ -209,8 +218,9 @@ class Config:
         """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""
         sizes, weights = self.global_params.patch_sizes, self.feature_match.patchweights2use
         if len(weights) != len(sizes):
+            place = self._place("feature_match.patchweights2use", "global_params.patch_sizes")
             raise UserError(
-                f"{self._place}: [feature_match] patchweights2use = {value_text(weights)}: expected one weight "
+                f"{place}: [feature_match] patchweights2use = {value_text(weights)}: expected one weight "
                 f"for each of patch_sizes = {value_text(sizes)}"
             )
         self._check_picture_size("feature_match", self.feature_match)
@@ -238,8 +248,9 @@ class Config:
         self._check_picture_size("train", self.train)
         near, far = self.train.positive_radius, self.train.negative_radius
         if near > far:
+            place = self._place("train.positive_radius", "train.negative_radius")
             raise UserError(
-                f"{self._place}: [train] positive_radius = {near:g}: expected at most negative_radius = {far:g} "
+                f"{place}: [train] positive_radius = {near:g}: expected at most negative_radius = {far:g} "
                 "(a picture would be positive and negative)"
             )
 
@@ -247,8 +258,9 @@ class Config:
         for key in PICTURE_SIZE:
             here, extraction = getattr(values, key), getattr(self.feature_extract, key)
             if here != extraction:
+                place = self._place(f"{section}.{key}", f"feature_extract.{key}")
                 raise UserError(
-                    f"{self._place}: [{section}] {key} = {here}: expected {extraction} as in "
+                    f"{place}: [{section}] {key} = {here}: expected {extraction} as in "
                     "[feature_extract] (descriptors of differently resized pictures do not match: set both)"
                 )
 

@@ -14,15 +14,12 @@ from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import BUILT_INDEX, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header
-from patchnetvlad.feature_cache import cache_bytes
-from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json, write_judged
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall
@@ -38,6 +35,9 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
+from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Sources:
     index_features: Path
     ground_truth: Path | None = None
     radius: float | None = None  # takes the place of the ground truth's posDistThr
+    unit: str | None = None  # takes the place of the ground truth's, of which published ones have none
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,9 @@ class Evaluation:
     def protocol(self) -> Protocol | None:
         """What was compared; None without ground truth."""
         truth = self.ground_truth
-        return None if truth is None else Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius)
+        return (
+            None if truth is None else Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius, truth.unit)
+        )
 
     def lines(self, details: bool = False) -> list[str]:
         """The measures as a table for people; empty without ground truth."""
@@ -256,7 +259,7 @@ def _judge(
 def _ground_truth(sources: Sources, config: Config, queries: ImageList, database: ImageList) -> GroundTruth | None:
     if sources.ground_truth is None:
         return None
-    truth = read_ground_truth(sources.ground_truth, len(queries), len(database), sources.radius)
+    truth = read_ground_truth(sources.ground_truth, queries.names, database.names, sources.radius, sources.unit)
     check_panoramas(config.feature_match.panorama_cutouts, len(database), truth.utm_database)
     if config.feature_match.panorama_cutouts == 1 and looks_like_cutouts(truth.utm_database):
         logger.warning(

@@ -14,19 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
-from patchnetvlad.config import Config
+from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.encoders import encoder_geometry
+from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import array_file_bytes, read_patch_codec
-from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
-from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import image_batches, prepare_image, read_image, require_readable
+from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
+from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def describe_list(
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,
             size.imageresizeh,
@@ -251,6 +252,19 @@ def _announce(
         _duration(seconds),
     )
     check_disk(folder, num_bytes)
+
+
+def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
+    reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
+    if reshaped:
+        logger.info(
+            "%d of %d pictures have other proportions than %d×%d and are stretched (imageresizew and imageresizeh; 0 "
+            "keeps each picture's own size)",
+            reshaped,
+            len(set(paths)),
+            size.imageresizew,
+            size.imageresizeh,
+        )
 
 
 def _amount(num_bytes: float) -> str:

@@ -1,10 +1,12 @@
 """Which database pictures truly show the place of a query: ground-truth files and the radius around a query."""
 
+import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,14 @@ from scipy.spatial import KDTree
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, writing
+from patchnetvlad.image_lists import hash_names
+
+UNKNOWN_UNIT = "units of the ground truth"
+
+Listed: TypeAlias = Sequence[str] | int
+"""The names of a picture list, or how many they are where they are not at hand."""
+
+_LIST_KEYS = ("listQ", "listDb")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +29,15 @@ class GroundTruth:
     """Coordinates of all pictures and the distance within which two show one place.
 
     utm_query: float64 nQ×c and utm_database: float64 M×c, row i belongs to line i of the list. c ≥ 2, usually easting
-    and northing in metres, or frame numbers; radius: in the same unit.
+    and northing in metres, or frame numbers; radius: in the same unit; unit: what that is called, in the plural (m,
+    frames); lists: digests of the query and the database list, by `hash_names`, None where not known.
     """
 
     utm_query: NDArray[np.float64]
     utm_database: NDArray[np.float64]
     radius: float
+    unit: str = UNKNOWN_UNIT
+    lists: tuple[str | None, str | None] = (None, None)
 
     def positives(self) -> list[NDArray[np.int64]]:
         """Rows of the database within the radius of each query, ascending; a distance equal to it counts.
@@ -43,12 +56,26 @@ class GroundTruth:
         ]
 
 
-def read_ground_truth(path: Path, num_queries: int, num_database: int, radius: float | None = None) -> GroundTruth:
-    """Read utmQ, utmDb and posDistThr from an .npz file; radius takes the place of posDistThr.
+def with_unit(value: float, unit: str) -> str:
+    """A distance for people: 25 m, 1 frame, 2 frames."""
+    return f"{value:g} {one_of(unit) if value == 1 else unit}"
 
-    num_queries, num_database: lengths of the lists that the coordinates belong to.
+
+def one_of(unit: str) -> str:
+    """A unit in the singular: frame, unit of the ground truth."""
+    return re.sub(r"(?<=[a-z]{2})s\b", "", unit, count=1)
+
+
+def read_ground_truth(
+    path: Path, queries: Listed, database_list: Listed, radius: float | None = None, unit: str | None = None
+) -> GroundTruth:
+    """Read utmQ, utmDb and posDistThr from an .npz file; radius and unit take the place of the file's.
+
+    queries, database_list: the lists that the coordinates belong to. The makers' files have a digest of each, by
+    which another list of the same length is refused; published files have none, nor a unit.
     Raises UserError for a file, key, shape, length, type or value that cannot be right.
     """
+    num_queries, num_database = (names if isinstance(names, int) else len(names) for names in (queries, database_list))
     arrays = _read_arrays(path, ("utmQ", "utmDb") if radius is not None else ("utmQ", "utmDb", "posDistThr"))
     query = _coordinates(path, "utmQ", arrays["utmQ"])
     database = _coordinates(path, "utmDb", arrays["utmDb"])
@@ -80,7 +107,20 @@ def read_ground_truth(path: Path, num_queries: int, num_database: int, radius: f
         place = f"--posDistThr {radius}"
     if not (np.isfinite(radius) and radius >= 0):
         raise UserError(f"{place}: expected a distance of 0 or more")
-    return GroundTruth(query, database, float(radius))
+    texts = [_text(path, key) for key in ("unit", *_LIST_KEYS)]
+    truth = GroundTruth(query, database, float(radius), unit or texts[0] or UNKNOWN_UNIT, (texts[1], texts[2]))
+    check_lists(path, truth, queries, database_list)
+    return truth
+
+
+def check_lists(path: Path, truth: GroundTruth, queries: Listed, database: Listed) -> None:
+    """Raises UserError when names that are at hand are not those that a ground truth was made for."""
+    for whose, digest, names in (("query", truth.lists[0], queries), ("index", truth.lists[1], database)):
+        if digest is not None and not isinstance(names, int) and hash_names(names) != digest:
+            raise UserError(
+                f"{path}: was made for another {whose} list, of other names or in another order: row i belongs to "
+                "line i (give the list that was written with it, or make the ground truth again)"
+            )
 
 
 def write_ground_truth(
@@ -88,16 +128,20 @@ def write_ground_truth(
     query: NDArray[np.number],
     database: NDArray[np.number],
     radius: float,
+    unit: str,
+    lists: tuple[Sequence[str], Sequence[str]],
     zone: str | None = None,
 ) -> None:
-    """Write utmQ, utmDb and posDistThr, with zone also utmZone (such as 17N), complete or not at all.
+    """Write utmQ, utmDb and posDistThr, complete or not at all; beside them unit, and digests of both lists' names.
 
-    Whole numbers stay whole, as in the published files.
+    zone: also written, as utmZone (such as 17N). Whole numbers stay whole, as in the published files.
     """
     arrays: dict[str, NDArray[np.generic]] = {
         "utmQ": query,
         "utmDb": database,
         "posDistThr": np.array(int(radius) if float(radius).is_integer() else radius),
+        "unit": np.array(unit),
+        **{key: np.array(hash_names(names)) for key, names in zip(_LIST_KEYS, lists, strict=True)},
     }
     if zone is not None:
         arrays["utmZone"] = np.array(zone)
@@ -113,8 +157,13 @@ def ground_truth_lengths(path: Path) -> tuple[int, int]:
 
 def read_zone(path: Path) -> str | None:
     """The UTM zone (such as 17N) of a ground truth that read_ground_truth reads; None where it keeps none."""
+    return _text(path, "utmZone")
+
+
+def _text(path: Path, key: str) -> str | None:
+    """A text of a file that `_read_arrays` reads; None where it has no such key."""
     with np.load(path, allow_pickle=False) as arrays:
-        return str(arrays["utmZone"]) if "utmZone" in arrays.files else None
+        return str(arrays[key]) if key in arrays.files and arrays[key].size == 1 else None
 
 
 def _within(

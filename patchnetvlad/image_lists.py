@@ -1,6 +1,7 @@
 """Lists of pictures, read and written, and the names under which the pictures' features are stored."""
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -122,7 +123,7 @@ def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:
         raise UserError(f"{root}: no such folder")
     names = [file.relative_to(root).as_posix() for file in _pictures(root, recursive)]
     if not names:
-        hint = "" if recursive else " (folders within are entered only on request)"
+        hint = "" if recursive else " (folders within are entered with --recursive)"
         raise UserError(f"{root}: holds no picture{hint}")
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
 
@@ -159,6 +160,11 @@ def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None
             )
             taken.add(_file_system_key(chosen[name]))
     return tuple(chosen[name] for name in names)
+
+
+def hash_names(names: Sequence[str]) -> str:
+    """SHA-256 of a list of names, their order included, in hexadecimal."""
+    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
 
 
 def _name_below(root: Path, line: str) -> str:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,6 +37,9 @@ R = TypeVar("R")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ChangePicture = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
+"""A picture's index and its H×W×3 RGB → the picture as it is to be seen, of the same size."""
 
 _PROBLEMS_SHOWN = 10
 _TIMED = 100  # pictures whose checking tells how long the others will take
@@ -116,8 +120,7 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
 
     Bilinear with antialiasing, to [0, 1], then ImageNet's mean and standard deviation.
     """
-    if height > 0 and width > 0:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    picture = _resized(picture, height, width)
     # In NumPy, with the result of torchvision's to_tensor and normalize bit for bit: torch would start a team
     # of threads of its own in each loading thread.
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)  # H×W×3 → 3×H×W
@@ -127,20 +130,49 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-class ImageDataset(Dataset[tuple[int, Tensor]]):
-    """Pictures as (index, 3×H×W tensor); UserError names one that cannot be read."""
+def count_reshaped(
+    paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False, workers: int = 4
+) -> int:
+    """How many pictures have other proportions than width to height by over 1 %: resizing stretches what they show.
 
-    def __init__(self, paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False) -> None:
+    Only headers are read. None where pictures keep their own size (height or width of 0 or less).
+    """
+    if min(height, width) <= 0:
+        return 0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        sizes = pool.map(lambda path: _size(path, exif_rotation), dict.fromkeys(paths))
+        return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
+
+
+def _resized(picture: Image.Image, height: int, width: int) -> Image.Image:
+    return picture.resize((width, height), Image.Resampling.BILINEAR) if min(height, width) > 0 else picture
+
+
+class ImageDataset(Dataset[tuple[int, Tensor]]):
+    """Pictures as (index, 3×H×W tensor), resized and then changed; UserError names one that cannot be read."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        height: int,
+        width: int,
+        exif_rotation: bool = False,
+        change: ChangePicture | None = None,
+    ) -> None:
         self.paths = tuple(paths)
         self.height = height
         self.width = width
         self.exif_rotation = exif_rotation
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         picture = read_image(self.paths[index], self.exif_rotation)
+        if self.change is not None:
+            picture = _resized(picture, self.height, self.width)
+            picture = Image.fromarray(self.change(index, np.asarray(picture)))
         return index, prepare_image(picture, self.height, self.width)
 
 
@@ -152,15 +184,17 @@ def image_batches(
     threads: int = 4,
     exif_rotation: bool = False,
     indices: Sequence[int] | None = None,
+    change: ChangePicture | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of all pictures, or of those at ``indices``: (indices into ``paths``, N×3×H×W float32).
 
     N is at most ``batch_size``. ``threads`` load a few batches ahead of the caller's computing; with 0 each
     batch is loaded when it is asked for. Pictures come in the order of ``indices``. Where they keep their own
     size (height or width of 0 or less) a batch gathers pictures of one size from the whole list, and batches
-    come in the order of their first pictures. Raises UserError naming a picture that cannot be read.
+    come in the order of their first pictures. ``change`` alters pictures before they are normalised.
+    Raises UserError naming a picture that cannot be read.
     """
-    dataset = ImageDataset(paths, height, width, exif_rotation)
+    dataset = ImageDataset(paths, height, width, exif_rotation, change)
     wanted = range(len(paths)) if indices is None else indices
     if height > 0 and width > 0:
         batches = [list(wanted[start : start + batch_size]) for start in range(0, len(wanted), batch_size)]
@@ -200,9 +234,7 @@ def _batches_of_one_size(
     """Indices in batches of one picture size, read from the files' headers."""
 
     def size(index: int) -> tuple[int, int]:
-        with _opened(dataset.paths[index]) as picture:
-            turned = dataset.exif_rotation and _orientation(picture) in _SIDEWAYS
-            return picture.size[::-1] if turned else picture.size
+        return _size(dataset.paths[index], dataset.exif_rotation)
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}  # the newest batch of each size
@@ -213,6 +245,13 @@ def _batches_of_one_size(
             batches.append(batch)
         batch.append(index)
     return batches
+
+
+def _size(path: Path, exif_rotation: bool) -> tuple[int, int]:
+    """Width and height of a picture from its file's header."""
+    with _opened(path) as picture:
+        turned = exif_rotation and _orientation(picture) in _SIDEWAYS
+        return picture.size[::-1] if turned else picture.size
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import write_text, writing
+from patchnetvlad.ground_truth import UNKNOWN_UNIT, with_unit
 from patchnetvlad.measures import LEVEL, Judged, Measures, join, measure
 
 _CURVE_POINTS = 200  # of precision against recall, in the JSON
@@ -17,15 +18,17 @@ _CURVE_POINTS = 200  # of precision against recall, in the JSON
 
 @dataclass(frozen=True)
 class Protocol:
-    """What was compared: lengths of the lists, and the distance within which two pictures match."""
+    """What was compared: lengths of the lists, and the distance within which two pictures match, with its unit."""
 
     queries: int
     database: int
     radius: float
+    unit: str = UNKNOWN_UNIT
 
     def line(self) -> str:
         """For a person."""
-        return f"{self.queries} queries against {self.database} pictures, a match within {self.radius:g}"
+        radius = with_unit(self.radius, self.unit)
+        return f"{self.queries} queries against {self.database} pictures, a match within {radius}"
 
 
 def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details: bool = False) -> list[str]:
@@ -69,6 +72,7 @@ def measure_record(protocol: Protocol, measures: Mapping[str, Measures]) -> dict
             "queries": protocol.queries,
             "database": protocol.database,
             "radius": protocol.radius,
+            "unit": protocol.unit,
             "queries_without_match": first.num_without_match,
         },
         "recalls": {name: _recalls(measured) for name, measured in measures.items()},
@@ -93,6 +97,7 @@ def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -
         "methods": np.array(list(judged), dtype=np.str_),
         "database": np.array(protocol.database),
         "radius": np.array(protocol.radius),
+        "unit": np.array(protocol.unit),
     }
     for name, part in judged.items():
         arrays |= {f"{name}/hits": part.hits, f"{name}/num_matches": part.num_matches}
@@ -115,7 +120,8 @@ def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
                 for name in arrays["methods"].tolist()
             }
             num_queries = len(next(iter(judged.values())).hits)
-            return Protocol(num_queries, int(arrays["database"]), float(arrays["radius"])), judged
+            unit = str(arrays["unit"]) if "unit" in arrays.files else UNKNOWN_UNIT
+            return Protocol(num_queries, int(arrays["database"]), float(arrays["radius"]), unit), judged
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror or error} (a matching run without ground truth?)"
@@ -129,13 +135,15 @@ def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, 
     runs = [read_judged(folder / "judged.npz") for folder in results]
     first, stages = runs[0]
     for (protocol, judged), folder in zip(runs, results, strict=True):
-        if protocol.radius != first.radius or judged.keys() != stages.keys():
-            raise UserError(
-                f"{folder}: a match within {protocol.radius:g}, by {', '.join(judged)}; {results[0]}: within "
-                f"{first.radius:g}, by {', '.join(stages)}: only runs of one kind can be joined"
-            )
+        kinds = [(one.radius, one.unit, list(by)) for one, by in ((protocol, judged), (first, stages))]
+        if kinds[0] != kinds[1]:
+            said = [f"a match within {with_unit(radius, unit)}, by {', '.join(by)}" for radius, unit, by in kinds]
+            raise UserError(f"{folder}: {said[0]}; {results[0]}: {said[1]}: only runs of one kind can be joined")
     whole = Protocol(
-        sum(protocol.queries for protocol, _ in runs), sum(protocol.database for protocol, _ in runs), first.radius
+        sum(protocol.queries for protocol, _ in runs),
+        sum(protocol.database for protocol, _ in runs),
+        first.radius,
+        first.unit,
     )
     return whole, {stage: measure(join([judged[stage] for _, judged in runs]), n_values) for stage in stages}
 

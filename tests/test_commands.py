@@ -18,6 +18,7 @@ from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_fi
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.models import download_models, fit_model
 from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -290,6 +291,8 @@ def test_one_picture_database(small_model, features, tmp_path):
 
 
 def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
+    shuffled = tmp_path / "shuffled.txt"
+    shuffled.write_text("".join(reversed(require_file(QUERY_LIST, "dataset_imagenames").open().readlines())))
     cases = [
         (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
         (["--set", "feature_match.mather=RANSAC"], {}, "mather"),
@@ -301,6 +304,8 @@ def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
         ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
         ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
         ([], {"truth": "absent.npz"}, "absent.npz"),
+        ([], {"query_list": shuffled}, "example.npz: was made for another query list"),
+        (["--distance_unit", "frames"], {"truth": None}, "--distance_unit: needs --ground_truth_path"),
         (["--device", "gpu"], {}, "--device: gpu"),
         (["--posDistThr", "-1"], {}, "-1"),
     ]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
+from patchnetvlad.ground_truth import UNKNOWN_UNIT, GroundTruth, read_ground_truth, with_unit, write_ground_truth
 
 QUERY = np.array([[0.0, 0.0], [100.0, 0.0]])
 DATABASE = np.array([[3.0, 4.0], [0.0, 5.1], [100.0, 0.0]])
@@ -149,3 +149,37 @@ def test_published_files(real_data, name, num_queries, num_database, radius):
         assert positives[query].tolist() == np.flatnonzero(distances <= radius).tolist()
     if name == "nordland":  # (i, i) for frame i: a radius of 10 is 7 frames
         assert positives[100].tolist() == list(range(93, 108))
+
+
+@pytest.mark.parametrize(
+    "value,unit,said",
+    [
+        (25, "m", "25 m"),
+        (1, "m", "1 m"),
+        (1, "frames", "1 frame"),
+        (2.5, "frames", "2.5 frames"),
+        (1, "model units", "1 model unit"),
+        (1, UNKNOWN_UNIT, "1 unit of the ground truth"),
+    ],
+)
+def test_distances_have_a_unit(value, unit, said):
+    assert with_unit(value, unit) == said
+
+
+def test_a_file_keeps_its_unit_unless_another_is_given(tmp_path):
+    path, names = tmp_path / "gt.npz", (["a", "b"], ["c", "d", "e"])
+    write_ground_truth(path, QUERY, DATABASE, 5, "frames", names)
+    assert read_ground_truth(path, *names).unit == "frames"
+    assert read_ground_truth(path, 2, 3, unit="yards").unit == "yards"
+    assert read_ground_truth(write(tmp_path / "published.npz"), *names).unit == UNKNOWN_UNIT
+
+
+def test_another_list_of_the_same_length_is_refused(tmp_path):
+    path = tmp_path / "gt.npz"
+    write_ground_truth(path, QUERY, DATABASE, 5, "m", (["a", "b"], ["c", "d", "e"]))
+    for queries, database, whose in ((["b", "a"], ["c", "d", "e"], "query"), (2, ["c", "d", "f"], "index")):
+        with pytest.raises(UserError, match=f"made for another {whose} list"):
+            read_ground_truth(path, queries, database)
+    assert lists(read_ground_truth(path, ["a", "b"], 3)) == [[0], [2]]
+    published = write(tmp_path / "published.npz")
+    assert lists(read_ground_truth(published, ["b", "a"], ["x", "y", "z"])) == [[0], [2]]

@@ -112,9 +112,9 @@ def test_nothing_to_measure_is_not_a_number():
 
 def test_table_and_record():
     measures = {"NetVLAD": measure(judge(PREDICTIONS, POSITIVES, np.array([0.1, 0.9, 0.3, 0.2])), (1, 3, 5))}
-    protocol = Protocol(4, 10, 25.0)
+    protocol = Protocol(4, 10, 25.0, "m")
     assert measure_lines(protocol, measures) == [
-        "4 queries against 10 pictures, a match within 25; 1 queries have no match",
+        "4 queries against 10 pictures, a match within 25 m; 1 queries have no match",
         "Recall@N (%)                  1      3      5",
         "NetVLAD                    25.0   50.0   50.0",
         "NetVLAD, with a match      33.3   66.7   66.7",
@@ -123,7 +123,13 @@ def test_table_and_record():
     detailed = "\n".join(measure_lines(protocol, measures, details=True))
     assert "mAP@N (MSLS), NetVLAD" in detailed and "recall at 100 % precision 33.3 %" in detailed
     record = measure_record(protocol, measures)
-    assert record["protocol"] == {"queries": 4, "database": 10, "radius": 25.0, "queries_without_match": 1}
+    assert record["protocol"] == {
+        "queries": 4,
+        "database": 10,
+        "radius": 25.0,
+        "unit": "m",
+        "queries_without_match": 1,
+    }
     assert record["recalls"]["NetVLAD"]["all_queries"] == {"1": 0.25, "3": 0.5, "5": 0.5}
     low, high = record["recalls"]["NetVLAD"]["all_queries_interval"]["3"]
     assert 0 <= low < 0.5 < high <= 1

@@ -128,6 +128,7 @@ def measure(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--posDistThr", type=float, metavar="DISTANCE", help="not the ground truth's, with --predictions"
     )
+    parser.add_argument("--distance_unit", metavar="UNIT", help="not the ground truth's, with --predictions")
     parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="with --predictions")
     parser.add_argument("--n_values", nargs="+", type=int, default=[1, 5, 10, 20], metavar="N", help="N of Recall@N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -238,14 +239,18 @@ def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str,
     from patchnetvlad.ground_truth import read_ground_truth
 
     truth = read_ground_truth(
-        require_file(args.ground_truth_path, "dataset_gt_files"), len(queries), len(database), args.posDistThr
+        require_file(args.ground_truth_path, "dataset_gt_files"),
+        queries.names,
+        database.names,
+        args.posDistThr,
+        args.distance_unit,
     )
     positives = truth.positives()
     measures = {}
     for given in args.predictions:
         predicted = read_predictions(_path(given), queries.names, database.names).indices
         measures[_name(given)] = measure_judged(judge(predicted, positives), args.n_values)
-    return Protocol(len(queries), len(database), truth.radius), measures
+    return Protocol(len(queries), len(database), truth.radius, truth.unit), measures
 
 
 def _name(given: str) -> str:

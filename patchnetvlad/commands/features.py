@@ -165,14 +165,15 @@ def _add_result_options(parser: Parser) -> None:
         "--report", action="store_true", help="write report.html too: curves, a map, every query with its candidates"
     )
     parser.add_argument(
-        "--distance_unit", default="m", metavar="UNIT", help="of the ground truth's coordinates, for the report"
+        "--distance_unit", metavar="UNIT", help="of the ground truth's coordinates (m, frames), not the file's"
     )
 
 
 def _match(args: argparse.Namespace) -> None:
     truth = None if args.ground_truth_path in (None, "None", "") else args.ground_truth_path
-    if truth is None and args.posDistThr is not None:
-        raise UserError("--posDistThr: needs --ground_truth_path, whose distance it takes the place of")
+    for option, given in (("--posDistThr", args.posDistThr), ("--distance_unit", args.distance_unit)):
+        if truth is None and given is not None:
+            raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
     config = command_line.configuration(args)
     config.check_matching()
@@ -191,13 +192,14 @@ def _match(args: argparse.Namespace) -> None:
     from patchnetvlad.evaluation import Sources, add_city, evaluate, open_run, write_results
 
     results, progress = Path(args.result_save_folder), command_line.progress(args)
-    sources = Sources(root, query_list, index_list, query_features, index_features, truth_path, args.posDistThr)
+    own_truth = (truth_path, args.posDistThr, args.distance_unit)
+    sources = Sources(root, query_list, index_list, query_features, index_features, *own_truth)
     with command_line.log_file(results / "match.log"):
         with open_run(config, sources, command_line.device(args), progress) as run:
             evaluation = evaluate(run, progress)
             write_results(evaluation, results, args.formats)
             if args.report:
-                _write_report(results / "report.html", run, evaluation, args.distance_unit, progress)
+                _write_report(results / "report.html", run, evaluation, progress)
         for line in evaluation.lines(details=True):
             logger.debug(line)
         if args.msls_predictions is not None:
@@ -205,9 +207,9 @@ def _match(args: argparse.Namespace) -> None:
     print("\n".join([*evaluation.lines(args.details), f"results in {results}"]))
 
 
-def _write_report(path: Path, run: "MatchingRun", evaluation: "Evaluation", unit: str, progress: bool) -> None:
+def _write_report(path: Path, run: "MatchingRun", evaluation: "Evaluation", progress: bool) -> None:
     from patchnetvlad.report.page import write_report
     from patchnetvlad.report.run_content import run_content
 
-    size = write_report(path, run_content(run, evaluation, unit), progress)
+    size = write_report(path, run_content(run, evaluation), progress)
     logger.info("report: %s (%.1f MB)", path, size / 1e6)

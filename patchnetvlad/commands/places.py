@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
-from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone
+from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone, with_unit
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.localization.coordinates import parse_zone
 from patchnetvlad.localization.pose_approximation import (
@@ -149,13 +149,13 @@ def _locate(args: argparse.Namespace) -> None:
     kept = args.zone or read_zone(truth_path)
     zone = parse_zone(kept, "--zone") if kept else None
     located = _located_run(args, truth_path) if args.results else _located_pictures(args, truth_path)
-    from patchnetvlad.localization.locating import position_rows, write_positions
+    from patchnetvlad.localization.locating import position_lines, write_positions
 
+    unit = "m" if zone else read_ground_truth(truth_path, *ground_truth_lengths(truth_path)).unit
     if args.picture or not args.positions:
-        for row in position_rows(located, zone):
-            print(", ".join(f"{column} {value}" for column, value in row.items()))
+        print("\n".join(position_lines(located, zone, unit)))
     if args.results:
-        print("\n".join(_position_lines(located, truth_path)))
+        print("\n".join(_score_lines(located, truth_path, unit)))
     if args.positions:
         write_positions(args.positions, located, zone)
         print(f"positions in {args.positions}")
@@ -204,7 +204,7 @@ def _weighting(
         raise UserError(
             f"--approximation {args.approximation}: needs --query_input_features_dir and --index_input_features_dir"
         )
-    from patchnetvlad.feature_store import FeatureStore
+    from patchnetvlad.store.feature_store import FeatureStore
 
     vectors = []
     for pictures, folder in zip((queries, database), folders, strict=True):
@@ -230,7 +230,7 @@ def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
     truth = read_ground_truth(truth_path, *ground_truth_lengths(truth_path))
     from patchnetvlad.localization.locating import locate_run
 
-    return locate_run(args.results / "scores.npz", truth.utm_database, truth.radius)
+    return locate_run(args.results / "scores.npz", truth_path, truth)
 
 
 def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
@@ -242,7 +242,7 @@ def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Locate
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
     features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
     pictures = [_picture(path, root) for path in args.picture]
-    truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], len(database))
+    truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], database.names)
     config.require_checkpoint()
     from patchnetvlad.localization.locating import locate_pictures
 
@@ -259,16 +259,17 @@ def _picture(path: Path, root: Path) -> Path:
     raise UserError(f"--picture {path}: no such file, searched in {', '.join(str(place.parent) for place in places)}")
 
 
-def _position_lines(located: Sequence[Located], truth_path: Path) -> list[str]:
+def _score_lines(located: Sequence[Located], truth_path: Path, unit: str) -> list[str]:
     lengths = ground_truth_lengths(truth_path)
     if lengths[0] != len(located):
         return [f"{truth_path}: utmQ has {lengths[0]} rows for {len(located)} queries: positions are not scored"]
-    truth = read_ground_truth(truth_path, *lengths)
+    truth = read_ground_truth(truth_path, [one.query for one in located], lengths[1])
     score = score_positions([one.position for one in located], truth.utm_query)
     shares = ", ".join(
-        f"{100 * share:.1f} % within {limit:g}" for limit, share in zip(LIMITS, score.within, strict=True)
+        f"{100 * share:.1f} % within {with_unit(limit, unit)}"
+        for limit, share in zip(LIMITS, score.within, strict=True)
     )
     return [
-        f"{score.num_queries} queries: median error {score.median_error:.2f}, {shares} (unit of the coordinates); "
+        f"{score.num_queries} queries: median error {score.median_error:.2f} {unit}, {shares}; "
         f"{100 * score.covered:.1f} % lie within their radius of uncertainty"
     ]

@@ -43,7 +43,7 @@ def pose_files(
         if not poses:
             raise UserError(f"{given}: holds no pose")
         parts.append(_pictures({(Path(images) / name).as_posix(): pose for name, pose in poses.items()}))
-    return [Dataset(name, parts[0], parts[1], 5 if radius is None else radius)]
+    return [Dataset(name, parts[0], parts[1], 5 if radius is None else radius, "model units")]
 
 
 def _kapture_part(root: Path, folders: Sequence[str], only_posed: bool) -> tuple[Pictures, tuple[str, ...]]:

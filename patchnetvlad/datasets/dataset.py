@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of, write_text
-from patchnetvlad.ground_truth import GroundTruth, write_ground_truth
+from patchnetvlad.ground_truth import GroundTruth, with_unit, write_ground_truth
 from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
 from patchnetvlad.localization.coordinates import Zone
 
@@ -57,7 +57,10 @@ class Dataset:
         if self.queries.coordinates is None or self.database.coordinates is None:
             return None
         return GroundTruth(
-            self.queries.coordinates.astype(np.float64), self.database.coordinates.astype(np.float64), self.radius
+            self.queries.coordinates.astype(np.float64),
+            self.database.coordinates.astype(np.float64),
+            self.radius,
+            self.unit,
         )
 
     def noted(self, *notes: str) -> "Dataset":
@@ -136,7 +139,7 @@ def with_matches_only(dataset: Dataset) -> Dataset:
     rows = np.flatnonzero([len(rows) > 0 for rows in truth.positives()])
     dropped = len(dataset.queries) - len(rows)
     if not len(rows):
-        raise UserError(f"{dataset.name}: no query has a match within {dataset.radius:g} {dataset.unit}")
+        raise UserError(f"{dataset.name}: no query has a match within {with_unit(dataset.radius, dataset.unit)}")
     return replace(dataset, queries=dataset.queries.keep(rows)).noted(f"left out: {dropped} queries without a match")
 
 
@@ -156,6 +159,8 @@ def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> Dataset
             dataset.queries.coordinates,
             dataset.database.coordinates,
             dataset.radius,
+            dataset.unit,
+            (dataset.queries.names, dataset.database.names),
             str(dataset.zone) if dataset.zone else None,
         )
     return files
@@ -169,7 +174,7 @@ def summary(dataset: Dataset) -> list[str]:
         lines.append("  no coordinates of all pictures: lists only, no ground truth")
     else:
         without = sum(len(rows) == 0 for rows in truth.positives())
-        lines.append(f"  a match lies within {dataset.radius:g} {dataset.unit}; {without} queries have none")
+        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {without} queries have none")
         everything = np.concatenate([truth.utm_query, truth.utm_database])
         extent = ", ".join(
             f"{low:.1f} to {high:.1f}" for low, high in zip(everything.min(0), everything.max(0), strict=True)

@@ -17,7 +17,7 @@ from patchnetvlad.datasets.dataset import (
     write_dataset,
 )
 from patchnetvlad.datasets.matlab import pittsburgh, tokyo247
-from patchnetvlad.datasets.picture_names import at_names, exif, frames, nordland
+from patchnetvlad.datasets.picture_names import at_names, exif, folders, frames, nordland, pairs
 from patchnetvlad.mapillary import SUBTASKS
 
 
@@ -111,7 +111,37 @@ MAKERS: dict[str, Maker] = {
         ),
     ),
     "exif": Maker("folders of pictures with GPS positions", exif, (*_FOLDERS, _RADIUS, _NAME, _INCOMPLETE), True),
-    "frames": Maker("folders of frames, numbered along one way", frames, (*_FOLDERS, _RADIUS, _NAME)),
+    "frames": Maker(
+        "folders of frames, numbered along one way: frame N shows the same place in both",
+        frames,
+        (
+            *_FOLDERS,
+            _RADIUS,
+            _NAME,
+            Option(
+                "--offset",
+                {
+                    "type": int,
+                    "default": 0,
+                    "metavar": "FRAMES",
+                    "help": "frame N of the queries is where frame N + FRAMES of the database is",
+                },
+            ),
+        ),
+    ),
+    "pairs": Maker(
+        "two drives and a CSV file of pictures that show one place, in columns query and database",
+        pairs,
+        (
+            *_FOLDERS,
+            Option("--pairs_csv", {"type": Path, "required": True, "metavar": "CSV", "help": "the pairs, by name"}),
+            _RADIUS,
+            _NAME,
+            Option("--interpolate", {"action": "store_true", "help": "place queries between two of the file"}),
+            _INCOMPLETE,
+        ),
+    ),
+    "folders": Maker("folders of pictures without positions: lists only", folders, (*_FOLDERS, _NAME)),
     "poses": Maker(
         "COLMAP models or files of poses (NAME qw qx qy qz tx ty tz)",
         pose_files,

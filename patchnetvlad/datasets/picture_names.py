@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from patchnetvlad.csv_table import Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
@@ -67,11 +68,77 @@ def nordland(
     ]
 
 
-def frames(root: Path, queries: str, database: str, radius: float | None = None, name: str = "frames") -> list[Dataset]:
-    """Two folders of frames along one way; the last number in a picture's name is its place."""
-    return [
-        _by_frames(name, [_listed(root, folder) for folder in (queries, database)], 2 if radius is None else radius)
+def frames(
+    root: Path, queries: str, database: str, radius: float | None = None, name: str = "frames", offset: int = 0
+) -> list[Dataset]:
+    """Two folders of frames along one way; the last number in a picture's name is its place.
+
+    Frame N of the queries shows the place of frame N + offset of the database.
+    """
+    parts = [_listed(root, folder) for folder in (queries, database)]
+    return [_by_frames(name, parts, 2 if radius is None else radius, offset)]
+
+
+def pairs(
+    root: Path,
+    queries: str,
+    database: str,
+    pairs_csv: Path,
+    radius: float | None = None,
+    name: str = "pairs",
+    interpolate: bool = False,
+    incomplete: str = "error",
+) -> list[Dataset]:
+    """Two folders of pictures in the order in which they were taken, and a CSV file of pictures that show one place.
+
+    Its columns query and database hold names as listed, or as they are within their folders. The coordinate is the
+    picture's place in the database, counted from 0; interpolate places queries between two of the file in proportion.
+    Other queries are an error, or are left out and counted.
+    """
+    parts = [_listed(root, folder) for folder in (queries, database)]
+    table = read_table(pairs_csv)
+    asked, shown = (
+        _rows_of(table, column, folder, names)
+        for column, folder, names in zip(("query", "database"), (queries, database), parts, strict=True)
+    )
+    order = np.argsort(asked)
+    asked, shown = asked[order], shown[order].astype(np.float64)
+    rows = np.arange(len(parts[0])) if interpolate else asked
+    rows = rows[(rows >= asked[0]) & (rows <= asked[-1])]
+    without = [parts[0][row] for row in np.setdiff1d(np.arange(len(parts[0])), rows)]
+    notes: tuple[str, ...] = ()
+    if without:
+        message = f"{len(without)} of {len(parts[0])} queries have no place by {pairs_csv}: {some_of(without)}"
+        if incomplete != "leave_out":
+            raise UserError(
+                f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
+            )
+        notes = (f"left out: {message}",)
+    places = [np.interp(rows, asked, shown), np.arange(len(parts[1]), dtype=np.float64)]
+    names = [[parts[0][row] for row in rows], parts[1]]
+    placed = [
+        Pictures(tuple(some), np.stack([place, np.zeros_like(place)], axis=1))
+        for some, place in zip(names, places, strict=True)
     ]
+    return [Dataset(name, placed[0], placed[1], 2 if radius is None else radius, "pictures", notes=notes)]
+
+
+def folders(root: Path, queries: str, database: str, name: str = "dataset") -> list[Dataset]:
+    """Two folders of pictures without positions."""
+    parts = [Pictures(tuple(_listed(root, folder))) for folder in (queries, database)]
+    return [Dataset(name, parts[0], parts[1], 0)]
+
+
+def kind_of_positions(root: Path, queries: str, database: str) -> tuple[str, str]:
+    """The maker that takes its positions from these two folders' pictures, "folders" where none can; and why."""
+    names = [name for folder in (queries, database) for name in _listed(root, folder)]
+    if all(_at_position(name) for name in names):
+        return "at_names", "the names carry @easting@northing@"
+    for place, name in enumerate(names):
+        if _gps(root / name) is None:
+            some = f"{name} carries no GPS position" + (", others do" if place else "")
+            return "folders", f"names carry no @easting@northing@, and {some}"
+    return "exif", "all pictures carry a GPS position"
 
 
 def at_names(
@@ -172,8 +239,10 @@ def from_geographic(
     return Dataset(name, *_split(names, to_utm(everything, chosen)), radius, zone=chosen, notes=tuple(notes))
 
 
-def _by_frames(name: str, parts: Sequence[Sequence[str]], radius: float) -> Dataset:
-    coordinates = [np.stack([numbers, np.zeros_like(numbers)], axis=1) for numbers in map(_frame_numbers, parts)]
+def _by_frames(name: str, parts: Sequence[Sequence[str]], radius: float, offset: int = 0) -> Dataset:
+    query, database_numbers = map(_frame_numbers, parts)
+    places = (query + offset, database_numbers)
+    coordinates = [np.stack([numbers, np.zeros_like(numbers)], axis=1) for numbers in places]
     queries, database = (Pictures(tuple(names), rows) for names, rows in zip(parts, coordinates, strict=True))
     return Dataset(name, queries, database, radius, "frames")
 
@@ -192,6 +261,22 @@ def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
             f"{example} (several videos or cameras in one folder?)"
         )
     return numbers
+
+
+def _rows_of(table: Table, column: str, folder: str, names: Sequence[str]) -> NDArray[np.int64]:
+    """Places in a list of the pictures that a column names; a query may stand there once."""
+    row_of = {name: row for row, name in enumerate(names)}
+    cells = table.unique(column) if column == "query" else table.text(column)
+    found = [row_of.get(cell, row_of.get((PurePosixPath(folder) / cell).as_posix(), -1)) for cell in cells]
+    if not found:
+        raise UserError(f"{table.path}: names no pair")
+    if -1 in found:
+        place = found.index(-1)
+        raise UserError(
+            f"{table.path}: line {table.lines[place]}: {column} {cells[place]} is no picture of {folder} (names are "
+            "relative to ROOT or to that folder)"
+        )
+    return np.array(found, dtype=np.int64)
 
 
 def _listed(root: Path, folder: str) -> list[str]:

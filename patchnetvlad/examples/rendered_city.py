@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from patchnetvlad.files import make_folder, write_text, writing
+from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.ground_truth import write_ground_truth
 
 from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 
@@ -147,7 +148,8 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
     for kind, views in (("index", city.database), ("query", city.queries)):
         write_text(lists / f"{name}_imageNames_{kind}.txt", (f"{view.name}\n" for view in views))
-    positions = [np.array([(v.east, v.north) for v in views]) for views in (city.queries, city.database)]
-    with writing(truth / f"{name}.npz") as file:
-        np.savez(file, utmQ=positions[0], utmDb=positions[1], posDistThr=MATCH_RADIUS)
+    sides = (city.queries, city.database)
+    query, database = (np.array([(view.east, view.north) for view in views]) for views in sides)
+    names = ([view.name for view in city.queries], [view.name for view in city.database])
+    write_ground_truth(truth / f"{name}.npz", query, database, MATCH_RADIUS, "m", names)
     return pictures

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_features, with_built_index
-from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.files import write_text
+from patchnetvlad.ground_truth import GroundTruth, check_lists
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
+from patchnetvlad.store.feature_cache import cache_bytes
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,19 @@ class Located:
     best: str
 
 
-def locate_run(scores_path: Path, database: NDArray[np.float64], neighbourhood: float) -> list[Located]:
-    """Positions of all queries of a matching run from its scores.npz; database: M×c, row i of its line i."""
+def locate_run(scores_path: Path, truth_path: Path, truth: GroundTruth) -> list[Located]:
+    """Positions of all queries of a matching run from its scores.npz and the database's coordinates."""
     if not scores_path.is_file():
         raise UserError(f"{scores_path}: no such file (it is written when candidates are re-ranked by their patches)")
     scores, queries, names = read_scores(scores_path)
-    if len(names) != len(database):
-        raise UserError(f"{scores_path}: its database has {len(names)} pictures, the ground truth {len(database)} rows")
+    rows = len(truth.utm_database)
+    if len(names) != rows:
+        raise UserError(f"{scores_path}: its database has {len(names)} pictures, the ground truth {rows} rows")
+    check_lists(truth_path, truth, len(truth.utm_query), names)
     found = []
     for query, indices, fused in zip(queries, scores.indices, scores.fused, strict=True):
         if (indices >= 0).any():
-            position = estimate_position(indices, fused, database, neighbourhood)
+            position = estimate_position(indices, fused, truth.utm_database, truth.radius)
             found.append(Located(query, position, names[position.best]))
         else:
             found.append(Located(query, None, ""))
@@ -94,8 +97,18 @@ def _standardized(similarities: NDArray[np.float64], indices: NDArray[np.int64])
     return scores
 
 
+def position_lines(located: Sequence[Located], zone: Zone | None, unit: str) -> list[str]:
+    """One line a query, for people; unit: of the coordinates."""
+    lines = []
+    for row in position_rows(located, zone):
+        if "radius" in row:
+            row["radius"] = f"{row['radius']} {unit}"
+        lines.append(", ".join(f"{column} {value}" for column, value in row.items()))
+    return lines
+
+
 def position_rows(located: Sequence[Located], zone: Zone | None) -> list[dict[str, str]]:
-    """One row a query for people and CSV: coordinates, latitude and longitude where the zone is known, radius."""
+    """One row a query for a table: coordinates, latitude and longitude where the zone is known, radius."""
     rows = []
     for one in located:
         row = {"query": one.query}

@@ -46,7 +46,7 @@ class DrawnMatches:
 class ReportContent:
     """What a page shows. stages: database indices nQ×k under each stage's name, −1 for none, retrieval first;
     scores: the same shape or shorter rows, larger is better; confidence: of each query's best prediction, comparable
-    between queries, for the stages that have such a number, and what it is called; unit: of the coordinates."""
+    between queries, for the stages that have such a number, and what it is called."""
 
     queries: ImageList
     database: ImageList
@@ -56,7 +56,6 @@ class ReportContent:
     ground_truth: GroundTruth | None
     matches: Callable[[int, int], Sequence[DrawnMatches]] | None = None  # of a query's and a database row
     settings: Mapping[str, str] = field(default_factory=dict)
-    unit: str = "m"
     exif_rotation: bool = False
 
     @cached_property

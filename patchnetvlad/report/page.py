@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from patchnetvlad.figures import SCALE_COLOURS
 from patchnetvlad.files import writing
+from patchnetvlad.ground_truth import one_of, with_unit
 from patchnetvlad.report.content import (
     ReportContent,
     candidates,
@@ -39,7 +40,8 @@ def write_report(path: Path, content: ReportContent, progress: bool = False) -> 
         logger.warning("report: %d of %d pictures cannot be read and are left blank", unreadable, len(pictures))
     data = {
         "stages": list(content.stages),
-        "unit": content.unit,
+        "unit": content.ground_truth.unit if content.ground_truth else "",
+        "unit_one": one_of(content.ground_truth.unit) if content.ground_truth else "",
         "colours": SCALE_COLOURS,
         "queries": content.queries.names,
         "database": [content.database.names[row] for row in content.used_rows],
@@ -78,7 +80,7 @@ def _summary(content: ReportContent) -> dict[str, object]:
         "query_list": content.queries.source.name,
         "index_list": content.database.source.name,
         "without_match": None if content.positives is None else sum(len(rows) == 0 for rows in content.positives),
-        "radius": None if truth is None else f"{truth.radius:g} {content.unit}",
+        "radius": None if truth is None else with_unit(truth.radius, truth.unit),
         "recalls": recall_table(content),
         "stages": list(content.stages),
     }

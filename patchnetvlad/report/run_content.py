@@ -13,8 +13,8 @@ from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_match
 from patchnetvlad.reranking import score_pair
 
 
-def run_content(run: MatchingRun, evaluation: Evaluation, unit: str) -> ReportContent:
-    """What the page needs of a run, whose patches must still be open; unit: of the ground truth's coordinates.
+def run_content(run: MatchingRun, evaluation: Evaluation) -> ReportContent:
+    """What the page needs of a run, whose patches must still be open.
 
     Confidences compare queries with each other: the cosine of global descriptors (candidates of another method have
     none), and the spatial score of the best candidate, the one that match_two prints.
@@ -41,7 +41,6 @@ def run_content(run: MatchingRun, evaluation: Evaluation, unit: str) -> ReportCo
         run.ground_truth,
         _pair_matches(run),
         _settings(run.config),
-        unit,
         run.config.feature_extract.exif_rotation,
     )
 

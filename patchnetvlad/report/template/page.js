@@ -24,8 +24,9 @@
   };
   const byId = (id) => document.getElementById(id);
   const count = (value) => value.toLocaleString("en-US");
+  const withUnit = (value) => `${value} ${value === 1 ? data.unit_one : data.unit}`;
   const distance = (value) => value === null ? "" :
-    (value >= 10000 && data.unit === "m" ? (value / 1000).toPrecision(3) + " km" : (value >= 100 ? Math.round(value) : +value.toFixed(1)) + " " + data.unit);
+    (value >= 10000 && data.unit === "m" ? (value / 1000).toPrecision(3) + " km" : withUnit(value >= 100 ? Math.round(value) : +value.toFixed(1)));
 
   const quoted = (name) => "'" + name.replaceAll("'", "'\\''") + "'"; // for a shell
 
@@ -445,7 +446,7 @@
         pen.fillStyle = colour("--soft");
         pen.fillRect(margin, 2 * HEIGHT - 10, nice * scale, 3);
         pen.font = "22px sans-serif";
-        pen.fillText(`${+nice.toPrecision(3)} ${data.unit}`, margin, 2 * HEIGHT - 18);
+        pen.fillText(withUnit(+nice.toPrecision(3)), margin, 2 * HEIGHT - 18);
       }
     }
     draw();

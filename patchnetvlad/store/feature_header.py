@@ -6,7 +6,6 @@ are all in place. Lines are only appended, so that a run which was killed leaves
 reading ignores.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_blocks import Block, BlockLayout
-from patchnetvlad.feature_files import Codec, codec_of
 from patchnetvlad.files import told
+from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.store.feature_blocks import Block, BlockLayout
+from patchnetvlad.store.feature_files import Codec, codec_of
 
 MANIFEST_NAME = "manifest.jsonl"
 
@@ -107,11 +107,6 @@ class Manifest:
     entries: Mapping[int, ManifestEntry]
     blocks: Mapping[int, Block]
     whole_bytes: int
-
-
-def hash_names(names: Sequence[str]) -> str:
-    """SHA-256 of a list of names, their order included, in hexadecimal."""
-    return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
 
 
 def header_line(header: StoreHeader, names: Sequence[str], list_name: str) -> bytes:
