@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.config_values import code_bytes
-from patchnetvlad.feature_blocks import BlockWriter
-from patchnetvlad.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
-from patchnetvlad.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
-from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.image_lists import read_image_list, write_image_list
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
-from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
+from patchnetvlad.store.feature_blocks import BlockWriter
+from patchnetvlad.store.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
+from patchnetvlad.store.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 
 STREET = 40  # pictures of one walk
 SHARED = 0.3  # of a picture's squared length that all of its street have in common
