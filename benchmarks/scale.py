@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""A database of a thousand to a million pictures: time to build, to open and to answer, memory, and bytes on disk.
+
+    python benchmarks/scale.py --work WORK --features WORK/index WORK/query --lists INDEX.txt QUERY.txt
+
+--features and --lists: feature folders of real pictures and their lists, the last being the queries. The database is
+made of them: global descriptors are walks through streets (see `city`), patches are the codes of a real picture of
+which a tenth is replaced at random. Each answer comes from a process of its own. Writes scale.json, scale.md and
+scale.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.config_values import code_bytes
+from patchnetvlad.image_lists import read_image_list, write_image_list
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
+from patchnetvlad.ranking import Ranker
+from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.search_index import build_index, open_index
+from patchnetvlad.store.feature_blocks import BlockWriter
+from patchnetvlad.store.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
+from patchnetvlad.store.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+
+STREET = 40  # pictures of one walk
+SHARED = 0.3  # of a picture's squared length that all of its street have in common
+KEPT = 0.7  # correlation of what is left between one picture and the next
+LIKENESS = 0.55  # of a query to the picture taken at its place
+REPLACED = 0.1  # of the codes of a picture
+QUERIES = 20
+REAL_CODES = 64  # pictures whose codes are made over
+
+
+def city(count: int, real: NDArray[np.float32], seed: int = 0) -> Iterator[NDArray[np.float32]]:
+    """Global descriptors of `count` pictures in blocks of rows, of the spectrum of the real ones (R×D, unit rows).
+
+    A street's common part is a random mixture of three real pictures; what its pictures add is noise with the real
+    covariance, which changes from picture to picture as an autoregressive process.
+    """
+    rng = np.random.default_rng(seed)
+    noise = noise_factor(real)
+    left = count
+    while left > 0:
+        streets = min(500, math.ceil(left / STREET))
+        weights = rng.dirichlet(np.ones(3), streets).astype(np.float32)
+        common = unit((weights[:, :, None] * real[rng.integers(0, len(real), (streets, 3))]).sum(axis=1))
+        rows = np.empty((streets, STREET, real.shape[1]), dtype=np.float32)
+        own = rng.standard_normal(common.shape, dtype=np.float32) @ noise
+        for place in range(STREET):
+            rows[:, place] = unit(math.sqrt(SHARED) * common + math.sqrt(1 - SHARED) * own)
+            fresh = rng.standard_normal(common.shape, dtype=np.float32) @ noise
+            own = KEPT * own + np.float32(math.sqrt(1 - KEPT**2)) * fresh
+        yield rows.reshape(-1, real.shape[1])[:left]
+        left -= streets * STREET
+
+
+def city_queries(rows: NDArray[np.float32], real: NDArray[np.float32], seed: int = 1) -> NDArray[np.float32]:
+    """Queries at the places of database rows: as like to them as pictures of two walks through one place are."""
+    fresh = np.random.default_rng(seed).standard_normal(rows.shape, dtype=np.float32) @ noise_factor(real)
+    return unit(LIKENESS * rows + np.float32(math.sqrt(1 - LIKENESS**2)) * fresh)
+
+
+def noise_factor(real: NDArray[np.float32]) -> NDArray[np.float32]:
+    """D×D; normal numbers times it have the covariance of the real descriptors, scaled to a mean square of 1."""
+    values, vectors = np.linalg.eigh(np.cov(real.T.astype(np.float64)))
+    factor = (vectors * np.sqrt(np.maximum(values, 0))).T
+    return (factor / np.sqrt((factor**2).sum())).astype(np.float32)
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[list[NDArray[np.uint8]]]]:
+    """A codec trained on real pictures, and the codes of some of them, P×N for each patch size."""
+    chosen = np.unique(np.linspace(0, len(store) - 1, REAL_CODES).astype(int)).tolist()
+    pictures = [store.patches(index).descriptors for index in chosen]
+    count = SAMPLE_ROWS // len(pictures) + 1
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.cat(picture) for picture in pictures]
+    sample = torch.cat([some[torch.randperm(len(some), generator=generator)[:count]] for some in rows])
+    codec = train_codec(sample, num_bytes)
+    return codec, [[codec.encode(descriptors) for descriptors in picture] for picture in pictures]
+
+
+def write_database(
+    folder: Path, count: int, source: Path, store: FeatureStore, dtype: str, real: NDArray[np.float32]
+) -> None:
+    """A packed folder and its list beside it, as feature_extract would have made them."""
+    manifest = read_manifest(source)
+    num_bytes = code_bytes(dtype)
+    assert manifest is not None and num_bytes is not None
+    codec, codes = real_codes(store, num_bytes)
+    header = replace(manifest.header, dtype=dtype, codec_sha256=codec.sha256, layout="packed")
+    folder.mkdir(parents=True)
+    names = [f"city/{index // 1000:05}/{index:08}.jpg" for index in range(count)]
+    write_image_list(folder.with_suffix(".txt"), names)
+    write_patch_codec(folder, codec)
+    create_rows_file(folder / GLOBAL_NAME, (count, header.num_dims))
+    with (folder / GLOBAL_NAME).open("r+b") as file:
+        file.seek(read_array_info(folder / GLOBAL_NAME).offset)
+        for rows in city(count, real):
+            file.write(rows.tobytes())
+    grids = store.patches(0).grids
+    map_size = grids[0].map_height, grids[0].map_width
+    rng = np.random.default_rng(2)
+    layout = header.block_layout(count)
+    with (folder / MANIFEST_NAME).open("wb") as file:
+        file.write(header_line(header, names, "city"))
+        for number in range(layout.num_blocks):
+            with BlockWriter(folder, layout, number) as writer:
+                for _ in layout.pictures(number):
+                    writer.add(map_size, [made_over(part, rng) for part in codes[rng.integers(len(codes))]])
+                file.write(block_line(writer.finish()))
+
+
+def made_over(codes: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Codes of which some are those of another patch of the picture."""
+    changed = codes.copy()
+    places = rng.integers(0, len(codes), int(REPLACED * len(codes)))
+    changed[places] = codes[rng.permutation(len(codes))[: len(places)]]
+    return changed
+
+
+def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str, float]:
+    """Open a database and answer queries, in this process that has just begun; times in seconds."""
+    imported = time.time()
+    pictures = read_image_list(folder.with_suffix(".txt"), folder)
+    store = FeatureStore.open(folder, pictures, cache_gb=0.5)
+    index = open_index(folder / "search_index.json", store.global_, pictures.names)
+    opened = time.time()
+    own = FeatureStore.open(source, read_image_list(listed, source))
+    global_ = np.load(folder.with_suffix(".queries.npy"))
+    weights = (1 / len(own.patch_sizes),) * len(own.patch_sizes)
+    options = FeatureMatchConfig(matcher="spatialApproximator", rerank_top=100, patchweights2use=weights)
+    ranker = Ranker(options, DescribedPictures(store.global_, store, index), torch.device("cpu"))
+    times = []
+    for row in range(QUERIES):
+        began = time.perf_counter()
+        patches = PatchesInMemory([own.patches(row % len(own))])
+        ranker.rank(DescribedPictures(global_[row : row + 1], patches))
+        times.append(time.perf_counter() - began)
+        if row == 0:
+            first = time.time()
+    search = DatabaseIndex(store.global_, index)
+    searches, reads = [], []
+    for row in range(QUERIES):
+        began = time.perf_counter()
+        found = search.search(global_[row : row + 1], 100).indices[0]
+        searches.append(time.perf_counter() - began)
+    fresh = FeatureStore.open(folder, pictures, cache_gb=0)
+    for candidate in found.tolist():
+        began = time.perf_counter()
+        fresh.patches(candidate)
+        reads.append(time.perf_counter() - began)
+    exact = DatabaseIndex(store.global_).search(global_, 100).indices
+    approximate = search.search(global_, 100).indices
+    recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(approximate, exact, strict=True)])
+    return {
+        "start": imported - started,
+        "open": opened - imported,
+        "first answer": first - started,
+        "search": float(np.median(searches)),
+        "read and decode 100": 100 * float(np.median(reads)),
+        "query": float(np.median(times[1:])),
+        "recall@100": float(recall),
+        "memory, bytes": anonymous_bytes(),
+        "peak with mapped files, bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def anonymous_bytes() -> float:
+    """Memory of this process that is no file's; what is mapped can be dropped at any time."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024.0 * float(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:
+    """Make a database of that many pictures, index it, and let a new process answer queries with it."""
+    folder = args.work / f"city{count}"
+    listed = read_image_list(args.lists[0], args.lists[0].parent)
+    began = time.perf_counter()
+    with FeatureStore.open(args.features[0], listed) as store:
+        write_database(folder, count, args.features[0], store, args.stored, real)
+    written = time.perf_counter()
+    names = read_image_list(folder.with_suffix(".txt"), folder).names
+    info = read_array_info(folder / GLOBAL_NAME)
+    rows = np.memmap(folder / GLOBAL_NAME, np.float32, "r", info.offset, info.shape)
+    built = build_index(rows, names, folder / "search_index.json").record
+    indexed = time.perf_counter()
+    asked = np.sort(np.random.default_rng(3).choice(count, QUERIES, replace=False))
+    np.save(folder.with_suffix(".queries.npy"), city_queries(np.asarray(rows[asked]), real))
+    found = {
+        "write": written - began,
+        "index": indexed - written,
+        "index, bytes": float(built.num_bytes),
+        "disk, bytes": float(sum(path.stat().st_size for path in folder.iterdir())),
+    }
+    command = [sys.executable, __file__, "--answer", str(folder), str(args.features[-1]), str(args.lists[-1])]
+    done = subprocess.run([*command, str(time.time())], capture_output=True, text=True, check=True, env=os.environ)
+    shutil.rmtree(folder)
+    return found | json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The results as Markdown: seconds, milliseconds a query, MB and GB."""
+    columns = [
+        ("write", "write, s", 1.0),
+        ("index", "index, s", 1.0),
+        ("start", "import, s", 1.0),
+        ("open", "open, s", 1.0),
+        ("first answer", "first answer, s", 1.0),
+        ("search", "search, ms", 1e3),
+        ("read and decode 100", "read and decode 100, ms", 1e3),
+        ("query", "query, 100 re-ranked, ms", 1e3),
+        ("recall@100", "Recall@100 of the index", 1.0),
+        ("memory, bytes", "memory, MB", 1e-6),
+        ("peak with mapped files, bytes", "with mapped files, MB", 1e-6),
+        ("index, bytes", "index, MB", 1e-6),
+        ("disk, bytes", "disk, GB", 1e-9),
+    ]
+    lines = [
+        "| pictures | " + " | ".join(f"{int(count):,}" for count in results) + " |",
+        "|---" * (len(results) + 1) + "|",
+    ]
+    for key, title, scale in columns:
+        lines.append(f"| {title} | " + " | ".join(f"{values[key] * scale:.4g}" for values in results.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Time of a query's parts and of opening over the number of pictures, and bytes with what they cannot go below."""
+    counts = [int(count) for count in results]
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    first, second = figure.subplots(1, 2)
+    for key in ("search", "read and decode 100", "query", "open", "first answer"):
+        first.plot(counts, [values[key] for values in results.values()], "o-", label=key)
+    first.set(xscale="log", yscale="log", xlabel="pictures", ylabel="seconds", title="time")
+    for key in ("disk, bytes", "index, bytes", "memory, bytes"):
+        second.plot(counts, [values[key] for values in results.values()], "o-", label=key.partition(",")[0])
+    each = min(values["disk, bytes"] / int(count) for count, values in results.items())
+    second.plot(counts, [each * count for count in counts], "k:", label="codes and global descriptors alone")
+    second.set(xscale="log", yscale="log", xlabel="pictures", ylabel="bytes", title="size")
+    for axes in (first, second):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and write its files; with --answer, be the process that answers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answer", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--features", nargs="+", type=Path)
+    parser.add_argument("--lists", nargs="+", type=Path)
+    parser.add_argument("--pictures", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--stored", default="pq16")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    args = parser.parse_args(arguments)
+    if args.answer is not None:
+        folder, source, listed, started = args.answer
+        print(json.dumps(answer(Path(folder), Path(source), Path(listed), float(started))))
+        return
+    if not args.features or not args.lists or len(args.features) != len(args.lists) or args.work is None:
+        parser.error("--work, and as many --features as --lists, are needed")
+    real = np.concatenate(
+        [
+            FeatureStore.open(folder, read_image_list(listed, listed.parent)).global_
+            for folder, listed in zip(args.features, args.lists, strict=True)
+        ]
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for count in args.pictures:
+        results[str(count)] = measure(count, args, real)
+        print(count, json.dumps(results[str(count)]), flush=True)
+        (args.output / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "scale.md").write_text(table(results))
+    plot(results, args.output / "scale.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
