@@ -158,6 +158,13 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--features_dir", ABSENT], f"{ABSENT}: no such folder"),
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
     ),
+    "tools/recognize": each(
+        ["--database", f"{EXAMPLES}/database", "--queries", f"{EXAMPLES}/queries"],
+        *CONFIGURED,
+        *WEIGHTS,
+        (["--database", ABSENT], f"{ABSENT}: no such folder"),
+        (["--position_csv", ABSENT, ABSENT], f"{ABSENT}: no such file"),
+    ),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
     "tools/render_example_places": each([], (["--width", "3"], "--width")),
     "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,12 @@ def run(
         return 1
     finally:
         logger.removeHandler(console)
+
+
+def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command as part of another, and print how it is run alone; its exit status."""
+    print(f"\n$ {script} {shlex.join(arguments)}", flush=True)
+    return command(arguments)
 
 
 def configuration(args: argparse.Namespace) -> Config:
