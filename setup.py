@@ -23,6 +23,7 @@ SCRIPTS = {  # module of patchnetvlad.commands: its commands
 }
 TOOLS = {
     "models": ["fit_model"],
+    "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
     "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],
     "recognize": ["recognize"],
@@ -43,9 +44,10 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
-        "faiss-cpu>=1.8",
+        "faiss-cpu>=1.11",
         "opencv-python-headless>=4.8",
         "scikit-learn>=1.3",
+        "threadpoolctl>=3.1",
         "natsort>=8",
         "tqdm>=4.60",
         "pillow>=10",

@@ -1,6 +1,7 @@
 """What a run finds for each query: the candidates of the search, and their scores by their patches."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,14 @@ class Candidates:
 
     indices: NDArray[np.int64]
     scores: NDArray[np.float32]
+
+
+class ApproximateSearch(Protocol):
+    """A search of global descriptors that may miss neighbours; what it finds is compared exactly."""
+
+    def search(self, queries: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """At least `count` database rows for each query (N×D), in any order; −1 where fewer are found."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

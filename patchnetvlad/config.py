@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchnetvlad.config_values import (
     choice,
+    code_bytes,
     flag,
     list_of,
     optional,
@@ -14,6 +15,7 @@ from patchnetvlad.config_values import (
     scale_weights,
     setting,
     some_text,
+    storage_type,
     value_text,
     weights_source,
     whole,
@@ -41,8 +43,10 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk.
-    feature_dtype: str = setting("float32", choice("float32", "float16", "int8"))
+    # Type of the patch descriptors on disk; pqN: codes of N bytes a patch, for databases.
+    feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
+    # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
+    layout: str = setting("files", choice("files", "packed"))
     # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact.
     precision: str = setting("float32", choice("float32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
@@ -64,7 +68,8 @@ class FeatureMatchConfig:
     # Candidates that are re-ranked; None: as many as the largest of n_values_all.
     rerank_top: int | None = setting(None, optional(whole(1)))
     panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
-    index: str = setting("Flat", some_text())  # kind of search index; Flat is exact
+    # Flat, the exact search; a faiss factory string; or the .json file that tools/build_index.py made.
+    index: str = setting("Flat", some_text())
     # Patch descriptors are read from the store, or made when a candidate needs them.
     local_features: str = setting("stored", choice("stored", "on_demand"))
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
@@ -158,7 +163,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration; ``path``, the file that it came from, takes no part in equality.
+    """One configuration; ``path``, its file, and ``overrides``, section.key=value in place of the file's keys, take no
+    part in equality.
 
     Weights that are not given become 0.45, 0.15, 0.4 for three patch sizes, otherwise equal ones of sum 1.
     Raises UserError when the numbers of patch sizes and strides differ.
@@ -169,12 +175,14 @@ class Config:
     global_params: GlobalParams = GlobalParams()
     train: TrainConfig = TrainConfig()
     path: Path | None = field(default=None, compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
         if len(strides) != len(sizes):
+            place = self._place("global_params.strides", "global_params.patch_sizes")
             raise UserError(
-                f"{self._place}: [global_params] strides = {value_text(strides)}: expected one stride for "
+                f"{place}: [global_params] strides = {value_text(strides)}: expected one stride for "
                 f"each of patch_sizes = {value_text(sizes)}"
             )
         if not self.feature_match.patchweights2use:
@@ -183,8 +191,11 @@ class Config:
             matching = replace(self.feature_match, patchweights2use=weights)
             object.__setattr__(self, "feature_match", matching)
 
-    @property
-    def _place(self) -> str:
+    def _place(self, *keys: str) -> str:
+        """Whose mistake it is when keys, as section.key, do not fit: the last override of one of them, or the file."""
+        for override in reversed(self.overrides):
+            if override.partition("=")[0].strip().lower() in keys:
+                return f"--set {override}"
         return str(self.path or "configuration")
 
     def find_checkpoint(self) -> Path | None:
@@ -204,11 +215,18 @@ class Config:
         """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""
         sizes, weights = self.global_params.patch_sizes, self.feature_match.patchweights2use
         if len(weights) != len(sizes):
+            place = self._place("feature_match.patchweights2use", "global_params.patch_sizes")
             raise UserError(
-                f"{self._place}: [feature_match] patchweights2use = {value_text(weights)}: expected one weight "
+                f"{place}: [feature_match] patchweights2use = {value_text(weights)}: expected one weight "
                 f"for each of patch_sizes = {value_text(sizes)}"
             )
         self._check_picture_size("feature_match", self.feature_match)
+
+    def for_queries(self) -> "Config":
+        """The same for pictures that are looked for, whose patch descriptors are never stored as codes."""
+        if code_bytes(self.feature_extract.feature_dtype) is None:
+            return self
+        return replace(self, feature_extract=replace(self.feature_extract, feature_dtype="float32"))
 
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
@@ -227,8 +245,9 @@ class Config:
         self._check_picture_size("train", self.train)
         near, far = self.train.positive_radius, self.train.negative_radius
         if near > far:
+            place = self._place("train.positive_radius", "train.negative_radius")
             raise UserError(
-                f"{self._place}: [train] positive_radius = {near:g}: expected at most negative_radius = {far:g} "
+                f"{place}: [train] positive_radius = {near:g}: expected at most negative_radius = {far:g} "
                 "(a picture would be positive and negative)"
             )
 
@@ -236,8 +255,9 @@ class Config:
         for key in PICTURE_SIZE:
             here, extraction = getattr(values, key), getattr(self.feature_extract, key)
             if here != extraction:
+                place = self._place(f"{section}.{key}", f"feature_extract.{key}")
                 raise UserError(
-                    f"{self._place}: [{section}] {key} = {here}: expected {extraction} as in "
+                    f"{place}: [{section}] {key} = {here}: expected {extraction} as in "
                     "[feature_extract] (descriptors of differently resized pictures do not match: set both)"
                 )
 
@@ -255,4 +275,5 @@ SECTIONS = {  # section of the file, and its type
     "global_params": GlobalParams,
     "train": TrainConfig,
 }
+BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 PICTURE_SIZE = ("imageresizew", "imageresizeh")

@@ -2,11 +2,14 @@
 
 import configparser
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+_CODES = re.compile(r"pq([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,21 @@ def choice(*names: str) -> Rule[str]:
         raise ValueError
 
     return Rule("one of " + ", ".join(names), parse)
+
+
+def code_bytes(dtype: str) -> int | None:
+    """N of the storage type pqN, None for another type."""
+    named = _CODES.fullmatch(dtype)
+    return int(named[1]) if named else None
+
+
+def storage_type(*names: str) -> Rule[str]:
+    """One of the names, or pqN."""
+    plain = choice(*names)
+    return Rule(
+        f"{plain.expected} or pqN (N bytes a patch)",
+        lambda text: text.lower() if code_bytes(text.lower()) is not None else plain.parse(text),
+    )
 
 
 def some_text() -> Rule[str]:

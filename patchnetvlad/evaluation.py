@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
-from patchnetvlad.config import Config
+from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.feature_store import FeatureStore
@@ -36,6 +37,7 @@ from patchnetvlad.result_files import (
     write_scores,
 )
 from patchnetvlad.retrieval import looks_like_cutouts
+from patchnetvlad.search_index import IndexRecord, build_index, open_index
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,13 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
         open_features(config, database, sources.index_features, memory - for_queries, model) as database_features,
     ):
+        if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
+            raise UserError(
+                f"{sources.query_features}: holds codes, and queries are compared as they are (extract them with "
+                "feature_extract.py --queries)"
+            )
+        if given is None:
+            database_features = with_built_index(config, database, database_features)
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
 
 
@@ -156,6 +165,33 @@ def open_features(
             yield DescribedPictures(store.global_, store)
 
 
+def make_search_index(
+    config: Config,
+    index_list: Path,
+    root: Path,
+    features: Path,
+    path: Path,
+    factory: str | None = None,
+    shards: int = 1,
+    neighbours: int = 100,
+    recall: float = 0.99,
+) -> IndexRecord:
+    """Make the search index of a list's feature folder, as `build_index` says; returns what it is."""
+    pictures = read_image_list(index_list, root)
+    expected = replace(expected_header(config), patch_sizes=(), strides=())
+    with FeatureStore.open(features, pictures, expected) as store:
+        return build_index(store.global_, pictures.names, path, factory, shards, neighbours, recall).record
+
+
+def with_built_index(config: Config, pictures: ImageList, features: DescribedPictures) -> DescribedPictures:
+    """A database with the index file that [feature_match] index names, if it names one."""
+    named = config.feature_match.index
+    if not named.endswith(BUILT_INDEX):
+        return features
+    path = require_file(named, "dataset_gt_files", config.path)
+    return replace(features, index=open_index(path, features.global_, pictures.names))
+
+
 def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
     """Rank the database for every query, and hold the rankings against the ground truth where it is given."""
     options = run.config.feature_match
@@ -175,16 +211,18 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
     """
     files = []
-    query_names, database_names = evaluation.queries.names, evaluation.database.names
+    queries, database = evaluation.queries, evaluation.database
     for stage, indices in evaluation.stages.items():
-        rankings = name_rankings(query_names, database_names, indices)
-        for name in formats:
-            ending, write = FORMATS[name]
-            files.append(results / f"{stage}_{ending}")
-            write(files[-1], rankings)
+        for form in (FORMATS[name] for name in formats):
+            files.append(results / f"{stage}_{form.ending}")
+            names = [
+                [str(path) for path in pictures.paths] if form.full_paths else pictures.names
+                for pictures in (queries, database)
+            ]
+            form.write(files[-1], name_rankings(names[0], names[1], indices))
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
-        write_scores(files[-1], evaluation.rankings.scores, query_names, database_names)
+        write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)
     if evaluation.protocol is not None:
         measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
         write_recalls(measured[0], evaluation.recalls)

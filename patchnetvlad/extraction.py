@@ -1,30 +1,37 @@
 """Describe every picture of a list and store the descriptors: one run from configuration to feature folder."""
 
 import logging
+import math
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint, file_sha256
-from patchnetvlad.config import Config
+from patchnetvlad.config import Config, FeatureExtractConfig
+from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.encoders import encoder_geometry
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import array_file_bytes
+from patchnetvlad.feature_files import array_file_bytes, read_patch_codec
 from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import image_batches, require_readable
+from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
+
+_CODEC_PICTURES = 100  # pictures at most that codes of patches are learned from
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,14 @@ def describe_list(
     overwrite: bool = False,
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
-    header = store_header(model, checkpoint, config)
     size = config.feature_extract
     started = time.perf_counter()
-    with FeatureWriter(folder, pictures, header, overwrite=overwrite) as writer:
+    trained = _patch_codec(model, config, pictures, None if overwrite else folder)
+    header = store_header(model, checkpoint, config, trained)
+    with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,
             size.imageresizeh,
@@ -112,9 +121,54 @@ def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:
         raise UserError(f"{name}: {error}") from error
 
 
-def store_header(model: PlaceModel, checkpoint: Checkpoint, config: Config) -> StoreHeader:
-    """What decides the features of a model under a configuration."""
-    return _header(config, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
+def store_header(
+    model: PlaceModel, checkpoint: Checkpoint, config: Config, trained: PatchCodec | None = None
+) -> StoreHeader:
+    """What decides the features of a model under a configuration; trained: the quantiser of pqN."""
+    header = _header(config, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
+    return header if trained is None else replace(header, codec_sha256=trained.sha256)
+
+
+def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder: Path | None) -> PatchCodec | None:
+    """The quantiser that feature_dtype asks for: that of the folder, or one trained on some of the pictures.
+
+    None where none is needed. Raises UserError for more bytes than dimensions.
+    """
+    num_bytes = code_bytes(config.feature_extract.feature_dtype)
+    if num_bytes is None or not model.patch_sizes:
+        return None
+    if num_bytes > model.output_dims:
+        raise UserError(
+            f"[feature_extract] feature_dtype = pq{num_bytes}: expected at most one byte for each of the model's "
+            f"{model.output_dims} dimensions"
+        )
+    there = None if folder is None else read_patch_codec(folder)
+    if there is not None and there.num_bytes == num_bytes:
+        return there
+    indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
+    rows = math.ceil(SAMPLE_ROWS / len(indices))
+    described = _described(model, config, pictures, indices)
+    sample = torch.cat([_some_rows(descriptors.patches, rows, index) for index, descriptors in described])
+    trained = train_codec(sample, num_bytes)
+    logger.info("codec of %d bytes a patch from %d patches of %d pictures", num_bytes, len(sample), len(indices))
+    return trained
+
+
+def _described(
+    model: PlaceModel, config: Config, pictures: ImageList, indices: Sequence[int]
+) -> Iterator[tuple[int, Descriptors]]:
+    """Some pictures of a list, one at a time."""
+    size = config.feature_extract
+    for index in indices:
+        picture = read_image(pictures.paths[index], size.exif_rotation)
+        tensor = prepare_image(picture, size.imageresizeh, size.imageresizew)
+        yield index, _describe(model, tensor[None], pictures.names[index])
+
+
+def _some_rows(patches: Sequence[Tensor], count: int, seed: int) -> Tensor:
+    """At most `count` descriptors of a picture, drawn from all patch sizes (1×P×D each), on the CPU."""
+    rows = torch.cat([descriptors[0] for descriptors in patches])
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].to(rows.device)].cpu()
 
 
 def expected_header(config: Config) -> StoreHeader:
@@ -156,6 +210,7 @@ def _header(
         strides=config.global_params.strides if patch_sizes else (),
         geometry=geometry,
         dtype=size.feature_dtype,
+        layout=size.layout if patch_sizes else "files",
     )
 
 
@@ -178,7 +233,7 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
-            "(use another disk, feature_dtype = float16 or int8, a configuration with fewer dimensions or patch "
+            "(use another disk, feature_dtype = float16, int8 or pq16, a configuration with fewer dimensions or patch "
             "sizes, or local_features = on_demand)"
         )
 
@@ -197,6 +252,19 @@ def _announce(
         _duration(seconds),
     )
     check_disk(folder, num_bytes)
+
+
+def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
+    reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
+    if reshaped:
+        logger.info(
+            "%d of %d pictures have other proportions than %d×%d and are stretched (imageresizew and imageresizeh; 0 "
+            "keeps each picture's own size)",
+            reshaped,
+            len(set(paths)),
+            size.imageresizew,
+            size.imageresizeh,
+        )
 
 
 def _amount(num_bytes: float) -> str:

@@ -6,6 +6,7 @@ a C-contiguous P×D array is written under a ``fortran_order`` header of shape (
 
 import io
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -15,12 +16,16 @@ import torch
 from numpy.lib import format as npy_format
 from torch import Tensor
 
+from patchnetvlad.config_values import code_bytes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import replacing, told, writing
+from patchnetvlad.patch_codes import PatchCodec
 
 GLOBAL_NAME = "globalfeats.npy"
+CODEC_NAME = "patchcodec.npz"
 PATCH_GLOB = "patchfeats_psize*_*.npy"
 
+_DAMAGED_CODEC = "interrupted copy, or files of two folders mixed; bring back its own, or extract again"
 _ABSENT = "extraction not finished, or the file was removed"
 
 # Below this the reciprocal leaves float32; next to unit rows it is zero.
@@ -44,7 +49,7 @@ def patch_file_name(patch_size: int, feature_name: str) -> str:
 class Codec(Protocol):
     """How patch descriptors are stored: P×D float32, unit rows, to arrays on disk and back.
 
-    A new one is a class and a line in CODECS. dtype: of the stored array.
+    A new one is a class and a line in CODECS, unless it is learned. dtype: of the stored array.
     """
 
     dtype: np.dtype
@@ -138,6 +143,84 @@ CODECS: dict[str, Codec] = {  # by feature_dtype
     "float16": FloatCodec(torch.float16),
     "int8": SquareRootCodec(),
 }
+
+
+class ProductCodec:
+    """Codes of a trained quantiser, num_bytes for each patch; without one it only says how large they are."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, num_bytes: int, trained: PatchCodec | None = None) -> None:
+        self._num_bytes = num_bytes
+        self._trained = trained
+
+    def width(self, dims: int) -> int:
+        """The bytes of a code."""
+        return self._num_bytes
+
+    def num_scales(self, dims: int) -> int:
+        """None."""
+        return 0
+
+    def encode(self, descriptors: Tensor) -> StoredArray:
+        """Codes."""
+        return StoredArray(self._learned().encode(_finite(descriptors)), None)
+
+    def decode(self, stored: StoredArray) -> Tensor:
+        """The unit rows that the codes stand for."""
+        return self._learned().decode(stored.array)
+
+    def _learned(self) -> PatchCodec:
+        if self._trained is None:
+            raise ValueError("a codec that was not trained neither encodes nor decodes")
+        return self._trained
+
+
+def codec_of(dtype: str, trained: PatchCodec | None = None) -> Codec:
+    """The codec of a feature_dtype; trained: the quantiser of pqN, needed to encode and decode.
+
+    Raises ValueError for an unknown type, and for a quantiser of another number of bytes.
+    """
+    num_bytes = code_bytes(dtype)
+    if num_bytes is not None and (trained is None or trained.num_bytes == num_bytes):
+        return ProductCodec(num_bytes, trained)
+    if dtype not in CODECS or trained is not None:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(CODECS)}, or pqN with a codec of N bytes")
+    return CODECS[dtype]
+
+
+def write_patch_codec(folder: Path, trained: PatchCodec) -> None:
+    """Keep the quantiser of a folder's codes in that folder."""
+    with writing(folder / CODEC_NAME) as file:
+        np.savez(file, groups=trained.groups, centroids=trained.centroids)
+
+
+def read_patch_codec(folder: Path) -> PatchCodec | None:
+    """The quantiser of a folder's codes, None where there is none. Raises UserError when it is damaged."""
+    path = folder / CODEC_NAME
+    if not path.exists():
+        return None
+    try:
+        # numpy leaves a file open that it opened itself and found damaged
+        with told(path, "cannot be read"), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            return PatchCodec(content["groups"].astype(np.int64), content["centroids"].astype(np.float32))
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is not the codec of patch descriptors ({_DAMAGED_CODEC})") from error
+
+
+def stored_codec(folder: Path, dtype: str, sha256: str) -> Codec:
+    """How the descriptors of a folder are stored; sha256: the quantiser's by the manifest, "" without one.
+
+    Raises UserError when the quantiser in the folder is missing, damaged or another one.
+    """
+    if code_bytes(dtype) is None:
+        return codec_of(dtype)
+    trained = read_patch_codec(folder)
+    if trained is None:
+        raise UserError(f"{folder / CODEC_NAME}: is missing, without which the codes say nothing ({_DAMAGED_CODEC})")
+    if trained.sha256 != sha256 or trained.num_bytes != code_bytes(dtype):
+        raise UserError(f"{folder / CODEC_NAME}: is the codec of another folder ({_DAMAGED_CODEC})")
+    return codec_of(dtype, trained)
 
 
 def _finite(descriptors: Tensor) -> Tensor:

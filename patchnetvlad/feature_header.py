@@ -1,8 +1,9 @@
 """The manifest of a feature folder: what made the features, and which pictures are finished.
 
 ``manifest.jsonl`` holds one JSON object a line. The first line, the header, says which checkpoint, settings and
-picture list made the folder; every further line is a picture whose files are all in place. Lines are only appended,
-so that a run which was killed leaves at worst a torn last line, which reading ignores.
+picture list made the folder; every further line is a picture, or in a packed folder a block of pictures, whose files
+are all in place. Lines are only appended, so that a run which was killed leaves at worst a torn last line, which
+reading ignores.
 """
 
 import importlib.metadata
@@ -13,13 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import CODECS, Codec
+from patchnetvlad.feature_blocks import Block, BlockLayout
+from patchnetvlad.feature_files import Codec, codec_of
 from patchnetvlad.files import told
 from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 
 MANIFEST_NAME = "manifest.jsonl"
-FEATURE_DTYPES = tuple(CODECS)
 
 _FORMAT = "patchnetvlad features"
 _VERSION = 2
@@ -32,7 +33,9 @@ class StoreHeader:
 
     checkpoint_sha256: hash of the model's file, "" for a model without one; settings: further settings that decide
     the descriptors (backbone, pooling, picture size, …) as JSON values; num_dims: D; patch_sizes and strides: one for
-    each scale, both empty for a purely global store; dtype: how patch descriptors are stored, one of FEATURE_DTYPES.
+    each scale, both empty for a purely global store; dtype: how patch descriptors are stored, float32,
+    float16, int8 or pqN; codec_sha256: hash of the quantiser of pqN, "" for others and where any will do.
+    layout: "files", for each picture its own, or "packed", blocks of pictures.
     Of a header that is expected and not stored, checkpoint_sha256 = None and num_dims = 0 stand for any.
     """
 
@@ -43,10 +46,11 @@ class StoreHeader:
     strides: tuple[int, ...]
     geometry: EncoderGeometry
     dtype: str = "float32"
+    codec_sha256: str = ""
+    layout: str = "files"
 
     def __post_init__(self) -> None:
-        if self.dtype not in CODECS:
-            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(CODECS)}")
+        codec_of(self.dtype)
         if len(self.patch_sizes) != len(self.strides):
             raise ValueError("patch_sizes and strides must be of equal length")
         if len(set(self.patch_sizes)) != len(self.patch_sizes):
@@ -54,8 +58,18 @@ class StoreHeader:
 
     @property
     def codec(self) -> Codec:
-        """How patch descriptors are stored."""
-        return CODECS[self.dtype]
+        """How patch descriptors are stored; that of pqN is not trained and knows sizes only."""
+        return codec_of(self.dtype)
+
+    def block_layout(self, num_pictures: int) -> BlockLayout:
+        """How the blocks of a packed folder of so many pictures are laid out."""
+        return BlockLayout(
+            num_pictures,
+            self.codec.width(self.num_dims),
+            self.codec.dtype,
+            lambda map_size: tuple(map(len, self.grids(map_size))),
+            self.codec.num_scales(self.num_dims) * len(self.patch_sizes),
+        )
 
     def grids(self, map_size: tuple[int, int]) -> tuple[PatchGrid, ...]:
         """Where the patches lie on a feature map of (height, width), one grid for each patch size."""
@@ -82,7 +96,8 @@ class Manifest:
     """A manifest as read.
 
     num_pictures and names_sha256: of the picture list, see `hash_names`; entries: by picture index, the last line of
-    a picture wins; whole_bytes: its length in bytes without a torn last line.
+    a picture wins; blocks: by number, those of a packed folder, which has no entries; whole_bytes: the manifest's
+    length in bytes without a torn last line.
     """
 
     path: Path
@@ -90,6 +105,7 @@ class Manifest:
     num_pictures: int
     names_sha256: str
     entries: Mapping[int, ManifestEntry]
+    blocks: Mapping[int, Block]
     whole_bytes: int
 
 
@@ -125,6 +141,11 @@ def entry_line(entry: ManifestEntry) -> bytes:
     return json.dumps(record).encode("ascii") + b"\n"
 
 
+def block_line(block: Block) -> bytes:
+    """Line of a finished block."""
+    return json.dumps({"block": block.number, "maps": block.maps}).encode("ascii") + b"\n"
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a feature folder; None when it has none.
 
@@ -139,15 +160,21 @@ def read_manifest(folder: Path) -> Manifest | None:
     lines = content.partition(b"\0")[0].splitlines(keepends=True)
     header, num_pictures, names_sha256 = _parse_header(lines[0] if lines else b"", path)
     entries: dict[int, ManifestEntry] = {}
+    blocks: dict[int, Block] = {}
     whole_bytes = len(lines[0])
     for number, line in enumerate(lines[1:], start=2):
-        entry = _parse_entry(line, header, num_pictures) if line.endswith(b"\n") else None
-        if entry is not None:
-            entries[entry.index] = entry
-            whole_bytes += len(line)
+        parse = _parse_block if header.layout == "packed" else _parse_entry
+        found = parse(line, header, num_pictures) if line.endswith(b"\n") else None
+        if isinstance(found, Block):
+            blocks[found.number] = found
+        elif found is not None:
+            entries[found.index] = found
         elif number < len(lines):
-            raise UserError(f"{path}: line {number} does not describe a picture ({_DAMAGED})")
-    return Manifest(path, header, num_pictures, names_sha256, entries, whole_bytes)
+            raise UserError(f"{path}: line {number} does not describe a picture or block ({_DAMAGED})")
+        else:
+            break
+        whole_bytes += len(line)
+    return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes)
 
 
 def _parse_header(line: bytes, path: Path) -> tuple[StoreHeader, int, str]:
@@ -166,6 +193,8 @@ def _parse_header(line: bytes, path: Path) -> tuple[StoreHeader, int, str]:
                 strides=tuple(int(stride) for stride in record["strides"]),
                 geometry=EncoderGeometry(**record["geometry"]),
                 dtype=str(record["dtype"]),
+                codec_sha256=str(record.get("codec_sha256", "")),
+                layout=str(record.get("layout", "files")),
             )
             return header, int(record["num_pictures"]), str(record["names_sha256"])
     except (KeyError, TypeError, ValueError, UserError) as error:
@@ -200,13 +229,27 @@ def _parse_entry(line: bytes, header: StoreHeader, num_pictures: int) -> Manifes
     return entry if right else None
 
 
+def _parse_block(line: bytes, header: StoreHeader, num_pictures: int) -> Block | None:
+    """The block of a line, None when the line does not describe one."""
+    try:
+        record = json.loads(line)
+        runs = tuple((int(height), int(width), int(count)) for height, width, count in record["maps"])
+        block = Block(int(record["block"]), runs)
+        pictures = len(header.block_layout(num_pictures).pictures(block.number))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return block if block.number >= 0 and pictures and block.num_pictures == pictures else None
+
+
 def writing_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:
     """In words, everything that forbids to add pictures to a folder; empty when a run may resume there."""
     differences = _model_differences(stored, wanted)
-    for key in ("patch_sizes", "strides", "dtype"):
+    for key in ("patch_sizes", "strides", "dtype", "layout"):
         there, here = getattr(stored, key), getattr(wanted, key)
         if there != here:
             differences.append(_difference(key, _plain(there), _plain(here)))
+    if stored.dtype == wanted.dtype and stored.codec_sha256 != wanted.codec_sha256:
+        differences.append("codec of the patch descriptors: another one")
     keys = [*wanted.settings, *(key for key in stored.settings if key not in wanted.settings)]
     return differences + _setting_differences(stored, wanted, keys)
 

@@ -10,23 +10,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
 from types import TracebackType
+from typing import overload
 
 import numpy as np
 import torch
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
+from patchnetvlad.feature_blocks import BlockReader
 from patchnetvlad.feature_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.feature_files import (
     CODECS,
     GLOBAL_NAME,
     ArrayInfo,
     Codec,
+    ProductCodec,
     StoredArray,
     patch_file_name,
     read_array,
+    read_array_info,
+    stored_codec,
 )
-from patchnetvlad.feature_header import Manifest, StoreHeader, read_manifest, reading_differences
+from patchnetvlad.feature_header import Manifest, StoreHeader, hash_names, read_manifest, reading_differences
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
@@ -38,8 +43,8 @@ class FeatureStore:
     global_: N×D float32, row = line of the list; names: the list; num_dims: D; patch_sizes: those that
     `patches` gives, in this order.
     Patch descriptors are read when asked for and kept, as they are stored, in a least-recently-used cache: float16
-    and int8 take a half and a quarter of the memory there and become float32 at every `patches`. After
-    `round_references` the cache keeps 8-bit descriptors for matching beside them.
+    int8 and codes take less of the memory there and become float32 at every `patches`. After `round_references` the
+    cache keeps 8-bit descriptors for matching beside them, except beside codes, where they are made at every `patches`.
     """
 
     def __init__(
@@ -89,18 +94,24 @@ class FeatureStore:
             raise UserError(f"{folder}: is not a folder (features not extracted yet, or another path)")
         manifest = read_manifest(folder)
         stored: Sequence[StoredPicture]
+        codec: Codec | None = None
         if manifest is not None:
             _check_manifest(manifest, pictures.names, expected)
             sizes = manifest.header.patch_sizes if expected is None else expected.patch_sizes
-            global_ = _read_global(folder / GLOBAL_NAME, len(pictures), manifest.header.num_dims)
-            stored, codec = _manifest_pictures(folder, manifest, sizes), manifest.header.codec
+            packed = manifest.header.layout == "packed"
+            read = _map_global if packed else _read_global
+            global_ = read(folder / GLOBAL_NAME, len(pictures), manifest.header.num_dims)
+            stored = _PackedPictures(folder, manifest, sizes) if packed else _manifest_pictures(folder, manifest, sizes)
+            dtype = manifest.header.dtype if sizes else "float32"  # global descriptors need no quantiser
+            codec = stored_codec(folder, dtype, manifest.header.codec_sha256)
         elif expected is not None:
-            sizes, codec = expected.patch_sizes, None
+            sizes = expected.patch_sizes
             global_ = _read_global(folder / GLOBAL_NAME, len(pictures), expected.num_dims)
             stored = _published_pictures(folder, pictures, expected, map_size)
         else:
             raise UserError(f"{folder}: has no manifest.jsonl, so what made it is unknown (give the configuration)")
-        _check_files(folder, pictures.names, stored)
+        if not isinstance(stored, _PackedPictures):
+            _check_files(folder, pictures.names, stored)
         return cls(folder, pictures.names, global_, stored, sizes, codec, cache_gb, workers)
 
     def __len__(self) -> int:
@@ -113,6 +124,11 @@ class FeatureStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def coded(self) -> bool:
+        """Whether patch descriptors are stored as codes."""
+        return isinstance(self._codec, ProductCodec)
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -139,6 +155,8 @@ class FeatureStore:
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
         descriptors = tuple(self._codec.decode(StoredArray(array, scales)) for array, scales in stored)
+        if self._rounded and self.coded:
+            return PatchFeatures(descriptors, picture.grids).round_as("reference")
         parts = [torch.from_numpy(array) for array in arrays[count:]]
         rounded = tuple(RoundedPatches(*parts[first : first + 4]) for first in range(0, len(parts), 4))
         return PatchFeatures(descriptors, picture.grids, rounded)
@@ -162,13 +180,17 @@ class FeatureStore:
 
     def _size(self, index: int) -> int:
         counts = [len(grid) for grid in self._pictures[index].grids]
-        rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if self._rounded else 0
+        keeps_rounded = self._rounded and not self.coded
+        rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if keeps_rounded else 0
         return sum(counts) * self._codec.width(self.num_dims) * self._codec.dtype.itemsize + rounded
 
     def _load(self, index: int) -> Arrays:
         picture = self._pictures[index]
-        arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
-        if self._rounded:
+        if isinstance(self._pictures, _PackedPictures):
+            arrays = self._pictures.read(index)
+        else:
+            arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
+        if self._rounded and not self.coded:  # beside codes they would fill the cache
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
                 rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
                 arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]
@@ -203,6 +225,42 @@ class StoredPicture:
     scales: tuple[tuple[float, ...] | None, ...]
 
 
+class _PackedPictures(Sequence[StoredPicture]):
+    """Pictures of a packed folder, with a selection of its patch sizes; each is made when it is asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, patch_sizes: tuple[int, ...]) -> None:
+        """Raises UserError when blocks are missing or damaged."""
+        self._header = manifest.header
+        self._count = manifest.num_pictures
+        self._places = [self._header.patch_sizes.index(size) for size in patch_sizes]
+        self._reader = BlockReader(folder, self._header.block_layout(self._count), manifest.blocks.values())
+        self._grids = lru_cache(maxsize=1024)(self._header.grids)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> StoredPicture: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[StoredPicture]: ...
+
+    def __getitem__(self, index: int | slice) -> StoredPicture | list[StoredPicture]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(self._count))]
+        grids = self._grids(self._reader.map_size(index))
+        stored = self._reader.scales(index)
+        scales: list[tuple[float, ...] | None] = [None] * len(grids)
+        if stored is not None:
+            scales = [tuple(row.tolist()) for row in stored.reshape(len(grids), -1)]
+        return StoredPicture((), tuple(grids[i] for i in self._places), tuple(scales[i] for i in self._places))
+
+    def read(self, index: int) -> list[np.ndarray]:
+        """Stored arrays of a picture, in one read whatever the selection."""
+        arrays = self._reader.read(index)
+        return [arrays[place] for place in self._places]
+
+
 def _check_manifest(manifest: Manifest, names: tuple[str, ...], expected: StoreHeader | None) -> None:
     folder = manifest.path.parent
     if expected is not None:
@@ -217,6 +275,17 @@ def _check_manifest(manifest: Manifest, names: tuple[str, ...], expected: StoreH
             f"{folder}: features are of {manifest.num_pictures} pictures, the list has {len(names)} (made from another "
             "list, or the folders of query and database are swapped)"
         )
+    if manifest.header.layout == "packed":
+        if manifest.names_sha256 != hash_names(names):
+            raise UserError(
+                f"{folder}: features are of other pictures than the list names, or in another order (made from another "
+                "list, or the folders of query and database are swapped)"
+            )
+        if not (folder / GLOBAL_NAME).exists():
+            raise UserError(
+                f"{folder}: extraction is not finished (run feature_extract again with the same arguments to continue)"
+            )
+        return
     for index, name in enumerate(names):
         entry = manifest.entries.get(index)
         if entry is not None and entry.name != name:
@@ -306,6 +375,17 @@ def _check_files(folder: Path, names: Sequence[str], pictures: Sequence[StoredPi
             f"{path}: is missing, the patch features of {name}, as are {len(missing) - 1} further files (extracted "
             "with other patch sizes, not finished, or removed)"
         )
+
+
+def _map_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:
+    """N×D float32 that stay on disk."""
+    info = read_array_info(path)
+    if info.shape != (num_pictures, num_dims) or info.dtype != np.float32 or info.fortran_order:
+        raise UserError(
+            f"{path}: holds {info.dtype} of shape {info.shape}, expected {num_pictures}×{num_dims} float32 (another "
+            "file)"
+        )
+    return np.memmap(path, np.float32, "r", info.offset, info.shape)
 
 
 def _read_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:

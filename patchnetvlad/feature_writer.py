@@ -20,27 +20,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
+from patchnetvlad.feature_blocks import (
+    BLOCK_GLOB,
+    PICTURES_IN_BLOCK,
+    BlockLayout,
+    BlockWriter,
+    damaged_file,
+    file_sizes,
+)
 from patchnetvlad.feature_files import (
+    CODEC_NAME,
     GLOBAL_NAME,
     PATCH_GLOB,
     StoredArray,
+    codec_of,
     create_rows_file,
     patch_file_name,
     read_array_info,
+    stored_codec,
     write_patch_array,
+    write_patch_codec,
 )
 from patchnetvlad.feature_header import (
     MANIFEST_NAME,
     Manifest,
     ManifestEntry,
     StoreHeader,
+    block_line,
     entry_line,
     header_line,
     read_manifest,
@@ -58,6 +71,7 @@ from patchnetvlad.files import (
     writing,
 )
 from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
+from patchnetvlad.patch_codes import PatchCodec
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
 GROWN_NAME = GLOBAL_NAME + ".grown"
@@ -95,22 +109,30 @@ class FeatureWriter:
         pictures: ImageList,
         header: StoreHeader,
         *,
+        trained: PatchCodec | None = None,
         overwrite: bool = False,
         queue_size: int = 4,
     ) -> None:
-        _check_list(pictures)
+        """trained: the quantiser of a header with codes, which is kept in the folder."""
+        if header.layout == "files":
+            _check_list(pictures)
+        self._codec = codec_of(header.dtype, trained)
+        if header.codec_sha256 != (trained.sha256 if trained else ""):
+            raise ValueError("the quantiser is not that of the header")
         if header.checkpoint_sha256 is None or header.num_dims < 1:
             raise ValueError("the header says not what makes the features")
         self.folder = folder
         self.header = header
         self._queue_size = max(1, queue_size)
         with ExitStack() as files, told(folder, "features cannot be written there"):
-            self._opened = _open_folder(folder, pictures, header, overwrite, files)
+            self._opened = _open_folder(folder, pictures, header, trained, overwrite, files)
             self._files = files.pop_all()
         self.pictures = replace(pictures, feature_names=self._opened.feature_names)
         self._lock = Lock()
         self._missing = set(self._opened.missing)
-        self._unrecorded: list[tuple[ManifestEntry, list[Path]]] = []
+        writes = _Blocks if header.layout == "packed" else _PictureFiles
+        self._layout: _Layout = writes(folder, pictures, header, sorted(self._missing))
+        self._unrecorded: list[_Finished] = []
         self._recorded_at = time.monotonic()
         self._failure: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
@@ -176,6 +198,7 @@ class FeatureWriter:
             self._wait()
         finally:
             self._pool.shutdown(wait=True)
+            self._layout.close()
             self._files.close()
 
     def _wait(self) -> None:
@@ -202,7 +225,7 @@ class FeatureWriter:
 
     def _encode(self, index: int, descriptors: Sequence[Tensor]) -> list[StoredArray]:
         try:
-            return [self.header.codec.encode(tensor) for tensor in descriptors]
+            return [self._codec.encode(tensor) for tensor in descriptors]
         except ValueError as error:
             raise self._not_finite(index) from error
 
@@ -210,14 +233,12 @@ class FeatureWriter:
         """Write one picture; runs in the background thread."""
         if self._failure is not None:
             raise self._failure
-        name, feature_name = self.pictures.names[index], self.pictures.feature_names[index]
+        name = self.pictures.names[index]
         try:
             if not np.isfinite(row).all():
                 raise self._not_finite(index)
             stored = self._encode(index, patches.descriptors) if encoded is None else encoded
-            paths = [self.folder / patch_file_name(size, feature_name) for size in self.header.patch_sizes]
-            for path, (array, _) in zip(paths, stored, strict=True):
-                write_patch_array(path, array)
+            finished = self._layout.add(index, _map_size(patches), stored)
             assert self._opened.rows is not None  # this picture is missing, so the rows are not complete
             self._opened.rows.seek(self._opened.rows_offset + index * row.nbytes)
             _write_all(self._opened.rows, row.tobytes())
@@ -226,8 +247,7 @@ class FeatureWriter:
                 self._record()
             self._failure = self._told(error, name)
             raise self._failure from error
-        scales = tuple(bands for _, bands in stored if bands is not None)
-        self._unrecorded.append((ManifestEntry(index, name, feature_name, _map_size(patches), scales), paths))
+        self._unrecorded += finished
         if len(self._unrecorded) >= _TOGETHER or time.monotonic() - self._recorded_at >= _SECONDS:
             self._record()
 
@@ -238,16 +258,17 @@ class FeatureWriter:
         if not done:
             return
         try:
-            sync_files(path for _, paths in done for path in paths)
+            sync_files(path for finished in done for path in finished.paths)
             assert self._opened.rows is not None
             os.fsync(self._opened.rows.fileno())
-            _append(self._opened.manifest, b"".join(entry_line(entry) for entry, _ in done))
+            _append(self._opened.manifest, b"".join(finished.line for finished in done))
             os.fsync(self._opened.manifest.fileno())
         except OSError as error:
-            self._failure = self._failure or self._told(error, done[0][0].name)
+            self._failure = self._failure or self._told(error, self.pictures.names[done[0].pictures[0]])
             raise self._failure from error
         with self._lock:
-            self._missing.difference_update(entry.index for entry, _ in done)
+            for finished in done:
+                self._missing.difference_update(finished.pictures)
 
     def _not_finite(self, index: int) -> UserError:
         return UserError(
@@ -270,6 +291,84 @@ class FeatureWriter:
 
 
 @dataclass(frozen=True)
+class _Finished:
+    """Pictures whose files have their names: line: the manifest's."""
+
+    pictures: Sequence[int]
+    paths: list[Path]
+    line: bytes
+
+
+class _Layout(Protocol):
+    """Where the patch descriptors of pictures go; used by the background thread alone."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        """missing: the pictures still to be written, ascending."""
+        ...
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[_Finished]:
+        """Write a missing picture; returns what is finished by it."""
+        ...
+
+    def close(self) -> None:
+        """Drop what is not finished."""
+        ...
+
+
+class _PictureFiles:
+    """Files of its own for each picture, as the published code has them."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        self._folder, self._pictures, self._header = folder, pictures, header
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[_Finished]:
+        """Write the picture's files."""
+        feature_name = self._pictures.feature_names[index]
+        paths = [self._folder / patch_file_name(size, feature_name) for size in self._header.patch_sizes]
+        for path, (array, _) in zip(paths, stored, strict=True):
+            write_patch_array(path, array)
+        scales = tuple(bands for _, bands in stored if bands is not None)
+        entry = ManifestEntry(index, self._pictures.names[index], feature_name, map_size, scales)
+        return [_Finished([index], paths, entry_line(entry))]
+
+    def close(self) -> None:
+        """Nothing is left unfinished."""
+
+
+class _Blocks:
+    """Blocks of pictures; one that comes before its turn waits in memory."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        self._folder, self._layout = folder, header.block_layout(len(pictures))
+        self._turns = deque(missing)  # whole blocks
+        self._waiting: dict[int, tuple[tuple[int, int], Sequence[StoredArray]]] = {}
+        self._block: BlockWriter | None = None
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[_Finished]:
+        """Add the picture to its block, and those that waited for it."""
+        self._waiting[index] = (map_size or (0, 0), stored)
+        finished = []
+        while self._turns and self._turns[0] in self._waiting:
+            turn = self._turns.popleft()
+            size, arrays = self._waiting.pop(turn)
+            if self._block is None:
+                self._block = BlockWriter(self._folder, self._layout, turn // PICTURES_IN_BLOCK)
+            scales = np.array([scale for _, scales in arrays for scale in scales or ()], dtype=np.float32)
+            self._block.add(size, [array for array, _ in arrays], scales)
+            if self._block.complete:
+                block = self._block.finish()
+                line = block_line(block)
+                finished.append(_Finished(self._layout.pictures(block.number), self._block.paths, line))
+                self._block = None
+        return finished
+
+    def close(self) -> None:
+        """Drop the block that is not complete."""
+        if self._block is not None:
+            self._block.close()
+
+
+@dataclass(frozen=True)
 class _WritableFolder:
     """A folder that is ready for the features of a header.
 
@@ -287,7 +386,12 @@ class _WritableFolder:
 
 
 def _open_folder(
-    folder: Path, pictures: ImageList, header: StoreHeader, overwrite: bool, files: ExitStack
+    folder: Path,
+    pictures: ImageList,
+    header: StoreHeader,
+    trained: PatchCodec | None,
+    overwrite: bool,
+    files: ExitStack,
 ) -> _WritableFolder:
     """Make a folder, or check that it holds the same features and see which are missing."""
     make_folder(folder)
@@ -295,14 +399,17 @@ def _open_folder(
     remove_temporary_files(folder)
     if overwrite:
         _remove_features(folder)
-    entries = _resume(folder, pictures, header)
-    feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
-    finished = frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
+    entries, finished = _resume(folder, pictures, header, trained)
+    feature_names = pictures.feature_names
+    if entries:
+        feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
     shape = len(pictures), header.num_dims
     complete, partial = folder / GLOBAL_NAME, folder / PARTIAL_NAME
     source = partial if partial.exists() else complete
     if source.exists():
         finished = _with_rows(source, shape, finished)
+        if header.layout == "packed":
+            finished = _whole_blocks(header.block_layout(len(pictures)), finished)
     else:
         finished = frozenset()
         create_rows_file(partial, shape)
@@ -315,8 +422,13 @@ def _open_folder(
     return _WritableFolder(manifest, rows, rows_offset, missing, feature_names)
 
 
-def _resume(folder: Path, pictures: ImageList, header: StoreHeader) -> tuple[ManifestEntry, ...]:
-    """Check the manifest against the header, or start it, or make it the manifest of a longer list; its pictures."""
+def _resume(
+    folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
+) -> tuple[tuple[ManifestEntry, ...], frozenset[int]]:
+    """Check the manifest against the header, or start it, or make it the manifest of a longer list.
+
+    Returns its pictures with files of their own, and the numbers of all pictures whose patch files are there.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         foreign = next(_feature_files(folder), None)
@@ -326,17 +438,31 @@ def _resume(folder: Path, pictures: ImageList, header: StoreHeader) -> tuple[Man
                 f"mixed (made by the published code? {_WAYS_OUT})"
             )
         (folder / PARTIAL_NAME).unlink(missing_ok=True)
+        if trained is not None:
+            write_patch_codec(folder, trained)
         with writing(folder / MANIFEST_NAME) as file:
             file.write(header_line(header, pictures.names, pictures.source.name))
-        return ()
+        return (), frozenset()
     _settle_growth(folder, manifest)
     differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
     if differences:
         raise UserError(f"{folder}: holds other features, {'; '.join(differences)} ({_WAYS_OUT})")
+    stored_codec(folder, manifest.header.dtype, manifest.header.codec_sha256)
     if manifest.num_pictures < len(pictures):
-        return _grow(folder, manifest, pictures)
-    os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
-    return tuple(manifest.entries.values())
+        if header.layout == "packed":
+            raise UserError(
+                f"{folder}: holds {manifest.num_pictures} pictures in blocks, which do not grow, and the list has "
+                f"{len(pictures)} ({_WAYS_OUT})"
+            )
+        entries = _grow(folder, manifest, pictures)
+    else:
+        os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
+        entries = tuple(manifest.entries.values())
+    if header.layout == "packed":
+        layout, there = header.block_layout(len(pictures)), file_sizes(folder)
+        whole = (block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None)
+        return (), frozenset(index for block in whole for index in layout.pictures(block.number))
+    return entries, frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
 
 
 def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
@@ -414,6 +540,13 @@ def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> f
     return frozenset(index for index in finished if rows[index].any())
 
 
+def _whole_blocks(layout: BlockLayout, finished: frozenset[int]) -> frozenset[int]:
+    """Those pictures whose whole block is finished."""
+    blocks = {index // PICTURES_IN_BLOCK for index in finished}
+    whole = (layout.pictures(number) for number in blocks if finished.issuperset(layout.pictures(number)))
+    return frozenset(index for pictures in whole for index in pictures)
+
+
 def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Global descriptors, memory-mapped for reading."""
     info = read_array_info(path)
@@ -425,11 +558,12 @@ def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def _feature_files(folder: Path) -> Iterator[Path]:
     yield from folder.glob(GLOBAL_NAME)
     yield from folder.glob(PATCH_GLOB)
+    yield from folder.glob(BLOCK_GLOB)
 
 
 def _remove_features(folder: Path) -> None:
     # The manifest goes first: what a killed run leaves then counts as foreign, never as finished.
-    for name in (MANIFEST_NAME, PARTIAL_NAME, GROWN_NAME):
+    for name in (MANIFEST_NAME, PARTIAL_NAME, GROWN_NAME, CODEC_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in list(_feature_files(folder)):
         path.unlink()

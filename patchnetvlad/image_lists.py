@@ -77,7 +77,7 @@ def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:
         raise UserError(f"{root}: no such folder")
     names = [file.relative_to(root).as_posix() for file in _pictures(root, recursive)]
     if not names:
-        hint = "" if recursive else " (folders within are entered only on request)"
+        hint = "" if recursive else " (folders within are entered with --recursive)"
         raise UserError(f"{root}: holds no picture{hint}")
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
 

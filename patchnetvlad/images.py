@@ -127,6 +127,20 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(pixels)
 
 
+def count_reshaped(
+    paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False, workers: int = 4
+) -> int:
+    """How many pictures have other proportions than width to height by over 1 %: resizing stretches what they show.
+
+    Only headers are read. None where pictures keep their own size (height or width of 0 or less).
+    """
+    if min(height, width) <= 0:
+        return 0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        sizes = pool.map(lambda path: _size(path, exif_rotation), dict.fromkeys(paths))
+        return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
+
+
 class ImageDataset(Dataset[tuple[int, Tensor]]):
     """Pictures as (index, 3×H×W tensor); UserError names one that cannot be read."""
 
@@ -200,9 +214,7 @@ def _batches_of_one_size(
     """Indices in batches of one picture size, read from the files' headers."""
 
     def size(index: int) -> tuple[int, int]:
-        with _opened(dataset.paths[index]) as picture:
-            turned = dataset.exif_rotation and _orientation(picture) in _SIDEWAYS
-            return picture.size[::-1] if turned else picture.size
+        return _size(dataset.paths[index], dataset.exif_rotation)
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}  # the newest batch of each size
@@ -213,6 +225,13 @@ def _batches_of_one_size(
             batches.append(batch)
         batch.append(index)
     return batches
+
+
+def _size(path: Path, exif_rotation: bool) -> tuple[int, int]:
+    """Width and height of a picture from its file's header."""
+    with _opened(path) as picture:
+        turned = exif_rotation and _orientation(picture) in _SIDEWAYS
+        return picture.size[::-1] if turned else picture.size
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from patchnetvlad.config_values import Rule, value_text
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text
 
+_SPELLED_OUT = {"imageresizewidth": "imageresizew", "imageresizeheight": "imageresizeh"}  # how they may be guessed
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read an INI file; an override, ``section.key=value``, replaces a key of the file, the last one wins.
@@ -45,6 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         GlobalParams(**values["global_params"]),  # type: ignore[arg-type]
         TrainConfig(**values["train"]),  # type: ignore[arg-type]
         path,
+        tuple(overrides),
     )
 
 
@@ -121,5 +124,7 @@ def _parse(place: str, section: str, key: str, text: str) -> object:
 
 
 def _closest(word: str, known: list[str]) -> str:
-    close = get_close_matches(word.lower(), known, n=1)
+    spelled = {name: name for name in known}
+    spelled |= {full: short for full, short in _SPELLED_OUT.items() if short in known}
+    close = [spelled[name] for name in get_close_matches(word.lower(), list(spelled), n=1)]
     return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"

@@ -1,6 +1,7 @@
 """What is fitted on pictures, without training: NetVLAD's clusters by k-means, WPCA on sampled descriptors."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,15 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.patch_netvlad import chosen_descriptors
 from patchnetvlad.weights import initialise_encoder
 from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_wpca, whiteness_error
 
 logger = logging.getLogger(__name__)
 
 WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
+SAMPLE_BYTES = 1 << 30  # that they may take, though at least twice as many are used as dimensions are kept
+PATCHES_PER_PICTURE = 100  # of one size, since patches of one picture overlap; again more where dimensions need it
 
 
 def fit_model(
@@ -36,6 +40,7 @@ def fit_model(
     sizes, since they are what it is applied to most; a global model's on global descriptors.
     Raises UserError when the pictures are too few for num_clusters or num_pcs.
     """
+    started = time.perf_counter()
     params = config.global_params
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
@@ -55,7 +60,9 @@ def fit_model(
     if not params.num_pcs:
         return model, None
     batches = picture_batches(config, paths, device, progress, "Sampling descriptors")
-    return model, add_projection(model, batches, len(paths), config)
+    wpca = add_projection(model, batches, len(paths), config)
+    logger.info("model fitted to %d pictures in %.1f s", len(paths), time.perf_counter() - started)
+    return model, wpca
 
 
 def add_wpca(
@@ -101,11 +108,14 @@ def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: 
 
     [global_params] num_pcs and [train] whitening and seed are used. Raises UserError when the pictures are too few.
     """
-    descriptors = sample_descriptors(model, pictures, num_pictures, config.train.seed)
-    fit = fit_wpca(descriptors, config.global_params.num_pcs, config.train.whitening)
+    num_pcs, started = config.global_params.num_pcs, time.perf_counter()
+    descriptors = sample_descriptors(model, pictures, num_pictures, num_pcs, config.train.seed)
+    described = time.perf_counter()
+    logger.info("WPCA: fitting %d dimensions to %d descriptors of %d numbers", num_pcs, *descriptors.shape)
+    fit = fit_wpca(descriptors, num_pcs, config.train.whitening)
     logger.info(
         "WPCA: %d dimensions of %d, %.1f %% of the variance of %d descriptors, eigenvalues %.3g to %.3g; projected, "
-        "their covariance is within %.2g of %s",
+        "their covariance is within %.2g of %s (describing %.1f s, fitting %.1f s)",
         len(fit.weight),
         descriptors.shape[1],
         100 * fit.explained_variance,
@@ -114,6 +124,8 @@ def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: 
         fit.eigenvalues[-1],
         whiteness_error(descriptors, fit),
         "the identity (0 is white)",
+        described - started,
+        time.perf_counter() - described,
     )
     model.add_wpca(fit)
     return fit
@@ -121,26 +133,38 @@ def add_projection(model: PlaceModel, pictures: Iterator[Tensor], num_pictures: 
 
 @torch.inference_mode()
 def sample_descriptors(
-    model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, seed: int
+    model: PlaceModel, pictures: Iterator[Tensor], num_pictures: int, num_pcs: int, seed: int
 ) -> NDArray[np.float32]:
-    """Descriptors before WPCA for WPCA to be fitted on: n×dims, n at most about WPCA_SAMPLES.
+    """Descriptors before WPCA for num_pcs dimensions to be fitted to: n×dims.
 
     pictures: batches on the model's device. Random patches of every picture and patch size, or the global
-    descriptors of a model without patches.
+    descriptors of a model without patches. n is at most about WPCA_SAMPLES.
     """
     rng = np.random.default_rng(seed)
     rows: list[NDArray[np.float32]] = []
-    scales = max(1, len(model.patch_sizes))
-    each = max(1, WPCA_SAMPLES // (num_pictures * scales))
+    each = _patches_of_each(num_pictures * max(1, len(model.patch_sizes)), num_pcs, model.output_dims)
     for batch in pictures:
-        described = model.describe(batch)
-        if not described.patches:
-            rows.append(described.global_.cpu().numpy())
-        for patches in described.patches:
-            for picture in patches:
-                chosen = torch.from_numpy(rng.permutation(len(picture))[:each])
-                rows.append(picture[chosen.to(picture.device)].cpu().numpy())
+        if not model.patch_sizes:
+            rows.append(model.describe(batch).global_.cpu().numpy())
+            continue
+        assert isinstance(model.pool, NetVLAD)
+        assigned = model.pool.assign(model.encoder(batch))
+        grids = model.grids(*assigned[0].shape[1:3])
+        for grid in grids:
+            for local, assignment in zip(*assigned, strict=True):
+                chosen = torch.from_numpy(rng.permutation(len(grid))[:each]).to(local.device)
+                found = chosen_descriptors(
+                    local, assignment, model.pool.centroids, grid.patch_size, grid.stride, chosen
+                )
+                rows.append(found.cpu().numpy())
     return np.concatenate(rows)
+
+
+def _patches_of_each(groups: int, num_pcs: int, dims: int) -> int:
+    """Patches to take of each picture and patch size, of which there are so many groups."""
+    enough = 2 * num_pcs
+    limit = min(WPCA_SAMPLES, max(SAMPLE_BYTES // (4 * dims), enough))
+    return max(1, min(limit // groups, max(PATCHES_PER_PICTURE, -(-enough // groups))))
 
 
 def picture_batches(

@@ -70,9 +70,19 @@ def compare_files(recognizer: PlaceRecognizer, query: Path, reference: Path) -> 
     first, second = read_image(query, upright), read_image(reference, upright)
     first_description, second_description = recognizer.describe([first, second])
     comparison = recognizer.compare(first_description, second_description)
-    names = (query.name, reference.name)
+    names = distinct_names(query, reference)
     matched = matched_pair(recognizer, first, second, first_description, second_description, comparison, names)
     return matched, comparison
+
+
+def distinct_names(first: Path, second: Path) -> tuple[str, str]:
+    """The names of two files, with as many of their folders as it takes to tell them apart."""
+    parts = first.absolute().parts, second.absolute().parts
+    for count in range(1, max(map(len, parts))):
+        names = [Path(*path[-count:]).as_posix() for path in parts]
+        if names[0] != names[1]:
+            return names[0], names[1]
+    return first.name, second.name
 
 
 def matched_pair(

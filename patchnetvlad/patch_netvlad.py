@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from patchnetvlad.netvlad import EPSILON
+from patchnetvlad.netvlad import EPSILON, intra_normalised
 
 # Residuals of as many clusters are made at once as fit into this many bytes: a processor's cache, or a share of an
 # accelerator's memory. Each cluster's windows are independent of the others'.
@@ -17,7 +17,7 @@ def window_sums(values: Tensor, size: int, stride: int, dim: int) -> Tensor:
     """Sums of ``size`` consecutive entries along ``dim``, every ``stride``-th window, without padding.
 
     Windows are added up by doubling, from sums alone. Differences of cumulative sums would be cheaper and wrong: in
-    an almost empty cluster they are rounding noise, which intra-normalisation turns into a unit vector (SPEC 4).
+    an almost empty cluster they are rounding noise, which intra-normalisation turns into a unit vector.
     """
     length = values.shape[dim] - size + 1  # number of windows at stride 1
     total: Tensor | None = None
@@ -78,3 +78,21 @@ def patch_descriptors(
         for output, squared in zip(outputs, squared_norms, strict=True):
             output /= squared.sqrt_().clamp_(min=EPSILON)
     return tuple(output.flatten(2) for output in outputs)
+
+
+def chosen_descriptors(
+    local: Tensor, assignment: Tensor, centroids: Tensor, size: int, stride: int, chosen: Tensor
+) -> Tensor:
+    """Some patches' rows of `patch_descriptors`, for one picture and without making the others.
+
+    local: H×W×C unit local descriptors; assignment: H×W×K; centroids: K×C; chosen: n row-major numbers of patches of
+    one size, int64. Returns n×(K·C) unit rows, float32.
+    """
+    columns = (local.shape[1] - size) // stride + 1
+    with torch.autocast(local.device.type, enabled=False):
+        windows, shares = (
+            values.unfold(0, size, stride).unfold(1, size, stride)[chosen // columns, chosen % columns].flatten(2)
+            for values in (local, assignment)
+        )  # n×C×p², n×K×p²
+        residuals = shares @ windows.transpose(1, 2) - shares.sum(dim=2)[..., None] * centroids  # n×K×C
+        return intra_normalised(residuals / (size * size))

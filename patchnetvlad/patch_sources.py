@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchnetvlad.candidates import ApproximateSearch
 from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.feature_cache import CacheStatistics, PictureCache
@@ -51,11 +52,13 @@ class PatchSource(Protocol):
 class DescribedPictures:
     """Pictures as ranking takes them, queries or a database.
 
-    global_: N×D float32, unit rows; patches: their patch descriptors by the same rows, None for a purely global model.
+    global_: N×D float32, unit rows; patches: their patch descriptors by the same rows, None for a purely global model;
+    index: a search index of global_ that was made before.
     """
 
     global_: NDArray[np.float32]
     patches: PatchSource | None
+    index: ApproximateSearch | None = None
 
     def __len__(self) -> int:
         return len(self.global_)

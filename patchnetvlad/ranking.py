@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from patchnetvlad.candidates import Candidates, RankingScores
-from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
@@ -20,6 +20,7 @@ from patchnetvlad.patch_sources import DescribedPictures, PatchSource
 from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,14 @@ class Ranker:
         self._matcher = find_matcher(options.matcher)
         self._database = database
         self._device = device
+        self._workers = Workers()
         self._index: DatabaseIndex | None = None  # until the first query that is searched
         self._rounded: bool | None = None  # until the first pair decides
+        if options.index.endswith(BUILT_INDEX) and database.index is None:
+            raise UserError(
+                f"[feature_match] index = {options.index}: was made from a feature folder, and these pictures are not "
+                "read from one (Flat, or a factory string of faiss)"
+            )
         check_panoramas(options.panorama_cutouts, len(database))
 
     def rank(
@@ -78,7 +85,7 @@ class Ranker:
             return Rankings(retrieved, retrieved.indices, None)
         heads = [row[row >= 0].tolist() for row in retrieved.indices[:, :top]]
         rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, heads, progress)
-        _log_reads(self._database.patches)
+        _log_reads(self._database.patches, sum(map(len, heads)))
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)
@@ -87,7 +94,8 @@ class Ranker:
     def _retrieve(self, queries: DescribedPictures, depth: int) -> Candidates:
         started = time.perf_counter()
         if self._index is None:
-            self._index = DatabaseIndex(self._database.global_, self._options.index, self._device)
+            index = self._database.index or self._options.index
+            self._index = DatabaseIndex(self._database.global_, index, self._device)
         found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
@@ -120,15 +128,20 @@ class Ranker:
     def _rerank(self, query: PatchFeatures, database: PatchSource, head: Sequence[int]) -> Reranking:
         if self._rounded:
             query = query.round_as("query")
-        batch_size = 1 if self._device.type == "cpu" else CANDIDATES_AT_ONCE
         features = (database.patches(index) for index in head)
-        return rerank(query, features, self._options.patchweights2use, self._matcher, batch_size)
+        weights = self._options.patchweights2use
+        if self._device.type == "cpu":
+            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+        return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""
         if self._rounded is None:
             reference = database.patches(candidate).to(self._device)
-            self._rounded = WAYS[choose_way(self._options.similarity, query, reference)].rounds
+            similarity = self._options.similarity
+            # Measured where pairs will be matched
+            (chosen,) = self._workers.map(lambda pair: choose_way(similarity, *pair), [(query, reference)])
+            self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 database.round_references()
 
@@ -180,14 +193,14 @@ def _check_room(heads: Sequence[Sequence[int]], sizes: Mapping[int, int], room: 
         )
 
 
-def _log_reads(database: PatchSource) -> None:
+def _log_reads(database: PatchSource, asked: int) -> None:
     done = database.statistics
     if database.cache_bytes is not None:
         logger.info(
-            "database patches: %d pictures read (%.3g GB), %d times answered from memory, %.3g of %.3g GB in use",
+            "database patches: %d pictures read (%.3g GB), %d times found in memory, %.3g of %.3g GB in use",
             done.reads,
             done.bytes_read / 1e9,
-            done.hits,
+            max(0, asked - done.reads),
             done.held_bytes / 1e9,
             database.cache_bytes / 1e9,
         )

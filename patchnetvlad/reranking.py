@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class Matcher:
             return self.many(matches, query_grids, reference_grids, device)
         return [self.one(*pair) for pair in zip(matches, query_grids, reference_grids, strict=True)]
 
+
+Scored = list[list[float]]
+"""Scores of some candidates at each patch size."""
+
+Run = Callable[[Callable[[Sequence[PatchFeatures]], Scored], Iterable[Sequence[PatchFeatures]]], Iterable[Scored]]
+"""How a function is called for every batch of candidates: `map`, or one that shares them among threads."""
 
 MATCHERS: dict[str, Matcher] = {
     "RANSAC": Matcher(ransac_score, ransac_scores),
@@ -122,18 +128,22 @@ def rerank(
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
+    run: Run = map,
 ) -> Reranking:
     """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
-    candidates is consumed once and no more than a batch is held, so they may come from disk one by one.
-    batch_size: candidates matched and scored in one go on the query's device; 1 suits the CPU, more an accelerator.
+    candidates is consumed once, batch by batch, so they may come from disk one by one. batch_size: candidates matched
+    and scored in one go on the query's device; 1 suits the CPU, more an accelerator. run: calls a function for each
+    batch and gives the results in order, as `map` does; several at a time if it likes.
     """
-    values: list[list[float]] = []
+
+    def score(batch: Sequence[PatchFeatures]) -> Scored:
+        scored = _score_all(query, [candidate.grids for candidate in batch], _match_all(query, batch), matcher)
+        return [[score.value for score in scores] for scores in scored]
+
     stream = iter(candidates)
-    while batch := list(islice(stream, batch_size)):
-        matches = _match_all(query, batch)
-        scored = _score_all(query, [candidate.grids for candidate in batch], matches, matcher)
-        values += [[score.value for score in scores] for scores in scored]
+    batches = iter(lambda: list(islice(stream, batch_size)), [])
+    values = list(chain.from_iterable(run(score, batches)))
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)

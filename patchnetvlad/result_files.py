@@ -2,6 +2,7 @@
 
 - Kapture pairs: `#` header lines, then `query, map, score`. Kapture sorts by score and drops negative ones, so the
   score is 1/rank, not the similarity.
+- Published pairs: the same without scores, of whole paths, as the authors' release writes them.
 - hloc pairs: `query database` on each line, best first.
 - MSLS predictions: `query_key database_key database_key …`, keys being base names without extension.
 - Scores: an .npz file, see write_scores. Recalls: text, see write_recalls.
@@ -11,6 +12,7 @@ Every file appears complete or not at all.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,6 +25,7 @@ from patchnetvlad.recall import Recall
 
 RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages
 _KAPTURE_HEADER = ("# kapture format: 1.1", "# query_image, map_image, score")
+_PUBLISHED_HEADER = ("# kapture format: 1.0", "# query_image, map_image")
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ def write_kapture_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
                 yield f"{ranking.query}, {name}, {1 / rank:.10g}"
 
     rankings = list(rankings)
+    _check_kapture_names(path, rankings)
+    _write_lines(path, lines())
+
+
+def _check_kapture_names(path: Path, rankings: Sequence[Ranking]) -> None:
     for name in _all_names(rankings):
         if "," in name or name.startswith("#") or name != name.strip():
             raise UserError(
                 f"{path}: picture {name!r}: a name in a Kapture pairs file holds no comma, starts with no # and has no "
                 "white space around it (rename the picture)"
             )
-    _write_lines(path, lines())
 
 
 def write_hloc_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
@@ -100,11 +107,41 @@ def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool
     _write_lines(path, (" ".join(row + row[-1:] * (width - len(row))) for row in rows))
 
 
-FORMATS: dict[str, tuple[str, Callable[[Path, Iterable[Ranking]], None]]] = {  # format: end of the file name, writer
-    "kapture": ("predictions.txt", write_kapture_pairs),
-    "hloc": ("pairs_hloc.txt", write_hloc_pairs),
-    "msls": ("predictions_msls.txt", write_msls_predictions),
+def write_published_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+    """Pairs as the authors' release writes them, for programs that part its lines at the comma: no score.
+
+    Raises UserError for a name that this format cannot hold.
+    """
+    rankings = list(rankings)
+    _check_kapture_names(path, rankings)
+    pairs = (f"{ranking.query}, {name}" for ranking in rankings for name in ranking.database)
+    _write_lines(path, chain(_PUBLISHED_HEADER, pairs))
+
+
+@dataclass(frozen=True)
+class PredictionFormat:
+    """A way to write rankings. ending: of the file's name, after the stage; full_paths: names are whole paths."""
+
+    ending: str
+    write: Callable[[Path, Iterable[Ranking]], None]
+    full_paths: bool = False
+
+
+FORMATS = {
+    "kapture": PredictionFormat("predictions.txt", write_kapture_pairs),
+    "published": PredictionFormat("predictions.txt", write_published_pairs, full_paths=True),
+    "hloc": PredictionFormat("pairs_hloc.txt", write_hloc_pairs),
+    "msls": PredictionFormat("predictions_msls.txt", write_msls_predictions),
 }
+
+
+def check_formats(names: Sequence[str]) -> None:
+    """Raises UserError for formats that would write the same files."""
+    taken: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = taken.setdefault(FORMATS[name].ending, name)
+        if other != name:
+            raise UserError(f"--formats {other} {name}: both write files of one name (choose one)")
 
 
 def read_pairs(path: Path) -> list[Ranking]:

@@ -1,13 +1,14 @@
 """Nearest database pictures by global descriptor."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchnetvlad.candidates import Candidates
+from patchnetvlad.candidates import ApproximateSearch, Candidates
 from patchnetvlad.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -16,46 +17,65 @@ _QUERIES = 256  # queries searched at once
 _DATABASE_ROWS = 16384  # database rows compared at once on an accelerator
 _ROUNDING = 1e-5  # generous bound of a fast distance's error, relative to the vectors' squared norms
 
-_Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+Float32Rows: TypeAlias = NDArray[np.float32]
+"""Descriptors, one a row; a memory-mapped array is not read into memory."""
+
+_Search = Callable[[Float32Rows, int], tuple[Float32Rows, NDArray[np.int64]]]
 """Queries and a number n → squared distances, accurate to rounding, and rows of the n nearest, nearest first."""
 
 
 class DatabaseIndex:
     """The global descriptors of a database, made ready once and searched for any number of queries.
 
-    database: M×D; index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Any other
-    index is a faiss factory string, runs on the CPU and ranks what that index finds.
+    database: M×D; index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Anything
+    else runs on the CPU and proposes rows, which are ranked by their exact distances: a faiss factory string, of which
+    an index is made here, or a search that was made before.
     Raises UserError if faiss cannot make, train or search the index.
     """
 
-    def __init__(self, database: NDArray[np.float32], index: str = "Flat", device: torch.device = _CPU) -> None:
+    def __init__(
+        self, database: Float32Rows, index: str | ApproximateSearch = "Flat", device: torch.device = _CPU
+    ) -> None:
         self._database = database
-        self._factory = index
-        self._search: _Search | None = None
+        self._fast: _Search | None = None
+        self._approximate: ApproximateSearch | None = None
         if len(database) == 0:
             return
-        if index != "Flat":
-            self._search = _approximate_search(database, index)
+        if not isinstance(index, str):
+            self._approximate = index
+        elif index != "Flat":
+            self._approximate = _FactoryIndex(database, index)
         else:
-            self._search = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
+            self._fast = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
             self._largest = _largest_square(database)
 
-    def search(self, queries: NDArray[np.float32], k: int, panorama_cutouts: int = 1) -> Candidates:
+    def search(self, queries: Float32Rows, k: int, panorama_cutouts: int = 1) -> Candidates:
         """The k nearest rows of each query (N×D) by Euclidean distance; at most M of them.
 
         panorama_cutouts: consecutive database rows that show one panorama; only the best of each panorama is kept, and
         k counts panoramas.
         """
         wanted = min(k * panorama_cutouts, len(self._database))
-        if self._search is None or wanted == 0 or len(queries) == 0:
+        if wanted == 0 or len(queries) == 0:
             empty = (len(queries), wanted)
             found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
-        elif self._factory == "Flat":
-            doubt = _ROUNDING * 2 * max(self._largest, _largest_square(queries))
-            found = _exact(queries, self._database, wanted, self._search, doubt)
+        elif self._approximate is not None:
+            found = _ranked(queries, self._database, self._approximate.search(queries, wanted), wanted)
         else:
-            found = _ordered(*self._search(np.ascontiguousarray(queries, dtype=np.float32), wanted))
+            assert self._fast is not None  # there is a database
+            doubt = _ROUNDING * 2 * max(self._largest, _largest_square(queries))
+            found = _exact(queries, self._database, wanted, self._fast, doubt)
         return best_cutout_per_panorama(found, panorama_cutouts, k)
+
+
+def exact_rows(queries: Float32Rows, database: Float32Rows, k: int) -> NDArray[np.int64]:
+    """Rows of the k nearest of each query, up to the rounding of fast distances; nearest first, nQ×k."""
+    return _faiss_search(database)(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(database)))[1]
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """What faiss has to say: it raises one error for every mistake, and the reason follows the place in its source."""
+    return str(error).splitlines()[0].rsplit(": ", 1)[-1]
 
 
 def best_cutout_per_panorama(candidates: Candidates, panorama_cutouts: int, k: int) -> Candidates:
@@ -88,13 +108,11 @@ def looks_like_cutouts(utm_database: NDArray[np.floating], panorama_cutouts: int
     return one_place_each and not bool((coordinates == coordinates[0, 0]).all())
 
 
-def _largest_square(rows: NDArray[np.float32]) -> float:
+def _largest_square(rows: Float32Rows) -> float:
     return float(np.einsum("nd,nd->n", rows, rows).max())
 
 
-def _exact(
-    queries: NDArray[np.float32], database: NDArray[np.float32], k: int, search: _Search, doubt: float
-) -> Candidates:
+def _exact(queries: Float32Rows, database: Float32Rows, k: int, search: _Search, doubt: float) -> Candidates:
     """Fast search for a few more than k neighbours, which are then put in order by exact distances.
 
     Fast distances, |q|² − 2q·d + |d|², carry rounding, at most ``doubt``, that depends on the device and on the
@@ -122,20 +140,24 @@ def _exact(
     return Candidates(indices, scores)
 
 
-def _faiss_search(database: NDArray[np.float32]) -> _Search:
-    flat = faiss.IndexFlatL2(database.shape[1])
-    flat.add(np.ascontiguousarray(database, dtype=np.float32))
-    return flat.search
+def _faiss_search(database: Float32Rows) -> _Search:
+    rows = np.ascontiguousarray(database, dtype=np.float32)  # descriptors as they are stored stay on disk
+
+    def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
+        distances, found = faiss.knn(queries, rows, count)
+        return distances, found
+
+    return search
 
 
-def _torch_search(database: NDArray[np.float32], device: torch.device) -> _Search:
+def _torch_search(database: Float32Rows, device: torch.device) -> _Search:
     blocks = [
         torch.tensor(database[start : start + _DATABASE_ROWS], dtype=torch.float32, device=device)
         for start in range(0, len(database), _DATABASE_ROWS)
     ]
     squared_norms = [block.square().sum(dim=1) for block in blocks]
 
-    def search(queries: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
         rows = torch.as_tensor(queries, device=device)
         best = torch.empty(len(rows), 0, device=device)
         nearest = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
@@ -153,36 +175,43 @@ def _torch_search(database: NDArray[np.float32], device: torch.device) -> _Searc
     return search
 
 
-def _approximate_search(database: NDArray[np.float32], factory: str) -> _Search:
-    rows = np.ascontiguousarray(database, dtype=np.float32)
+class _FactoryIndex:
+    """An index made by faiss's factory string, in memory."""
 
-    def refused(error: RuntimeError) -> UserError:
-        # faiss raises it for every mistake; the reason follows the place in its source
-        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+    def __init__(self, database: Float32Rows, factory: str) -> None:
+        self._factory, self._shape = factory, database.shape
+        rows = np.ascontiguousarray(database, dtype=np.float32)
+        try:
+            self._index = faiss.index_factory(rows.shape[1], factory)
+            if not self._index.is_trained:
+                self._index.train(rows)
+            self._index.add(rows)
+        except RuntimeError as error:
+            raise self._refused(error) from error
+
+    def search(self, queries: Float32Rows, count: int) -> NDArray[np.int64]:
+        """What the index finds."""
+        try:
+            _, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), count)
+        except RuntimeError as error:
+            raise self._refused(error) from error
+        return np.asarray(rows, dtype=np.int64)
+
+    def _refused(self, error: RuntimeError) -> UserError:
         return UserError(
-            f"[feature_match] index = {factory}: faiss cannot search {rows.shape[0]} pictures of {rows.shape[1]} "
-            f"dimensions with it: {reason} (the exact search is Flat)"
+            f"[feature_match] index = {self._factory}: faiss cannot search {self._shape[0]} pictures of "
+            f"{self._shape[1]} dimensions with it: {faiss_reason(error)} (the exact search is Flat)"
         )
 
-    try:
-        index = faiss.index_factory(rows.shape[1], factory)
-        if not index.is_trained:
-            index.train(rows)
-        index.add(rows)
-    except RuntimeError as error:
-        raise refused(error) from error
 
-    def search(queries: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        try:
-            return index.search(queries, count)
-        except RuntimeError as error:
-            raise refused(error) from error
-
-    return search
-
-
-def _ordered(distances: NDArray[np.float32], found: NDArray[np.int64]) -> Candidates:
-    """What an index found, nearest first; where it found fewer, rows end in −1."""
-    distances[found < 0] = np.inf
-    order = np.lexsort((found, distances), axis=-1)
-    return Candidates(np.take_along_axis(found, order, axis=1), -np.take_along_axis(distances, order, axis=1))
+def _ranked(queries: Float32Rows, database: Float32Rows, proposed: NDArray[np.int64], k: int) -> Candidates:
+    """The k best of the proposed rows (nQ×n, n ≥ k, −1 for none) by exact distance; equal ones by row."""
+    indices = np.full((len(queries), k), -1, dtype=np.int64)
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    for position, (query, rows) in enumerate(zip(queries, proposed, strict=True)):
+        rows = np.sort(rows[rows >= 0])  # in the order in which they lie on disk
+        difference = database[rows] - query
+        distances = np.einsum("nd,nd->n", difference, difference)
+        order = np.argsort(distances, kind="stable")[:k]
+        indices[position, : len(order)], scores[position, : len(order)] = rows[order], -distances[order]
+    return Candidates(indices, scores)

@@ -1,17 +1,20 @@
 """WPCA: fit a whitening projection on descriptors, and apply it (paper section 4.1)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.netvlad import EPSILON
 
 EIGENVALUE_FLOOR = 1e-9  # added to eigenvalues before the power, so that empty directions stay finite
+COLUMNS_AT_ONCE = 4096  # the same for columns, where there are more of these
 ROWS_AT_ONCE = 1024  # rows turned into float64 at a time while the covariance is summed
 
 
@@ -155,13 +158,24 @@ def _primal_components(
 def _dual_components(
     samples: NDArray[np.floating], mean: NDArray[np.float64], num_pcs: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    centred = samples.astype(np.float64) - mean
-    gram = centred @ centred.T / (len(samples) - 1)
+    num_samples, dims = samples.shape
+    gram = np.zeros((num_samples, num_samples))
+    for part in _columns(dims):
+        centred = samples[:, part].astype(np.float64) - mean[part]
+        gram += centred @ centred.T
+    gram /= num_samples - 1
     total = float(np.trace(gram))
     values, vectors = _largest(gram, num_pcs)
-    directions = centred.T @ vectors  # dims×D; columns have length sqrt(λ·(n−1))
-    directions /= np.maximum(np.linalg.norm(directions, axis=0), EPSILON)
+    directions = np.empty((dims, num_pcs))
+    for part in _columns(dims):
+        directions[part] = (samples[:, part].astype(np.float64) - mean[part]).T @ vectors
+    directions /= np.maximum(np.linalg.norm(directions, axis=0), EPSILON)  # they have length sqrt(λ·(n−1))
     return values, directions, total
+
+
+def _columns(dims: int) -> Iterator[slice]:
+    """Columns that are turned into float64 at a time."""
+    return (slice(first, min(first + COLUMNS_AT_ONCE, dims)) for first in range(0, dims, COLUMNS_AT_ONCE))
 
 
 def _largest(symmetric: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -169,8 +183,11 @@ def _largest(symmetric: NDArray[np.float64], count: int) -> tuple[NDArray[np.flo
     import scipy.linalg  # only where a projection is fitted: describing and comparing start without it
 
     size = len(symmetric)
-    values, vectors = scipy.linalg.eigh(
-        symmetric, subset_by_index=(size - count, size - 1), overwrite_a=True, check_finite=True
-    )
+    # One thread: the solver waits for all of its threads at every column, and beside another busy process two of
+    # them took 25 times as long as one
+    with threadpool_limits(limits=1, user_api="blas"):
+        values, vectors = scipy.linalg.eigh(
+            symmetric, subset_by_index=(size - count, size - 1), overwrite_a=True, check_finite=True
+        )
     # Rounding can leave an empty direction a hair below 0
     return np.maximum(values[::-1], 0.0), vectors[:, ::-1]

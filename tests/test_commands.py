@@ -76,6 +76,17 @@ def test_extract_then_match(small_model, features, tmp_path, capsys):
     assert "Recall@N" in capsys.readouterr().out
 
 
+def test_predictions_as_the_published_code_writes_them(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path, "--formats", "published") == 0
+    lines = (tmp_path / "PatchNetVLAD_predictions.txt").read_text().splitlines()
+    query, best = lines[2].split(", ")
+    assert lines[0] == "# kapture format: 1.0" and Path(query) == EXAMPLES / "queries/query00_0.jpg"
+    assert Path(best).is_file()
+    capsys.readouterr()
+    assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
+    assert "both write files of one name" in failure(capsys)
+
+
 def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
     assert match(small_model, features, tmp_path, truth=None) == 0
     assert not list(tmp_path.glob("recalls*"))
@@ -127,6 +138,70 @@ def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, 
     size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
     whole = (features / "index/patchfeats_psize2_place00_0.npy").stat().st_size
     assert size < whole * (0.51 if dtype == "float16" else 0.27)
+
+
+def test_codes_of_patches(small_model, features, tmp_path, capsys):
+    """Codes rank nearly as the descriptors do, resume with the folder's own codec, and are bound to it."""
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq8"]
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 0
+    assert extract([*options, "--queries"], QUERY_LIST, tmp_path / "query") == 0
+    size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
+    assert size < 0.1 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
+    for similarity in ("float32", "int8"):
+        chosen = ["--set", f"feature_match.similarity={similarity}"]
+        assert match(small_model, tmp_path, tmp_path / similarity, *chosen) == 0
+    assert match(small_model, features, tmp_path / "full") == 0
+    coded, rounded, full = (
+        recalls(tmp_path / name)["PatchNetVLAD"]["all_queries"] for name in ("float32", "int8", "full")
+    )
+    assert coded == rounded
+    assert abs(coded["1"] - full["1"]) <= 2 / 18 + 1e-9 and coded["10"] >= full["10"] - 1 / 18 - 1e-9
+
+    codec = (tmp_path / "index/patchcodec.npz").read_bytes()
+    kept = (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes()
+    (tmp_path / "index/patchfeats_psize3_place03_0.npy").unlink()
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 0
+    assert (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes() == kept
+    assert (tmp_path / "index/patchcodec.npz").read_bytes() == codec
+
+    capsys.readouterr()
+    assert extract(options, QUERY_LIST, tmp_path / "other") == 0
+    (tmp_path / "index/patchcodec.npz").write_bytes((tmp_path / "other/patchcodec.npz").read_bytes())
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    assert extract(options, INDEX_LIST, tmp_path / "index") == 2
+    (tmp_path / "index/patchcodec.npz").write_bytes(codec[:-100])
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    (tmp_path / "index/patchcodec.npz").unlink()
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    messages = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    expected = ("is the codec of another folder", "another one", "is not the codec", "is missing")
+    assert len(messages) == 4
+    assert all(words in message for words, message in zip(expected, messages, strict=True))
+
+
+def test_packed_features_rank_as_files_do(small_model, features, tmp_path):
+    options = [*small_model, "--set", "feature_extract.layout=packed"]
+    for name, listed in (("query", QUERY_LIST), ("index", INDEX_LIST)):
+        assert extract(options, listed, tmp_path / name) == 0
+    assert len(list((tmp_path / "index").glob("*.npy"))) == 2  # the global descriptors and one block
+    assert match(small_model, tmp_path, tmp_path / "packed") == 0
+    assert match(small_model, features, tmp_path / "files") == 0
+    for name in ("NetVLAD_predictions.txt", "PatchNetVLAD_predictions.txt", "recalls.txt"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+
+
+def test_coded_queries_are_refused(small_model, features, tmp_path, capsys):
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq4"]
+    assert extract(options, QUERY_LIST, tmp_path / "query") == 0
+    (tmp_path / "index").symlink_to(features / "index")
+    assert match(small_model, tmp_path, tmp_path / "out") == 2
+    assert "holds codes, and queries are compared as they are" in capsys.readouterr().err
+
+
+def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys):
+    options = [*small_model, "--set", "feature_extract.feature_dtype=pq33"]
+    assert extract(options, QUERY_LIST, tmp_path / "query") == 2
+    assert "feature_dtype = pq33: expected at most one byte for each of the model's 32" in capsys.readouterr().err
 
 
 def test_predictions_of_another_method(small_model, features, tmp_path):

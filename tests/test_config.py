@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -241,6 +242,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("global_params.threads", "expected section.key=value"),
         ("global.threads=8", "unknown section global"),
         ("global_params.thread=8", "did you mean threads?"),
+        ("feature_extract.imagewidth=8", "did you mean imageresizew?"),
+        ("feature_match.imageheight=8", "did you mean imageresizeh?"),
         ("global_params.threads=eight", "a whole number"),
     ],
 )
@@ -305,7 +308,7 @@ def configurations(draw: st.DrawFn) -> Config:
         FeatureExtractConfig(
             imageresizew=draw(sizes),
             imageresizeh=draw(sizes),
-            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8"])),
+            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8", "pq1", "pq32"])),
             exif_rotation=draw(st.booleans()),
         ),
         FeatureMatchConfig(
@@ -363,3 +366,22 @@ def test_no_threads_means_as_many_as_there_are_cores(monkeypatch: pytest.MonkeyP
     assert GlobalParams(threads=0).loading_threads == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert GlobalParams(threads=0).loading_threads == 1
+
+
+def test_what_an_override_breaks_is_blamed_on_it(tmp_path: Path) -> None:
+    path = write(tmp_path, PUBLISHED_STYLE)
+    for override, said in (
+        ("global_params.patch_sizes=2,5", "[global_params] strides = 1,1,1"),
+        ("Feature_Extract.imageresizew=320".lower(), "[feature_match] imageresizew = 640: expected 320"),
+        ("feature_match.imageresizeh=240", "[feature_match] imageresizeh = 240: expected 480"),
+        ("feature_match.patchweights2use=1,2", "[feature_match] patchweights2use = 1.0,2.0"),
+        ("train.negative_radius=5", "[train] positive_radius = 10"),
+    ):
+        with pytest.raises(UserError) as refused:
+            config = load_config(path, ["global_params.threads=2", override])
+            config.check_matching()
+            config.check_training()
+        assert str(refused.value).startswith(f"--set {override}: {said}")
+    other = write(tmp_path, PUBLISHED_STYLE.replace("strides = 1, 1, 1", "strides = 1, 1"))
+    with pytest.raises(UserError, match=f"^{re.escape(str(other))}: "):
+        load_config(other, ["global_params.threads=2"])

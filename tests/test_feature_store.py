@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import patchnetvlad.extraction as extraction
+import patchnetvlad.feature_blocks as feature_blocks
 import patchnetvlad.feature_writer as feature_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
@@ -31,6 +32,7 @@ from patchnetvlad.feature_header import StoreHeader
 from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, unique_feature_names
+from patchnetvlad.patch_codes import train_codec
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
 
@@ -1174,3 +1176,129 @@ def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_p
             assert torch.equal(rounded.scale, expected.scale) and torch.equal(rounded.norm, expected.norm)
             assert torch.equal(rounded.offset, expected.offset)
         assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 12)
+
+
+PACKED_LIST = make_list([f"{number:02}.jpg" for number in range(11)])
+PACKED_MAPS = [(5, 7), (5, 7), (6, 4), (5, 7), (3, 3), (3, 3), (9, 3), (5, 7), (5, 7), (5, 7), (6, 4)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for module in (feature_blocks, feature_writer):
+        monkeypatch.setattr(module, "PICTURES_IN_BLOCK", 4)
+
+
+def write_packed(folder: Path, header: StoreHeader, indices: Sequence[int] | None = None, finish: bool = True):
+    """Write pictures of the packed list, by default those that are missing; returns what was missing."""
+    with FeatureWriter(folder, PACKED_LIST, header) as writer:
+        missing = writer.missing
+        for index in missing if indices is None else indices:
+            writer.write(index, *make_features(header, index, PACKED_MAPS[index]))
+        if finish:
+            writer.finish()
+    return missing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_packed_folders_hold_what_files_hold(tmp_path, small_blocks, dtype):
+    files, packed = make_header(dtype=dtype), make_header(dtype=dtype, layout="packed")
+    write_packed(tmp_path / "files", files)
+    assert write_packed(tmp_path / "packed", packed) == list(range(11))
+    assert len(list((tmp_path / "packed").glob("patchblock_*[0-9].npy"))) == 3
+    selection = replace(files, patch_sizes=(3,), strides=(2,))
+    for expected in (None, selection):
+        with (
+            FeatureStore.open(tmp_path / "files", PACKED_LIST, expected) as one,
+            FeatureStore.open(tmp_path / "packed", PACKED_LIST, expected) as other,
+        ):
+            np.testing.assert_array_equal(one.global_, other.global_)
+            for index in (10, 0, 4, 3, 2, 9, 4):
+                assert one.patches(index).grids == other.patches(index).grids
+                for first, second in zip(one.patches(index).descriptors, other.patches(index).descriptors, strict=True):
+                    assert torch.equal(first, second)
+
+
+def test_packed_pictures_may_come_in_any_order(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    write_packed(tmp_path / "one", header)
+    write_packed(tmp_path / "other", header, [3, 10, 1, 0, 6, 2, 4, 9, 8, 7, 5])
+    for path in sorted((tmp_path / "one").glob("*.npy")):
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_packed_folders_resume_with_whole_blocks(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    write_packed(tmp_path / "whole", header)
+    write_packed(tmp_path / "cut", header, range(6), finish=False)
+    assert not list((tmp_path / "cut").glob(".writing*"))
+    with pytest.raises(UserError, match="not finished"):
+        FeatureStore.open(tmp_path / "cut", PACKED_LIST)
+    assert write_packed(tmp_path / "cut", header) == list(range(4, 11))
+    (tmp_path / "cut" / "patchblock_0000001.npy").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"patchblock_0000001\.npy: has 5 bytes"):
+        FeatureStore.open(tmp_path / "cut", PACKED_LIST)
+    assert write_packed(tmp_path / "cut", header) == [4, 5, 6, 7]
+    for path in sorted((tmp_path / "whole").glob("*.npy")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert write_packed(tmp_path / "cut", header) == []
+
+
+def test_a_packed_manifest_that_was_torn(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    write_packed(tmp_path, header)
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert write_packed(tmp_path, header) == [8, 9, 10]
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damage in (b'{"block": 7, "maps": [[5, 7, 4]]}\n', b'{"block": 1, "maps": [[5, 7, 3]]}\n', b"{}\n"):
+        path.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+        with pytest.raises(UserError, match="line 3 does not describe a picture or block"):
+            FeatureStore.open(tmp_path, PACKED_LIST)
+
+
+def test_packed_folders_of_another_list_are_refused(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    write_packed(tmp_path, header)
+    for names in (PACKED_LIST.names[::-1], ("x.jpg", *PACKED_LIST.names[1:])):
+        with pytest.raises(UserError, match="of other pictures than the list names"):
+            FeatureStore.open(tmp_path, make_list(names))
+    with pytest.raises(UserError, match="layout: packed there, files wanted"):
+        FeatureWriter(tmp_path, PACKED_LIST, make_header())
+
+
+def test_packed_features_are_replaced(tmp_path, small_blocks):
+    write_packed(tmp_path, make_header(layout="packed", dtype="int8"))
+    with FeatureWriter(tmp_path, PACKED_LIST, make_header(), overwrite=True) as writer:
+        assert len(writer.missing) == 11
+    assert not list(tmp_path.glob("patchblock_*"))
+
+
+def test_codes_are_kept_with_their_codec(tmp_path, small_blocks):
+    """In both layouts; the codec is that of the header, and without the codec nothing is read."""
+    trained = train_codec(torch.cat([make_features(make_header(), 99, (20, 20))[1].descriptors[0]]), 3)
+    for layout in ("files", "packed"):
+        header = make_header(dtype="pq3", codec_sha256=trained.sha256, layout=layout)
+        folder = tmp_path / layout
+        with FeatureWriter(folder, PACKED_LIST, header, trained=trained) as writer:
+            for index in writer.missing:
+                writer.write(index, *make_features(header, index, PACKED_MAPS[index]))
+            writer.finish()
+        with FeatureStore.open(folder, PACKED_LIST) as store:
+            assert store.coded
+            for index in range(11):
+                given = make_features(header, index, PACKED_MAPS[index])[1].descriptors
+                for stored, descriptors in zip(store.patches(index).descriptors, given, strict=True):
+                    assert torch.equal(stored, trained.decode(trained.encode(descriptors)))
+            store.round_references()
+            picture = store.patches(3)
+            for rounded, descriptors in zip(picture.rounded, picture.descriptors, strict=True):
+                assert torch.equal(rounded.levels, round_patches(descriptors, "reference").levels)
+        with FeatureWriter(folder, PACKED_LIST, header, trained=trained) as writer:
+            assert writer.missing == []
+        with pytest.raises(ValueError, match="not that of the header"):
+            FeatureWriter(folder, PACKED_LIST, header)
+        (folder / "patchcodec.npz").unlink()
+        with pytest.raises(UserError, match=r"patchcodec\.npz: is missing"):
+            FeatureStore.open(folder, PACKED_LIST)
+        with FeatureStore.open(folder, PACKED_LIST, replace(header, patch_sizes=(), strides=())) as store:
+            assert len(store.global_) == 11  # what global descriptors do not need is not asked for

@@ -180,5 +180,5 @@ def test_linked_folders_are_entered(tmp_path: Path) -> None:
 def test_folder_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         list_folder(tmp_path / "absent")
-    with pytest.raises(UserError, match="only on request"):
+    with pytest.raises(UserError, match="entered with --recursive"):
         list_folder(tmp_path)

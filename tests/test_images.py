@@ -19,6 +19,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.images import (
     ImageDataset,
     check_images,
+    count_reshaped,
     image_batches,
     prepare_image,
     read_image,
@@ -398,3 +399,18 @@ def test_results_come_in_order_and_few_are_computed_ahead(threads: int) -> None:
         assert next(results) == number * number
         assert len(begun) <= number + 1 + (5 if threads else 0)
     assert list(results) == []
+
+
+def test_pictures_that_resizing_stretches_are_counted(tmp_path: Path) -> None:
+    sizes = {"a.png": (64, 48), "b.png": (48, 64), "c.png": (65, 48), "d.png": (640, 479), "e.png": (64, 64)}
+    paths = []
+    for name, size in sizes.items():
+        paths.append(tmp_path / name)
+        Image.new("RGB", size).save(paths[-1])
+    assert count_reshaped([*paths, paths[1]], 480, 640) == 3
+    assert count_reshaped(paths, 0, 640) == 0
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(tmp_path / "f.jpg", exif=turned)
+    assert count_reshaped([tmp_path / "f.jpg"], 480, 640, exif_rotation=True) == 0
+    assert count_reshaped([tmp_path / "f.jpg"], 480, 640) == 1

@@ -14,7 +14,7 @@ from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches, Score
-from patchnetvlad.pair_comparison import MatchedPair, compare_files
+from patchnetvlad.pair_comparison import MatchedPair, compare_files, distinct_names
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
@@ -99,6 +99,16 @@ def test_json(options, recognizer, tmp_path, capsys, matcher):
             x, y, w = homography @ (reference_x, reference_y, 1)
             distance = np.hypot(x / w - query_x, y / w - query_y)
             assert (distance <= 4 * 24 + 0.1) == inlier
+
+
+def test_pictures_of_one_name_are_told_apart_by_their_folders():
+    for first, second, names in (
+        ("a/1.jpg", "a/2.jpg", ("1.jpg", "2.jpg")),
+        ("day/left/1.jpg", "night/left/1.jpg", ("day/left/1.jpg", "night/left/1.jpg")),
+        ("a/1.jpg", "a/1.jpg", ("1.jpg", "1.jpg")),
+        ("/1.jpg", "/a/1.jpg", ("/1.jpg", "a/1.jpg")),
+    ):
+        assert distinct_names(Path(first), Path(second)) == names
 
 
 def test_coordinates_are_pixels_of_the_pictures_themselves():

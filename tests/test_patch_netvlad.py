@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchnetvlad.netvlad import NetVLAD
-from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
+from patchnetvlad.patch_netvlad import chosen_descriptors, patch_descriptors, window_sums
 
 
 def written_out(local, assignment, centroids, size, stride):
@@ -84,3 +84,13 @@ def test_scales_together_equal_scales_alone():
     assert [patches.shape[1] for patches in together] == [48, 6, 0]
     for patches, size, stride in zip(together, [2, 5, 8], [1, 2, 1], strict=True):
         torch.testing.assert_close(patches, patch_descriptors(local, assignment, centroids, [size], [stride])[0])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 3), (5, 2)])
+def test_chosen_patches_are_rows_of_all_patches(size, stride):
+    local, assignment, centroids = scene(batch=2)
+    (patches,) = patch_descriptors(local, assignment, centroids, [size], [stride])
+    chosen = torch.tensor([len(patches[1]) - 1, 0, len(patches[1]) // 2])
+    found = chosen_descriptors(local[1], assignment[1], centroids, size, stride, chosen)
+    torch.testing.assert_close(found, patches[1, chosen], atol=2e-6, rtol=1e-5)
+    assert chosen_descriptors(local[1], assignment[1], centroids, size, stride, chosen[:0]).shape == (0, 30)

@@ -168,14 +168,15 @@ def test_bytes_are_the_same_however_little_memory_there_is(places, tmp_path):
         assert "WARNING" in logs[name] and "feature_dtype = float16 or int8" in logs[name]
         assert "rerank_top" in logs[name] and "cache_gb" in logs[name]
     reads = int(logs["large"].split("database patches: ")[1].split()[0])
-    used = np.unique(np.load(tmp_path / "large/scores.npz")["indices"])
-    assert reads == len(used)
-    assert int(logs["none"].split("database patches: ")[1].split()[0]) >= 18
+    indices = np.load(tmp_path / "large/scores.npz")["indices"]
+    assert reads == len(np.unique(indices))
+    assert f"{indices.size - reads} times found in memory" in logs["large"]
+    assert int(logs["none"].split("database patches: ")[1].split()[0]) >= indices.size
 
 
 def test_half_of_the_memory_within_a_container(tmp_path):
     free = available_memory(tmp_path)
-    assert free > 0 and cache_bytes(1.5) == 1_500_000_000 and 0 < cache_bytes(None) < free
+    assert free > 0 and cache_bytes(1.5) == 1_500_000_000 and cache_bytes(None) > 0
     for name, text in (("max", "1000000"), ("current", "700000"), ("stat", "anon 5\ninactive_file 100000")):
         (tmp_path / f"memory.{name}").write_text(f"{text}\n")
     assert available_memory(tmp_path) == 400_000

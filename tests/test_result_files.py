@@ -19,6 +19,7 @@ from patchnetvlad.result_files import (
     write_hloc_pairs,
     write_kapture_pairs,
     write_msls_predictions,
+    write_published_pairs,
     write_recalls,
     write_scores,
 )
@@ -51,6 +52,20 @@ def test_kapture_pairs_to_the_letter(tmp_path):
         "query/b c.jpg, /elsewhere/2.jpg, 1\n"
     )
     assert read_pairs(path) == RANKINGS
+
+
+def test_published_pairs_to_the_letter(tmp_path):
+    path = tmp_path / "NetVLAD_predictions.txt"
+    write_published_pairs(path, [Ranking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))])
+    assert path.read_bytes().decode() == (
+        "# kapture format: 1.0\n"
+        "# query_image, map_image\n"
+        "/data/query/b c.jpg, /data/db/1.jpg\n"
+        "/data/query/b c.jpg, /data/db/0.jpg\n"
+    )
+    assert read_pairs(path) == [Ranking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))]
+    with refused("holds no comma"):
+        write_published_pairs(path, [Ranking("/data/a,b.jpg", ("/data/db/1.jpg",))])
 
 
 def test_kapture_scores_keep_long_rankings_in_order(tmp_path):

@@ -92,7 +92,18 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
         (["--formats", "odd"], "'odd'"),
         (["--set", f"feature_match.pred_input_path={ABSENT}"], f"{ABSENT}: no such file"),
+        (["--set", f"feature_match.index={ABSENT}.json"], f"{ABSENT}.json: no such file"),
         (["--set", "feature_match.imageresizew=32"], "imageresizew = 32"),
+    ),
+    "tools/build_index": each(
+        [*LISTS[2:], *FEATURES[2:]],
+        *CONFIGURED[:3],
+        ROOT_ABSENT,
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
+        (["--output_path", "made/index.faiss"], "ends in .json"),
+        (["--shards", "0"], "--shards"),
+        (["--recall", "2"], "--recall"),
     ),
     "match_two": each(
         [],

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
-from patchnetvlad.result_files import FORMATS
+from patchnetvlad.result_files import FORMATS, check_formats
 
 if TYPE_CHECKING:
     from patchnetvlad.evaluation import Evaluation, MatchingRun
@@ -29,6 +30,11 @@ def feature_extract(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output_features_dir", default="output_features", metavar="DIR", help="folder for the descriptors"
     )
+    parser.add_argument(
+        "--queries",
+        action="store_true",
+        help="the pictures are queries: never stored as codes (feature_dtype = pqN)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace other features in that folder")
     parser.add_device_options()
     return command_line.run(parser, _extract, arguments)
@@ -44,7 +50,7 @@ def _extract(args: argparse.Namespace) -> None:
     folder = Path(args.output_features_dir)
     with command_line.log_file(folder / "extract.log"):
         done = extract(
-            config,
+            config.for_queries() if args.queries else config,
             listed,
             root,
             folder,
@@ -53,6 +59,68 @@ def _extract(args: argparse.Namespace) -> None:
             args.overwrite,
         )
     print(f"{done.pictures} pictures described in {done.folder}")
+
+
+def build_index(arguments: Sequence[str] | None = None) -> int:
+    """Make a search index of a database's global descriptors, once."""
+    parser = Parser(
+        "Make a search index of a database's global descriptors, for --set feature_match.index=FILE. Searching takes "
+        "the least effort that reaches the recall, measured on pictures of the database.",
+        "build_index.py",
+    )
+    parser.add_config_options("performance.ini")
+    parser.add_argument(
+        "--dataset_root_dir", default="", metavar="DIR", help="folder that the names in the list start from"
+    )
+    parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
+    parser.add_argument("--index_input_features_dir", required=True, metavar="DIR", help="descriptors of the database")
+    parser.add_argument(
+        "--output_path", metavar="FILE", help="file to write (.json); default: search_index.json with the descriptors"
+    )
+    parser.add_argument(
+        "--factory", metavar="TEXT", help="faiss's factory string; default: short codes that are compared all at once"
+    )
+    parser.add_argument("--shards", type=_positive, default=1, metavar="N", help="files, one at a time in memory")
+    parser.add_argument("--recall", type=_share, default=0.99, help="share of the exact nearest pictures to be found")
+    parser.add_argument("--candidates", type=_positive, default=100, metavar="N", help="how many nearest pictures")
+    return command_line.run(parser, _build_index, arguments)
+
+
+def _build_index(args: argparse.Namespace) -> None:
+    config = command_line.configuration(args)
+    root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
+    listed = require_file(args.index_file_path, "dataset_imagenames")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    path = Path(args.output_path) if args.output_path else features / "search_index.json"
+    if path.suffix != BUILT_INDEX:
+        raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
+    from patchnetvlad.evaluation import make_search_index
+
+    built = make_search_index(
+        config, listed, root, features, path, args.factory, args.shards, args.candidates, args.recall
+    )
+    effort = ", ".join(f"{name} {value}" for name, value in built.parameters.items()) or "all compared"
+    print(
+        f"index of {built.num_pictures} pictures in {path}: {built.factory}, {effort}, {built.widening} looked up for "
+        f"each one wanted, {built.num_bytes / 1e6:.1f} MB"
+    )
+    print(f"Recall@{built.neighbours} against the exact search: {built.recall:.4f}")
+    if built.recall < args.recall:
+        logger.warning("%s: less than --recall %g (choose another --factory)", path, args.recall)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, at most 1")
+    return number
 
 
 def feature_match(arguments: Sequence[str] | None = None) -> int:
@@ -106,6 +174,7 @@ def _match(args: argparse.Namespace) -> None:
     for option, given in (("--posDistThr", args.posDistThr), ("--distance_unit", args.distance_unit)):
         if truth is None and given is not None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
+    check_formats(args.formats)
     config = command_line.configuration(args)
     config.check_matching()
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
@@ -118,6 +187,8 @@ def _match(args: argparse.Namespace) -> None:
         config.require_checkpoint()
     if config.feature_match.pred_input_path is not None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
+    if config.feature_match.index.endswith(BUILT_INDEX):
+        require_file(config.feature_match.index, "dataset_gt_files", config.path)
     from patchnetvlad.evaluation import Sources, add_city, evaluate, open_run, write_results
 
     results, progress = Path(args.result_save_folder), command_line.progress(args)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.evaluation import open_features
+from patchnetvlad.evaluation import open_features, with_built_index
 from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import GroundTruth, check_lists
@@ -73,6 +73,7 @@ def locate_pictures(
     queries = described_pictures(recognizer, recognizer.describe(pictures))
     memory = cache_bytes(options.cache_gb)
     with open_features(config, database_list, features, memory, recognizer.model) as database_features:
+        database_features = with_built_index(config, database_list, database_features)
         rankings = Ranker(options, database_features, device).rank(queries)
     if rankings.scores is None:  # similarities in standard deviations, as fused scores are
         indices, found = rankings.indices, rankings.retrieved.scores.astype(np.float64)

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""Time matching beside one float32 product of its sizes, alone and beside a busy process.
+
+    python benchmarks/matching.py --output benchmarks
+
+writes matching.json and matching.md. Features come from the example pictures and a model fitted on them: VGG16 with
+drawn weights, clusters and WPCA of the pictures, so that nearest patches stand out as they do with a trained model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from patchnetvlad.clustering import find_clusters
+from patchnetvlad.config import Config
+from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.ini import load_config
+from patchnetvlad.matching import WAYS, Prepared, rounding_works
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.model_fitting import initialise_pool, picture_batches, sample_descriptors
+from patchnetvlad.netvlad import NetVLAD
+from patchnetvlad.patch_rounding import approximate_similarities
+from patchnetvlad.paths import require_file, shipped_folder
+from patchnetvlad.reranking import MATCHERS, match_pair, rerank
+from patchnetvlad.whitening import WPCAFit, fit_wpca
+from patchnetvlad.workers import Workers
+
+CLUSTERS = 16
+SAMPLES = 5000  # patch descriptors that WPCA is fitted on; more than its 4,096 dimensions
+SIZES = (2, 5, 8)  # of the patches among them
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One query and its candidates at a preset, in float32 and in 8 bits."""
+
+    config: Config
+    query: PatchFeatures
+    candidates: list[PatchFeatures]
+    rounded_query: PatchFeatures
+    rounded: list[PatchFeatures]
+
+
+def example_pictures() -> tuple[list[Path], list[Path]]:
+    """Queries and database pictures of the rendered places."""
+    root = shipped_folder("example_images")
+    return sorted((root / "queries").glob("*.jpg")), sorted((root / "database").glob("*.jpg"))
+
+
+def fit_on_examples() -> tuple[PlaceModel, WPCAFit]:
+    """A model without projection, and one for as many dimensions as performance.ini has."""
+    config = load_config(require_file("performance.ini", "configs"))
+    queries, database = example_pictures()
+    torch.manual_seed(0)
+    model = PlaceModel("vgg16", "patchnetvlad", CLUSTERS, 0, SIZES, (1,) * len(SIZES)).eval()
+    for layer in model.encoder.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def pictures(label: str) -> Iterator[torch.Tensor]:
+        return picture_batches(config, queries + database, CPU, True, label)
+
+    assert isinstance(model.pool, NetVLAD)
+    initialise_pool(model.pool, find_clusters(model.encoder, pictures("clusters"), CLUSTERS, 0))
+    samples = sample_descriptors(
+        model, pictures("descriptors"), len(queries + database), config.global_params.num_pcs, 0
+    )
+    chosen = np.random.default_rng(0).permutation(len(samples))[:SAMPLES]
+    return model, fit_wpca(samples[chosen], config.global_params.num_pcs)
+
+
+def make_job(preset: str, model: PlaceModel, fit: WPCAFit, count: int) -> Job:
+    """Features of a preset; the first candidates show the query's place."""
+    config = load_config(require_file(f"{preset}.ini", "configs"))
+    params, dims = config.global_params, config.global_params.num_pcs
+    model.patch_sizes, model.strides = params.patch_sizes, params.strides
+    kept = fit.weight[:dims], fit.bias[:dims], fit.eigenvalues[:dims], fit.directions[:, :dims]
+    model.add_wpca(replace(fit, weight=kept[0], bias=kept[1], eigenvalues=kept[2], directions=kept[3]))
+    queries, database = example_pictures()
+    batches = picture_batches(config, [queries[0], *database[:count]], CPU, True, preset)
+    query, *candidates = [model.describe(picture[None]).picture(0) for batch in batches for picture in batch]
+    rounded = [candidate.round_as("reference") for candidate in candidates]
+    return Job(config, query, candidates, query.round_as("query"), rounded)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What runs inside runs on one core, as a pair does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Beside this one, a process that never rests."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def least_seconds(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Least time of each, all tried in turn, so that what slows the machine down slows all."""
+    seconds: dict[str, float] = {}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if turn:
+                seconds[name] = min(seconds.get(name, np.inf), time.perf_counter() - started)
+    return seconds
+
+
+def whole_times(job: Job, workers: Workers, repeats: int) -> dict[str, float]:
+    """Seconds a pair of re-ranking in both ways, and of the float32 products alone."""
+    options = job.config.feature_match
+    weights, matcher = options.patchweights2use, MATCHERS[options.matcher]
+
+    def products() -> None:
+        for candidate in job.candidates:
+            for rows, others in zip(job.query.descriptors, candidate.descriptors, strict=True):
+                rows @ others.T
+
+    works: dict[str, Callable[[], object]] = {
+        "product": products,
+        "8 bits": lambda: rerank(job.rounded_query, job.rounded, weights, matcher, run=workers.map),
+        "float32": lambda: rerank(job.query, job.candidates, weights, matcher, run=workers.map),
+    }
+    return {name: value / len(job.candidates) for name, value in least_seconds(works, repeats).items()}
+
+
+def part_times(job: Job, repeats: int) -> dict[str, float]:
+    """Seconds of one core a pair: the 8-bit products, the rest of matching, the scores; and rounding a candidate."""
+    options = job.config.feature_match
+    weights, matcher = options.patchweights2use, MATCHERS[options.matcher]
+
+    def products() -> None:
+        for candidate in job.rounded:
+            for rows, others in zip(job.rounded_query.rounded, candidate.rounded, strict=True):
+                approximate_similarities(rows, others)
+
+    works: dict[str, Callable[[], object]] = {
+        "8-bit products": products,
+        "matches": lambda: [match_pair(job.rounded_query, candidate) for candidate in job.rounded],
+        "whole": lambda: rerank(job.rounded_query, job.rounded, weights, matcher),
+        "rounding": lambda: [candidate.round_as("reference") for candidate in job.candidates],
+    }
+    with one_thread():
+        least = {name: value / len(job.rounded) for name, value in least_seconds(works, repeats).items()}
+    return {
+        "8-bit products": least["8-bit products"],
+        "comparisons": least["matches"] - least["8-bit products"],
+        "scores": least["whole"] - least["matches"],
+        "rounding": least["rounding"],
+    }
+
+
+def differing_matches(job: Job) -> int:
+    """Matches that are not those of float32, over all candidates; 0 or the ways do not agree."""
+    differing = 0
+    for candidate, rounded in zip(job.candidates, job.rounded, strict=True):
+        for rows, others, eight in zip(
+            job.query.descriptors, candidate.descriptors, match_pair(job.rounded_query, rounded), strict=True
+        ):
+            exact = WAYS["float32"].match(Prepared(rows), Prepared(others))
+            pairs = [set(zip(some.query.tolist(), some.reference.tolist(), strict=True)) for some in (eight, exact)]
+            differing += len(pairs[0] ^ pairs[1])
+    return differing
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The results as Markdown, in milliseconds a pair."""
+    lines = []
+    for company in ("alone", "busy"):
+        lines += [
+            "Alone:" if company == "alone" else "Beside a process that keeps one core busy:",
+            "",
+            "| preset | 8 bits | float32 | one float32 product | 8 bits / product |",
+            "|---|---|---|---|---|",
+        ]
+        for preset, result in results.items():
+            times = result[company]
+            cells = [f"{1000 * times[name]:.3g}" for name in ("8 bits", "float32", "product")]
+            lines.append(f"| {preset} | {' | '.join(cells)} | {times['8 bits'] / times['product']:.2f} |")
+        lines.append("")
+    lines += ["Of one core, alone; rounding is once a candidate, not a pair:", ""]
+    parts = list(next(iter(results.values()))["parts"])
+    lines += ["| preset | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
+    for preset, result in results.items():
+        lines.append(f"| {preset} | " + " | ".join(f"{1000 * value:.3g}" for value in result["parts"].values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run the benchmark and write its files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["performance", "speed", "storage"])
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    args = parser.parse_args()
+    if not rounding_works():
+        sys.exit("this processor does not multiply 8-bit numbers exactly: there is one way, float32, and no comparison")
+    model, fit = fit_on_examples()
+    workers = Workers()
+    results = {}
+    for preset in args.presets:
+        job = make_job(preset, model, fit, args.candidates)
+        result = {"alone": whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
+        with busy_process():
+            result["busy"] = whole_times(job, workers, args.repeats)
+        results[preset] = result
+        print(f"{preset}: {differing_matches(job)} matches differ from float32", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "matching.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "matching.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

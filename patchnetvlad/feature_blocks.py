@@ -1,0 +1,254 @@
+"""Blocks of a packed feature folder: the patch descriptors of consecutive pictures in one array file.
+
+A block file is a table of rows as they are stored, C-contiguous. Its pictures follow one another, and of each picture
+all patch sizes, so that what one candidate needs lies together and is read in one go. Codecs with scales have a second
+file, float32, a row for each picture. Both have their names only when they are whole.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.files import replacing, temporary_path, told
+
+PICTURES_IN_BLOCK = 256
+BLOCK_GLOB = "patchblock_*.npy"
+
+_HEADER_BYTES = 128  # of every block file: the number of rows is filled in at the end
+
+
+@dataclass(frozen=True)
+class Block:
+    """A finished block, as the manifest has it.
+
+    number: it begins with picture number · PICTURES_IN_BLOCK; maps: (height, width, pictures) of the feature maps,
+    one element for each run of pictures of equal maps.
+    """
+
+    number: int
+    maps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures in the block."""
+        return sum(count for _, _, count in self.maps)
+
+    @classmethod
+    def of(cls, number: int, map_sizes: Iterable[tuple[int, int]]) -> "Block":
+        """The entry of a block whose pictures have these feature maps (height, width), in order."""
+        runs = ((size, sum(1 for _ in same)) for size, same in groupby(map_sizes))
+        return cls(number, tuple((height, width, count) for (height, width), count in runs))
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """What all blocks of a folder share.
+
+    num_pictures: of the folder; width and dtype: numbers of a stored row, and their type; patch_counts: feature map
+    (height, width) → patches at each stored patch size; num_scales: float32 numbers of a picture, 0 for codecs without.
+    """
+
+    num_pictures: int
+    width: int
+    dtype: np.dtype
+    patch_counts: Callable[[tuple[int, int]], tuple[int, ...]]
+    num_scales: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a complete folder."""
+        return math.ceil(self.num_pictures / PICTURES_IN_BLOCK)
+
+    def pictures(self, number: int) -> range:
+        """Pictures of a block."""
+        return range(number * PICTURES_IN_BLOCK, min(self.num_pictures, (number + 1) * PICTURES_IN_BLOCK))
+
+
+def block_name(number: int) -> str:
+    """File with the stored rows of a block."""
+    return f"patchblock_{number:07}.npy"
+
+
+def scales_name(number: int) -> str:
+    """File with the scales of a block's pictures."""
+    return f"patchblock_{number:07}_scales.npy"
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Lengths in bytes of the files of a folder."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+
+
+def damaged_file(layout: BlockLayout, block: Block, there: Mapping[str, int]) -> tuple[str, str] | None:
+    """A file of a finished block that is not what it should be, and what is wrong with it; None when all are.
+
+    there: lengths of the folder's files.
+    """
+    rows = sum(count * sum(layout.patch_counts((height, width))) for height, width, count in block.maps)
+    wanted = {block_name(block.number): _HEADER_BYTES + rows * layout.width * layout.dtype.itemsize}
+    if layout.num_scales:
+        wanted[scales_name(block.number)] = _HEADER_BYTES + block.num_pictures * layout.num_scales * 4
+    for name, num_bytes in wanted.items():
+        if there.get(name) != num_bytes:
+            return name, "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
+    return None
+
+
+class BlockWriter:
+    """Writes one block, picture after picture, without holding it in memory."""
+
+    def __init__(self, folder: Path, layout: BlockLayout, number: int) -> None:
+        self._folder, self._layout, self._number = folder, layout, number
+        self._path = temporary_path(folder / block_name(number))
+        self._rows = 0
+        self._scales: list[np.ndarray] = []
+        self._map_sizes: list[tuple[int, int]] = []
+        self._file: BinaryIO = self._path.open("wb")
+        self._file.write(bytes(_HEADER_BYTES))
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what was not finished."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def next_picture(self) -> int:
+        """The picture that `add` expects."""
+        return self._number * PICTURES_IN_BLOCK + len(self._map_sizes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pictures of the block are there."""
+        return len(self._map_sizes) == len(self._layout.pictures(self._number))
+
+    def add(self, map_size: tuple[int, int], arrays: Sequence[np.ndarray], scales: np.ndarray | None = None) -> None:
+        """Append the next picture: a P×W array for each patch size, and its scales."""
+        for array in arrays:
+            if array.dtype != self._layout.dtype or array.ndim != 2 or array.shape[1] != self._layout.width:
+                raise ValueError(f"rows are {array.dtype} {array.shape}, expected {self._layout}")
+            if len(array):
+                self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._rows += len(array)
+        if self._layout.num_scales:
+            self._scales.append(np.asarray(scales, dtype=np.float32).reshape(self._layout.num_scales))
+        self._map_sizes.append(map_size)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the block."""
+        names = [block_name(self._number)] + ([scales_name(self._number)] if self._layout.num_scales else [])
+        return [self._folder / name for name in names]
+
+    def finish(self) -> Block:
+        """Give the complete block its name; returns its entry, which the manifest has still to be given.
+
+        The files are not made to outlive the loss of the machine: the writer of the manifest sees to that.
+        """
+        if not self.complete:
+            raise ValueError(f"block {self._number} lacks picture {self.next_picture}")
+        if self._layout.num_scales:
+            table = np.stack(self._scales)
+            with replacing(self._folder / scales_name(self._number), durable=False) as temporary:
+                temporary.write_bytes(_header(table.shape, table.dtype) + table.tobytes())
+        self._file.seek(0)
+        self._file.write(_header((self._rows, self._layout.width), self._layout.dtype))
+        self._file.close()
+        self._path.replace(self._folder / block_name(self._number))
+        return Block.of(self._number, self._map_sizes)
+
+
+class BlockReader:
+    """Stored rows of single pictures out of the blocks of a complete folder."""
+
+    def __init__(self, folder: Path, layout: BlockLayout, blocks: Iterable[Block]) -> None:
+        """Raises UserError when a block is missing or not as long as its entry says."""
+        self._folder, self._layout = folder, layout
+        self._counts = lru_cache(maxsize=1024)(layout.patch_counts)
+        self._blocks = {block.number: block for block in blocks}
+        there = file_sizes(folder)
+        for number in range(layout.num_blocks):
+            if number not in self._blocks:
+                raise UserError(
+                    f"{folder}: extraction is not finished, block {number + 1} of {layout.num_blocks} is not there "
+                    "(run feature_extract again with the same arguments to continue)"
+                )
+            damage = damaged_file(layout, self._blocks[number], there)
+            if damage is not None:
+                raise UserError(f"{folder / damage[0]}: {damage[1]} (interrupted copy or full disk; extract again)")
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._layout.width * self._layout.dtype.itemsize
+
+    def map_size(self, index: int) -> tuple[int, int]:
+        """Feature map (height, width) of a picture."""
+        return self._place(index)[0]
+
+    def num_bytes(self, index: int) -> int:
+        """Of a picture's stored rows."""
+        return sum(self._counts(self.map_size(index))) * self._row_bytes
+
+    def read(self, index: int) -> tuple[np.ndarray, ...]:
+        """Stored rows of a picture, P×W for each patch size, by a single read.
+
+        Raises UserError when the file cannot be read or has become shorter.
+        """
+        map_size, first = self._place(index)
+        counts = self._counts(map_size)
+        path = self._folder / block_name(index // PICTURES_IN_BLOCK)
+        numbers = sum(counts) * self._layout.width
+        rows = _read(path, self._layout.dtype, numbers, _HEADER_BYTES + first * self._row_bytes)
+        return tuple(np.split(rows.reshape(-1, self._layout.width), np.cumsum(counts)[:-1]))
+
+    def scales(self, index: int) -> np.ndarray | None:
+        """Scales of a picture, float32, None for codecs without."""
+        count = self._layout.num_scales
+        if not count:
+            return None
+        number, place = divmod(index, PICTURES_IN_BLOCK)
+        return _read(self._folder / scales_name(number), np.dtype(np.float32), count, _HEADER_BYTES + 4 * count * place)
+
+    def _place(self, index: int) -> tuple[tuple[int, int], int]:
+        """Feature map of a picture, and the first of its rows in its block."""
+        number, left = divmod(index, PICTURES_IN_BLOCK)
+        first = 0
+        for height, width, count in self._blocks[number].maps:
+            rows = sum(self._counts((height, width)))
+            if left < count:
+                return (height, width), first + left * rows
+            first, left = first + count * rows, left - count
+        raise IndexError(index)
+
+
+def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+    with told(path, "cannot be read"), path.open("rb", buffering=0) as file:
+        numbers = np.fromfile(file, dtype, count, offset=offset)
+    if len(numbers) != count:
+        raise UserError(f"{path}: became shorter while it was read (another process writes into the folder)")
+    return numbers
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """A .npy header of version 1.0 of exactly _HEADER_BYTES."""
+    descr = npy_format.dtype_to_descr(dtype)
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("ascii")
+    before = npy_format.magic(1, 0) + (_HEADER_BYTES - 10).to_bytes(2, "little")
+    return before + text.ljust(_HEADER_BYTES - 11) + b"\n"

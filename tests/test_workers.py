@@ -1,0 +1,93 @@
+"""Threads that share pairs keep order, memory and everybody else's settings."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from patchnetvlad.reranker import Reranker
+
+from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.workers import Workers
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """torch's threads, as on a machine with as many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_results_keep_the_order_of_the_items(threads):
+    def work(item):
+        time.sleep(0.002 * (7 - item % 8))
+        return item, threading.current_thread().name
+
+    results = list(Workers().map(work, range(24)))
+    assert [item for item, _ in results] == list(range(24))
+    assert len({name for _, name in results}) == threads
+
+
+def test_few_items_are_taken_ahead(threads):
+    taken = []
+    workers = Workers()
+    results = workers.map(lambda item: item, (taken.append(item) or item for item in range(100)))
+    for done in range(1, 5):
+        next(results)
+        assert len(taken) <= done + threads
+    results.close()
+    assert len(taken) <= 4 + threads
+    assert list(workers.map(lambda item: -item, [1, 2])) == [-1, -2]
+
+
+def test_errors_arrive_where_the_results_are_asked_for(threads):
+    with pytest.raises(ZeroDivisionError):
+        list(Workers().map(lambda item: 1 // item, [2, 1, 0, 3]))
+
+
+def test_each_worker_has_one_torch_thread_and_others_keep_theirs(threads):
+    workers = Workers()
+    barrier = threading.Barrier(threads)
+
+    def count(_):
+        barrier.wait(timeout=30)
+        return torch.get_num_threads()
+
+    assert list(workers.map(count, range(threads))) == [1] * threads
+    found = [torch.get_num_threads()]
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [threads, threads]
+
+
+def test_a_ranking_does_not_depend_on_the_number_of_threads():
+    grids = (PatchGrid(12, 12, 1), PatchGrid(12, 12, 2))
+
+    def picture(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return PatchFeatures(
+            tuple(F.normalize(torch.randn(len(grid), 300, generator=generator), dim=1) for grid in grids), grids
+        )
+
+    database = [picture(seed) for seed in range(9)]
+    query = picture(4)
+    before = torch.get_num_threads()
+    rankings = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            options = FeatureMatchConfig(matcher="RANSAC", patchweights2use=(0.5, 0.5))
+            rankings.append(Reranker(options, PatchesInMemory(database)).rerank(query, list(range(9))))
+        finally:
+            torch.set_num_threads(before)
+    assert rankings[0].order[0] == 4
+    np.testing.assert_array_equal(rankings[0].per_scale, rankings[1].per_scale)
+    np.testing.assert_array_equal(rankings[0].fused, rankings[1].fused)
