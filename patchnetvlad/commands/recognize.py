@@ -78,7 +78,7 @@ def _recognize(args: argparse.Namespace) -> int:
     truth.unlink(missing_ok=True)
     shared = _shared(args)
     to = [f"--{name}={output / 'lists'}" for name in ("lists_dir", "ground_truth_dir")]
-    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*making, *to, *_talk(args)]):
+    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *to]):
         return status
     at = ["--dataset_root_dir", str(root)]
     for part in ("index", "query"):
