@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.installed
 	@$(RUN) tools/demo.py
 
+# One thread for each of two processes: torch's threads wait for each other wherever another process takes a core
 test: $(VENV)/.installed-test lint
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 # Hours of interrupted runs in minutes; docs/reliability.md says what it found
 soak: $(VENV)/.installed-test

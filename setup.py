@@ -64,6 +64,7 @@ setup(
         "timm": ["timm>=1.0"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",
@@ -72,6 +73,7 @@ setup(
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
             "timm>=1.0",
+            "pytorch-metric-learning>=2",
             "nbclient>=0.9",
             "nbformat>=5.9",
             "ipykernel>=6",

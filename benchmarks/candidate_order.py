@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_header import StoreHeader
-from patchnetvlad.feature_store import FeatureStore
-from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.patch_sources import DescribedPictures
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.store.feature_header import StoreHeader
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.patch_sources import DescribedPictures
 
 QUERIES, PICTURES, CANDIDATES = 200, 1000, 100
 MEMORY = (50, 80, 120, 200, 400, 800)  # pictures that fit

@@ -26,15 +26,15 @@ from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.extraction import describe_list
-from patchnetvlad.feature_cache import CacheStatistics
-from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
-from patchnetvlad.patch_sources import DescribedPictures
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
+from patchnetvlad.store.feature_cache import CacheStatistics
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.patch_sources import DescribedPictures
 from patchnetvlad.weights import load_model
 
 SAMPLE_PICTURES = 100

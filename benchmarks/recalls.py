@@ -22,8 +22,6 @@ from scipy.stats import spearmanr
 from patchnetvlad.config import Config
 from patchnetvlad.evaluation import Evaluation, Sources, evaluate, open_run
 from patchnetvlad.extraction import describe_list, store_header
-from patchnetvlad.feature_store import FeatureStore
-from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches, Score
@@ -32,6 +30,8 @@ from patchnetvlad.paths import require_file
 from patchnetvlad.ransac import TOLERANCE
 from patchnetvlad.reranking import MATCHERS, Matcher
 from patchnetvlad.result_files import RERANKING, RETRIEVAL
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 PARTS = ("query", "index")

@@ -30,9 +30,6 @@ from PIL import Image
 import patchnetvlad
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_header import StoreHeader
-from patchnetvlad.feature_store import FeatureStore
-from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import image_batches, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -43,6 +40,9 @@ from patchnetvlad.patch_netvlad import patch_descriptors, window_sums
 from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.reranking import MATCHERS, fuse, match_pair, rerank
 from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.store.feature_header import StoreHeader
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.feature_writer import FeatureWriter
 
 REPEATS = 5
 NO_TIMES = ("differing matches", "cosine, bfloat16")

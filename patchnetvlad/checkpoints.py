@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchnetvlad.config import GlobalParams
-from patchnetvlad.encoders import is_encoder, same_encoder
+from patchnetvlad.encoders.table import is_encoder, same_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of, told, writing_with_torch
 from patchnetvlad.model import PlaceModel

@@ -9,6 +9,7 @@ from patchnetvlad.config_values import (
     code_bytes,
     flag,
     list_of,
+    names,
     optional,
     real,
     recall_counts,
@@ -134,6 +135,8 @@ class TrainConfig:
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
     loss: str = setting("triplet", some_text())  # one of losses.LOSSES
+    # Changes that happen to queries by chance, others in every epoch; of picture_changes.CHANGES.
+    augmentation: tuple[str, ...] = setting((), names())
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too

@@ -119,6 +119,12 @@ def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[
     return Rule(f"{expected}, separated by commas", parse)
 
 
+def names() -> Rule[tuple[str, ...]]:
+    """Different names; None, or nothing at all, for no name."""
+    some = list_of(some_text(), "names", distinct=True)
+    return Rule(f"{some.expected}, or None", lambda text: () if text.lower() in ("", "none") else some.parse(text))
+
+
 def recall_counts() -> Rule[tuple[int, ...]]:
     counts = list_of(whole(1), "whole numbers of 1 or more")
     return Rule(counts.expected, lambda text: tuple(sorted(set(counts.parse(text)))))

@@ -14,15 +14,12 @@ from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import BUILT_INDEX, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header
-from patchnetvlad.feature_cache import cache_bytes
-from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
 from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json, write_judged
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall, constant_shift
@@ -38,6 +35,9 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
+from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

@@ -17,16 +17,16 @@ from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.encoders import encoder_geometry
+from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_files import array_file_bytes, read_patch_codec
-from patchnetvlad.feature_header import ManifestEntry, StoreHeader, entry_line
-from patchnetvlad.feature_writer import FeatureWriter
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
+from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.images import image_batches
+from patchnetvlad.images import ChangePicture, image_batches
 from patchnetvlad.model import PlaceModel
 
 
@@ -77,14 +77,15 @@ class FrozenPart:
         size: tuple[int, int],
         batch_size: int,
         threads: int,
+        change: ChangePicture | None = None,
     ) -> Iterator[Tensor]:
         """For each step, the output for its pictures (numbers into ``paths``), in its order, on the model's device.
 
         What is not kept is read and computed, ``batch_size`` pictures of (height, width) at a time, read ahead while
-        the steps before are computed.
+        the steps before are computed; ``change`` alters it by its number, as it did what is kept.
         """
         absent = [number for step in steps for number in step if number not in self._kept]
-        batches = image_batches(paths, *size, batch_size, threads, indices=absent)
+        batches = image_batches(paths, *size, batch_size, threads, indices=absent, change=change)
         ready: list[Tensor] = []  # of absent pictures, in order
         for step in steps:
             outputs = []

@@ -1,9 +1,14 @@
-"""Homographies from four matches each, or refined on many, for whole batches and on any device."""
+"""Homographies from four matches each, or refined on many, for whole batches and on any device with float64."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute homographies for tensors of a device: there, or on the CPU beside one without float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 class Quads(NamedTuple):

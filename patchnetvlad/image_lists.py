@@ -2,26 +2,71 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TypeVar, overload
 
 from natsort import natsorted
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text, write_text
 
+T = TypeVar("T")
+
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )  # of files that list_folder takes, in any case
+_PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*")  # stays as it is in the list; most do
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the store adds to both ends
+
+
+class Derived(Sequence[T]):
+    """What follows from a list's names, made when it is first looked at.
+
+    The paths and feature names of a million pictures take a GB, and matching needs neither.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[T]], length: int) -> None:
+        self._make = make
+        self._length = length
+
+    @cached_property
+    def _values(self) -> tuple[T, ...]:
+        return tuple(self._make())
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self._values[index]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == (other._values if isinstance(other, Derived) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Pictures in the order of their list; all tuples have one entry a line.
+    """Pictures in the order of their list; all sequences have one entry a line.
 
     names: relative to the dataset's root with forward slashes and without ``./``; absolute outside the root.
     paths: where the pictures are. feature_names: what the store calls them; a picture that is listed twice has
@@ -29,8 +74,8 @@ class ImageList:
     """
 
     names: tuple[str, ...]
-    paths: tuple[Path, ...]
-    feature_names: tuple[str, ...]
+    paths: Sequence[Path]
+    feature_names: Sequence[str]
     source: Path
 
     def __len__(self) -> int:
@@ -48,7 +93,8 @@ def read_image_list(list_path: Path, root: Path) -> ImageList:
     names = tuple(_name_below(root, line) for line in lines if line)
     if not names:
         raise UserError(f"{list_path}: names no picture (expected one path a line)")
-    return ImageList(names, tuple(root / name for name in names), unique_feature_names(names), list_path)
+    paths = Derived(lambda: [root / name for name in names], len(names))
+    return ImageList(names, paths, Derived(lambda: unique_feature_names(names), len(names)), list_path)
 
 
 def write_image_list(list_path: Path, names: Sequence[str]) -> None:
@@ -122,6 +168,8 @@ def hash_names(names: Sequence[str]) -> str:
 
 
 def _name_below(root: Path, line: str) -> str:
+    if _PLAIN_NAME.fullmatch(line):
+        return line
     path = Path(line)
     if path.is_absolute():
         for base in (root, root.absolute(), root.resolve()):

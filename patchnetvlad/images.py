@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,6 +37,9 @@ R = TypeVar("R")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ChangePicture = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
+"""A picture's index and its H×W×3 RGB → the picture as it is to be seen, of the same size."""
 
 _PROBLEMS_SHOWN = 10
 _TIMED = 100  # pictures whose checking tells how long the others will take
@@ -116,8 +120,7 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
 
     Bilinear with antialiasing, to [0, 1], then ImageNet's mean and standard deviation.
     """
-    if height > 0 and width > 0:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    picture = _resized(picture, height, width)
     # In NumPy, with the result of torchvision's to_tensor and normalize bit for bit: torch would start a team
     # of threads of its own in each loading thread.
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)  # H×W×3 → 3×H×W
@@ -141,20 +144,35 @@ def count_reshaped(
         return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
 
 
-class ImageDataset(Dataset[tuple[int, Tensor]]):
-    """Pictures as (index, 3×H×W tensor); UserError names one that cannot be read."""
+def _resized(picture: Image.Image, height: int, width: int) -> Image.Image:
+    return picture.resize((width, height), Image.Resampling.BILINEAR) if min(height, width) > 0 else picture
 
-    def __init__(self, paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False) -> None:
+
+class ImageDataset(Dataset[tuple[int, Tensor]]):
+    """Pictures as (index, 3×H×W tensor), resized and then changed; UserError names one that cannot be read."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        height: int,
+        width: int,
+        exif_rotation: bool = False,
+        change: ChangePicture | None = None,
+    ) -> None:
         self.paths = tuple(paths)
         self.height = height
         self.width = width
         self.exif_rotation = exif_rotation
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         picture = read_image(self.paths[index], self.exif_rotation)
+        if self.change is not None:
+            picture = _resized(picture, self.height, self.width)
+            picture = Image.fromarray(self.change(index, np.asarray(picture)))
         return index, prepare_image(picture, self.height, self.width)
 
 
@@ -166,15 +184,17 @@ def image_batches(
     threads: int = 4,
     exif_rotation: bool = False,
     indices: Sequence[int] | None = None,
+    change: ChangePicture | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of all pictures, or of those at ``indices``: (indices into ``paths``, N×3×H×W float32).
 
     N is at most ``batch_size``. ``threads`` load a few batches ahead of the caller's computing; with 0 each
     batch is loaded when it is asked for. Pictures come in the order of ``indices``. Where they keep their own
     size (height or width of 0 or less) a batch gathers pictures of one size from the whole list, and batches
-    come in the order of their first pictures. Raises UserError naming a picture that cannot be read.
+    come in the order of their first pictures. ``change`` alters pictures before they are normalised.
+    Raises UserError naming a picture that cannot be read.
     """
-    dataset = ImageDataset(paths, height, width, exif_rotation)
+    dataset = ImageDataset(paths, height, width, exif_rotation, change)
     wanted = range(len(paths)) if indices is None else indices
     if height > 0 and width > 0:
         batches = [list(wanted[start : start + batch_size]) for start in range(0, len(wanted), batch_size)]

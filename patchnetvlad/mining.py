@@ -16,7 +16,7 @@ from tqdm import tqdm
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
-from patchnetvlad.images import image_batches
+from patchnetvlad.images import ChangePicture, image_batches
 from patchnetvlad.training_data import Rows, TripletPlaces
 
 _QUERIES_AT_ONCE = 64  # bounds the memory of a distance matrix
@@ -79,11 +79,16 @@ class Describer:
 
     @torch.no_grad()
     def __call__(
-        self, paths: Sequence[Path], numbers: Sequence[int], label: str, keep: bool = False
+        self,
+        paths: Sequence[Path],
+        numbers: Sequence[int],
+        label: str,
+        keep: bool = False,
+        change: ChangePicture | None = None,
     ) -> NDArray[np.float32]:
         """One row for each number, an index into ``paths``; ``keep`` stores the frozen layers' output for steps.
 
-        Batches are the same however many processes share them.
+        ``change`` alters pictures by their number. Batches are the same however many processes share them.
         """
         rows = np.zeros((len(numbers), self._learned.output_dims), dtype=np.float32)
         batches = [
@@ -92,7 +97,10 @@ class Describer:
         own = [number for batch in self._processes.share(batches) for number in batch]
         row_of = {number: row for row, number in enumerate(numbers)}
         with tqdm(total=len(own), desc=label, unit="img", leave=False, disable=not self._progress) as bar:
-            for found, pictures in image_batches(paths, *self._size, self._batch_size, self._threads, indices=own):
+            batches_of_own = image_batches(
+                paths, *self._size, self._batch_size, self._threads, indices=own, change=change
+            )
+            for found, pictures in batches_of_own:
                 maps = self._frozen(pictures)
                 if keep:
                     self._frozen.keep(found, maps)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.encoders import make_encoder
+from patchnetvlad.encoders.table import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
 from patchnetvlad.netvlad import EPSILON, NetVLAD

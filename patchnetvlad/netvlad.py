@@ -73,8 +73,9 @@ class NetVLAD(nn.Module):
         The assignment's sharpness α makes the runner-up's share 1 % on average over the samples: by the gap of
         cosines (v1), or by the gap of squared distances (``vladv2``).
         """
-        samples = F.normalize(samples.double(), dim=1, eps=EPSILON)
-        centers = centers.double()
+        # On the CPU, because not every device has float64
+        samples = F.normalize(samples.cpu().double(), dim=1, eps=EPSILON)
+        centers = centers.cpu().double()
         if self.conv.bias is None:
             directions = F.normalize(centers, dim=1, eps=EPSILON)
             best = (samples @ directions.T).topk(2, dim=1).values
@@ -85,7 +86,7 @@ class NetVLAD(nn.Module):
             nearest = squared.topk(2, dim=1, largest=False).values
             alpha = -math.log(0.01) / (nearest[:, 1] - nearest[:, 0]).mean().item()
             weight = 2 * alpha * centers
-            self.conv.bias.copy_(-alpha * centers.square().sum(dim=1))
-        self.conv.weight.copy_(weight[:, :, None, None])
-        self.centroids.copy_(centers)
+            self.conv.bias.copy_((-alpha * centers.square().sum(dim=1)).float())
+        self.conv.weight.copy_(weight[:, :, None, None].float())
+        self.centroids.copy_(centers.float())
         return alpha

@@ -16,10 +16,10 @@ from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
-from patchnetvlad.patch_sources import DescribedPictures, PatchSource
 from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchSource
 from patchnetvlad.workers import Workers
 
 logger = logging.getLogger(__name__)

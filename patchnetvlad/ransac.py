@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from patchnetvlad.homographies import Quads, four_point_homographies, possible_quads, refine_homographies
+from patchnetvlad.homographies import (
+    Quads,
+    float64_device,
+    four_point_homographies,
+    possible_quads,
+    refine_homographies,
+)
 from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 
@@ -72,8 +78,9 @@ def consensus(source: Tensor, target: Tensor, counts: Tensor, tolerance: float) 
     source, target: B×M×2, of which the first counts (B, ≥ 4) are matches. Returns inliers, bool B×M, and homographies
     from source to target, float64 B×3×3, refined on them; without inliers where every sample was impossible. An
     inlier's projection lies within the tolerance of its target, in the unit of the points, which should be of order 1
-    to 100.
+    to 100. Computed, and returned, on the points' device or, where that has no float64, on the CPU.
     """
+    source, target, counts = (values.to(float64_device(values.device)) for values in (source, target, counts))
     residuals = _Residuals.of(source, target, counts, tolerance)
     batch = len(source)
     best = torch.full((batch,), SAMPLE - 1, device=source.device)  # inliers of the best so far

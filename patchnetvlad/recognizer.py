@@ -18,10 +18,10 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, find_matcher
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.weights import load_model
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_header import hash_names
 from patchnetvlad.files import make_folder, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
+from patchnetvlad.store.feature_header import hash_names
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,10 @@ from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
+from patchnetvlad.images import ChangePicture
 from patchnetvlad.losses import find_loss
 from patchnetvlad.mining import Describer, Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
+from patchnetvlad.picture_changes import Picture, changed
 from patchnetvlad.training_data import CityPictures, TripletPlaces
 from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
 from patchnetvlad.validation import Validation, validate
@@ -46,6 +48,7 @@ class Trainer:
         """folder: where events and checkpoints go, written by the first process."""
         train = config.train
         self._config = config
+        self._loss = find_loss(train.loss)
         self._learning = learning
         self._places = places
         self._validation = validation
@@ -91,7 +94,7 @@ class Trainer:
         for number in range(progress.subset, len(parts)):
             label = f"epoch {epoch}, subset {number + 1} of {len(parts)}"
             subset = make_subset(self._places, parts[number], train.subset_negatives, train.seed, epoch, number)
-            self._learn_from(subset, label)
+            self._learn_from(subset, label, self._change(epoch))
             progress.subset = number + 1
             self._save(LAST)
         if not progress.loss_steps:
@@ -114,11 +117,24 @@ class Trainer:
         if self._save_every_epoch:
             self._save(f"checkpoint_epoch{epoch}.pth.tar")
 
-    def _learn_from(self, subset: Subset, label: str) -> None:
+    def _change(self, epoch: int) -> ChangePicture | None:
+        """What augmentation does to a query in an epoch; the same whenever it is asked."""
+        train = self._config.train
+        if not train.augmentation:
+            return None
+
+        def change(number: int, picture: Picture) -> Picture:
+            if number >= self._places.num_queries:
+                return picture
+            return changed(picture, train.augmentation, np.random.default_rng([train.seed, epoch, number]))
+
+        return change
+
+    def _learn_from(self, subset: Subset, label: str, change: ChangePicture | None) -> None:
         """Mine one subset and take its steps."""
         train, progress, started = self._config.train, self._learning.progress, time.perf_counter()
         self._frozen.clear()
-        descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", keep=True)
+        descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", True, change)
         triplets = self._mined(subset, descriptors)
         if not triplets:
             logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
@@ -134,6 +150,7 @@ class Trainer:
             (train.imageresizeh, train.imageresizew),
             train.cachebatchsize,
             self._config.global_params.loading_threads,
+            change,
         )
         total = 0.0
         bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)

@@ -34,6 +34,7 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.paths import RUNS_FOLDER
+from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
@@ -121,6 +122,7 @@ def _check_run(config: Config, processes: Processes) -> None:
     config.check_training()
     train = config.train
     find_loss(train.loss)
+    check_changes(train.augmentation)
     if min(train.imageresizew, train.imageresizeh) < 1:
         raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():

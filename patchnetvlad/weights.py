@@ -13,7 +13,7 @@ from torch import Tensor
 from patchnetvlad.checkpoints import Checkpoint, build_model, file_sha256, load_state, read_checkpoint, read_weights
 from patchnetvlad.config import Config
 from patchnetvlad.downloads import require_answer
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import make_folder, read_text, told, write_text
 from patchnetvlad.model import PlaceModel

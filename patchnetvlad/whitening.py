@@ -66,8 +66,8 @@ class WPCA(nn.Module):
     @torch.no_grad()
     def set_fit(self, fit: "WPCAFit") -> None:
         """Take over a fitted projection of the same shape."""
-        self.weight.copy_(torch.from_numpy(fit.weight))
-        self.bias.copy_(torch.from_numpy(fit.bias))
+        self.weight.copy_(torch.from_numpy(fit.weight).float())
+        self.bias.copy_(torch.from_numpy(fit.bias).float())
 
 
 @dataclass(frozen=True)

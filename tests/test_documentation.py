@@ -79,7 +79,8 @@ def run_script(script: str, *arguments: str) -> int:
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
-    from patchnetvlad import encoders, realtime, reranking
+    from patchnetvlad import realtime, reranking
+    from patchnetvlad.encoders import table as encoders
 
     # Pages add to these tables
     for table in (encoders.ENCODERS, reranking.MATCHERS):

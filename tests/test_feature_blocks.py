@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad import feature_blocks
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_blocks import Block, BlockLayout, BlockReader, BlockWriter, block_name, scales_name
+from patchnetvlad.store import feature_blocks
+from patchnetvlad.store.feature_blocks import Block, BlockLayout, BlockReader, BlockWriter, block_name, scales_name
 
 SIZES = (2, 3)
 

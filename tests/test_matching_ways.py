@@ -26,10 +26,10 @@ from patchnetvlad.patch_rounding import (
     rounded_bytes,
     similarity_errors,
 )
-from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.reranking import match_pair
 from patchnetvlad.similarity_choice import choose_way
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 
 
 def overlapping_patches(count, dims, seed, common=None):

@@ -8,8 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.errors import UserError
-from patchnetvlad.losses import find_loss, triplet_loss
 from patchnetvlad.mining import TripletSet, epoch_queries, hard_negatives, make_subset, mine, training_batches
 from patchnetvlad.training_data import TripletPlaces
 
@@ -118,35 +116,3 @@ def test_batches_keep_every_set() -> None:
     batches = training_batches(sets, 3)
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert [triplet for batch in batches for triplet in batch] == sets
-
-
-def test_losses_by_name() -> None:
-    assert find_loss("triplet").total is triplet_loss
-    assert find_loss("triplet").terms([(0, 1, [2, 3]), (0, 1, [4])]) == 3
-    with pytest.raises(UserError, match=r"\[train\] loss = hinge: expected one of triplet"):
-        find_loss("hinge")
-
-
-def test_loss_by_hand() -> None:
-    descriptors = torch.tensor([[0.0, 0], [3, 4], [0, 6], [0, 5.1], [0, 1]])
-    # ‖q−p‖ = 5; negatives at 6, 5.1 and 1; √0.25 = 0.5
-    loss = triplet_loss(descriptors, [(0, 1, [2, 3]), (0, 1, [4])], 0.25)
-    assert loss.item() == pytest.approx(0 + 0.4 + 4.5)
-
-
-def test_loss_equals_torch_and_has_its_gradient() -> None:
-    torch.manual_seed(0)
-    descriptors = torch.nn.functional.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1).float().requires_grad_()
-    ours = triplet_loss(descriptors, [(0, 1, [2, 3]), (4, 5, [3])], 0.1)
-    reference = torch.nn.TripletMarginLoss(margin=0.1**0.5, reduction="sum", eps=0)
-    theirs = reference(descriptors[[0, 0, 4]], descriptors[[1, 1, 5]], descriptors[[2, 3, 3]])
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    (our_gradient,) = torch.autograd.grad(ours, descriptors)
-    (their_gradient,) = torch.autograd.grad(theirs, descriptors)
-    torch.testing.assert_close(our_gradient, their_gradient)
-
-
-def test_equal_pictures_give_finite_gradients() -> None:
-    descriptors = torch.ones(3, 4, requires_grad=True)
-    triplet_loss(descriptors, [(0, 1, [2])], 0.1).backward()
-    assert torch.isfinite(descriptors.grad).all()

@@ -14,7 +14,7 @@ from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.commands.models import fit_model
 from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.config import Config, GlobalParams, TrainConfig
-from patchnetvlad.encoders import encoder_geometry, make_encoder, same_encoder
+from patchnetvlad.encoders.table import encoder_geometry, make_encoder, same_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart, freeze, learning_layers
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
@@ -234,7 +234,7 @@ def test_two_names_of_one_encoder():
 
 def test_timm_is_imported_for_its_encoders_alone():
     code = (
-        "import sys; from patchnetvlad.encoders import encoder_geometry, make_encoder\n"
+        "import sys; from patchnetvlad.encoders.table import encoder_geometry, make_encoder\n"
         "make_encoder('vgg16'), encoder_geometry('rootsift')\n"
         "sys.exit('timm' in sys.modules)"
     )

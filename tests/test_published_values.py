@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT
 
-from patchnetvlad.feature_store import FeatureStore
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ransac import ransac_score
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.reranking import fuse, score_pair
+from patchnetvlad.store.feature_store import FeatureStore
 
 WEIGHTS = (0.45, 0.15, 0.4)
 PATCHES = (1131, 936, 759)  # of a picture at the three patch sizes

@@ -19,12 +19,12 @@ from patchnetvlad.commands.places import locate
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_cache import PictureCache, available_memory, cache_bytes
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.ranking import Ranker, check_panoramas, visiting_order
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.retrieval import Candidates
+from patchnetvlad.store.feature_cache import PictureCache, available_memory, cache_bytes
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 
 QUERIES = [f"queries/query{number:02}_0.jpg" for number in (0, 3, 7)]
 DATABASE = [f"database/place{number:02}_0.jpg" for number in range(12)]

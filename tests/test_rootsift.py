@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchnetvlad.rootsift import DenseRootSIFT
+from patchnetvlad.encoders.rootsift import DenseRootSIFT
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

@@ -188,6 +188,35 @@ def test_adam_resumes_exactly(msls: Path, tmp_path: Path) -> None:
     assert list(scalars(whole.folder, "Train/LearningRate").values()) == pytest.approx([0.001, 0.001])
 
 
+def test_augmentation_and_loss_by_name_resume_exactly(trained: TrainedRun, msls: Path, tmp_path: Path) -> None:
+    config = small(augmentation=("darkness", "turn"), loss="multi_similarity", nneg=3)
+    whole = run(msls, tmp_path / "whole", config, epochs=2)
+    half = run(msls, tmp_path / "half", config, epochs=1)
+    resumed = run(msls, tmp_path / "half", config, 2, resume_path=half.folder / "checkpoints/checkpoint.pth.tar")
+    assert scalars(resumed.folder, "Train/Loss") == scalars(whole.folder, "Train/Loss")
+    plain = run(msls, tmp_path / "plain", small(loss="multi_similarity", nneg=3), epochs=1)
+    changed, unchanged = (scalars(one.folder, "Train/Loss") for one in (whole, plain))
+    assert changed[1] != unchanged[1]
+    assert scalars(plain.folder, "Val/Recall@1")[0] == scalars(whole.folder, "Val/Recall@1")[0]
+
+
+def test_without_a_cache_augmented_pictures_are_the_same(msls: Path, tmp_path: Path) -> None:
+    """What a step reads again is changed as mining saw it."""
+    losses = []
+    for number, gigabytes in enumerate((8.0, 0.0)):
+        config = small(augmentation=("noise", "occlusion"), frozen_cache_gb=gigabytes)
+        losses.append(scalars(run(msls, tmp_path / str(number), config, epochs=1).folder, "Train/Loss"))
+    assert losses[0].keys() == losses[1].keys()
+    assert list(losses[0].values()) == pytest.approx(list(losses[1].values()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("key", "value"), [("loss", "hinge"), ("augmentation", ("fog",))])
+def test_unknown_names_stop_before_training(key: str, value: Any, msls: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"\[train\] {key} = (hinge|fog): expected"):
+        run(msls, tmp_path, small(**{key: value}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def command_line(msls: Path, folder: Path, *more: str) -> list[str]:
     settings = {
         "global_params.backbone": "rootsift",
@@ -322,14 +351,14 @@ def test_validation_every_other_epoch(msls: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(msls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    triplet = LOSSES["triplet"]
+    whole_loss = LOSSES["triplet"]
     calls = []
 
-    def loss(*args: Any) -> torch.Tensor:
+    def total(*args: Any) -> torch.Tensor:
         calls.append(1)
-        return triplet.total(*args) * (float("nan") if len(calls) == 7 else 1)
+        return whole_loss.total(*args) * (float("nan") if len(calls) == 7 else 1)
 
-    monkeypatch.setitem(LOSSES, "triplet", replace(triplet, total=loss))
+    monkeypatch.setitem(LOSSES, "triplet", replace(whole_loss, total=total))
     message = r"epoch 1, subset 2 of 4, step 7: the loss is nan, training stops; queries .*\.jpg.*checkpoint\.pth\.tar"
     with pytest.raises(UserError, match=message):
         run(msls, tmp_path)

@@ -12,7 +12,7 @@ from patchnetvlad.reranker import Reranker
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_sources import PatchesInMemory
+from patchnetvlad.store.patch_sources import PatchesInMemory
 from patchnetvlad.workers import Workers
 
 

@@ -11,9 +11,9 @@ from patchnetvlad.files import read_text
 
 PACKAGE = "patchnetvlad"
 
-_ROW = re.compile(r"\| (\w[\w ]*) \| ((?:\*?`\w+/?`\*?(?:, )?)+) \| (.+) \|")
+_ROW = re.compile(r"^\| (\w[\w ]*) \| ((?:\*?`\w+/?`\*?(?:, )?)+) \| (.+) \|$", re.MULTILINE)
 _MODULE = re.compile(r"(\*?)`(\w+/?)`")
-_ANNEX = re.compile(r"\| `(\w+)/` \| (.+) \|")
+_ANNEX = re.compile(r"^\| `(\w+)/` \| (.+) \|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from patchnetvlad.datasets.benchmark_files import Files
 from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
-from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.measure_files import Protocol, joined
 from patchnetvlad.measures import Measures
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.ranking import find_matcher
 from patchnetvlad.reranking import rerank
+from patchnetvlad.store.feature_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

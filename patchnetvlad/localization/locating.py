@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_features, with_built_index
-from patchnetvlad.feature_cache import cache_bytes
 from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import GroundTruth, check_lists
 from patchnetvlad.image_lists import ImageList
@@ -22,6 +21,7 @@ from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
+from patchnetvlad.store.feature_cache import cache_bytes
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ def trace_geometry(run: Callable[[Tensor], Tensor], height: int, width: int) -> 
 
     The picture's sides should be multiples of the stride. Where operations that are no windows thin positions out (a
     transformer that joins its tokens two by two), the positions that become one count as a window. Of two ways that
-    join, as around a residual block, the one with the larger receptive field counts; attention and other operations on
-    the whole picture change nothing. Raises ValueError when the map's size contradicts what was found.
+    join, as around a residual block, the one with the larger receptive field counts, although the other may lie a few
+    pixels off; attention and other operations on the whole picture change nothing. Raises ValueError when the map's
+    size contradicts what was found.
     """
     picture = torch.empty(1, 3, height, width, device="meta")
     pixels = EncoderGeometry(stride=1, receptive_field=1, padding=0)
@@ -48,6 +49,8 @@ def trace_geometry(run: Callable[[Tensor], Tensor], height: int, width: int) -> 
     if found is None or feature_map.ndim != 4:
         raise ValueError("its output does not follow from the picture by windows")
     geometry = max(found, key=lambda axis: axis.receptive_field)
+    if geometry.first_center < 0:
+        raise ValueError(f"the first position would lie outside the picture, at {geometry.first_center:g} pixels")
     for size, count in zip((height, width), feature_map.shape[2:], strict=True):
         if not 0 <= size / geometry.stride - count < 4:  # windows without padding lose positions at the border
             raise ValueError(f"{count} positions on {size} pixels are not {geometry.stride} pixels apart")

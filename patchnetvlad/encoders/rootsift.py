@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.patch_grid import EncoderGeometry
 
 STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel thresholds mean the same

@@ -14,11 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_blocks import Block, BlockLayout
-from patchnetvlad.feature_files import Codec, codec_of
 from patchnetvlad.files import told
 from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
+from patchnetvlad.store.feature_blocks import Block, BlockLayout
+from patchnetvlad.store.feature_files import Codec, codec_of
 
 MANIFEST_NAME = "manifest.jsonl"
 

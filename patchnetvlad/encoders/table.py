@@ -5,12 +5,12 @@ from typing import cast
 
 import torch
 
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.rootsift import DenseRootSIFT
+from patchnetvlad.encoders.timm_encoder import TimmEncoder
+from patchnetvlad.encoders.vgg16 import VGG16
 from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry
-from patchnetvlad.rootsift import DenseRootSIFT
-from patchnetvlad.timm_encoder import TimmEncoder
-from patchnetvlad.vgg16 import VGG16
 
 # What stands behind a colon of the name are arguments: timm:NAME:LAYER
 ENCODERS: dict[str, Callable[..., Encoder]] = {

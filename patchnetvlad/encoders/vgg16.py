@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from patchnetvlad.downloads import require_answer
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.patch_grid import EncoderGeometry
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; pooling in between

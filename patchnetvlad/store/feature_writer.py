@@ -27,38 +27,6 @@ from torch import Tensor
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_blocks import (
-    BLOCK_GLOB,
-    PICTURES_IN_BLOCK,
-    BlockLayout,
-    BlockWriter,
-    damaged_file,
-    file_sizes,
-)
-from patchnetvlad.feature_files import (
-    CODEC_NAME,
-    GLOBAL_NAME,
-    PATCH_GLOB,
-    StoredArray,
-    codec_of,
-    create_rows_file,
-    patch_file_name,
-    read_array_info,
-    stored_codec,
-    write_patch_array,
-    write_patch_codec,
-)
-from patchnetvlad.feature_header import (
-    MANIFEST_NAME,
-    Manifest,
-    ManifestEntry,
-    StoreHeader,
-    block_line,
-    entry_line,
-    header_line,
-    read_manifest,
-    writing_differences,
-)
 from patchnetvlad.files import (
     locked,
     make_folder,
@@ -72,6 +40,38 @@ from patchnetvlad.files import (
 )
 from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.store.feature_blocks import (
+    BLOCK_GLOB,
+    PICTURES_IN_BLOCK,
+    BlockLayout,
+    BlockWriter,
+    damaged_file,
+    file_sizes,
+)
+from patchnetvlad.store.feature_files import (
+    CODEC_NAME,
+    GLOBAL_NAME,
+    PATCH_GLOB,
+    StoredArray,
+    codec_of,
+    create_rows_file,
+    patch_file_name,
+    read_array_info,
+    stored_codec,
+    write_patch_array,
+    write_patch_codec,
+)
+from patchnetvlad.store.feature_header import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestEntry,
+    StoreHeader,
+    block_line,
+    entry_line,
+    header_line,
+    read_manifest,
+    writing_differences,
+)
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
 GROWN_NAME = GLOBAL_NAME + ".grown"
@@ -382,7 +382,7 @@ class _WritableFolder:
     rows: BinaryIO | None
     rows_offset: int
     missing: frozenset[int]
-    feature_names: tuple[str, ...]
+    feature_names: Sequence[str]
 
 
 def _open_folder(

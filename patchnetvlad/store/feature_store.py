@@ -17,9 +17,12 @@ import torch
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.feature_blocks import BlockReader
-from patchnetvlad.feature_cache import Arrays, CacheStatistics, PictureCache
-from patchnetvlad.feature_files import (
+from patchnetvlad.image_lists import ImageList
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
+from patchnetvlad.store.feature_blocks import BlockReader
+from patchnetvlad.store.feature_cache import Arrays, CacheStatistics, PictureCache
+from patchnetvlad.store.feature_files import (
     CODECS,
     GLOBAL_NAME,
     ArrayInfo,
@@ -31,10 +34,7 @@ from patchnetvlad.feature_files import (
     read_array_info,
     stored_codec,
 )
-from patchnetvlad.feature_header import Manifest, StoreHeader, hash_names, read_manifest, reading_differences
-from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
+from patchnetvlad.store.feature_header import Manifest, StoreHeader, hash_names, read_manifest, reading_differences
 
 
 class FeatureStore:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from patchnetvlad.downloads import fetch_from_hub
-from patchnetvlad.encoder import Encoder
+from patchnetvlad.encoders.grid_tracing import trace_geometry
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
-from patchnetvlad.grid_tracing import trace_geometry
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
 
@@ -188,16 +188,9 @@ def _find_cut(name: str, layer: str) -> _Cut:
     native = cast(tuple[int, int], tuple(int(side) for side in model.pretrained_cfg["input_size"][1:]))
     try:
         norm = of_blocks and _runs(model, native, index, norm=True)
-        sizes = {many: tuple(-(-side // many) * many for side in native) for many in (strides[index], max(strides))}
-        multiple = next(
-            (
-                many
-                for many, (rows, columns) in sizes.items()
-                if _runs(model, (rows + many, columns + 2 * many), index, norm)
-            ),
-            None,
-        )
-        size = cast(tuple[int, int], sizes[multiple]) if multiple else native
+        multiple = _multiple(model, name, options, native, (strides[index], max(strides)), index, norm)
+        many = multiple or 1
+        size = (-(-native[0] // many) * many, -(-native[1] // many) * many)
         _pruned(model, index, norm)
         geometry = trace_geometry(lambda pictures: _feature_map(model, pictures, index, norm), *size)
         learned = _modules_of(model, model.state_dict().keys() - earlier.keys(), norm)
@@ -248,13 +241,36 @@ def _layer_index(name: str, layer: str, modules: Sequence[str], strides: Sequenc
 
 
 def _runs(model: Any, size: tuple[int, int], index: int, norm: bool) -> bool:
-    """Whether a model on the meta device gives its feature map for pictures of a size."""
+    """Whether a model gives its feature map for pictures of a size."""
+    device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            _feature_map(model, torch.empty(1, 3, *size, device="meta"), index, norm)
-    except (ValueError, RuntimeError, AssertionError):
+            _feature_map(model, torch.zeros(1, 3, *size, device=device), index, norm)
+    except (ValueError, RuntimeError, AssertionError, IndexError):
         return False
     return True
+
+
+def _multiple(
+    model: Any,
+    name: str,
+    options: Mapping[str, bool],
+    native: tuple[int, int],
+    candidates: Sequence[int],
+    index: int,
+    norm: bool,
+) -> int | None:
+    """The first of the candidates whose multiples, in pixels, a model takes as sides; None if it takes native alone."""
+    for many in candidates:
+        larger = (native[0] // many * many + 2 * many, native[1] // many * many + 3 * many)
+        if not _runs(model, larger, index, norm):
+            continue
+        # Some that are made for one size look positions up in a table, which only numbers find too short
+        if options or not model.pretrained_cfg.get("fixed_input_size"):
+            return many
+        if _runs(_create(name, options), larger, index, norm):
+            return many
+    return None
 
 
 def _modules_of(model: nn.Module, keys: Set[str], norm: bool) -> tuple[str, ...]:

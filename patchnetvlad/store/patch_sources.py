@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from patchnetvlad.candidates import ApproximateSearch
 from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.feature_cache import CacheStatistics, PictureCache
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.store.feature_cache import CacheStatistics, PictureCache
 
 
 class PatchSource(Protocol):
