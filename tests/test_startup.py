@@ -210,9 +210,8 @@ config = load_config(Path("configs/builtin.ini"), sizes)
     "work",
     [
         "from patchnetvlad import PlaceRecognizer\n"
-        "from patchnetvlad.pair_comparison import compare_files\n"
         "recognizer = PlaceRecognizer.load(config)\n"
-        "compare_files(recognizer, *sorted(Path('example_images/queries').iterdir())[:2])",
+        "recognizer.compare(*recognizer.describe(sorted(Path('example_images/queries').iterdir())[:2]))",
         "from patchnetvlad.extraction import extract\n"
         "from patchnetvlad.images import image_batches\n"
         "from patchnetvlad.weights import load_model\n"
