@@ -49,14 +49,14 @@ def test_two_folders_and_later_more_pictures(small_model, tmp_path, capsys, monk
     assert [ranking.query for ranking in read_pairs(predictions)] == ["second/0000.jpg", "second/0001.jpg"]
     assert not (output / "results/recalls.txt").exists()
 
-    commands = [line for line in printed.splitlines() if line.startswith("$ ")]
-    assert [command.split()[1] for command in commands] == [
+    commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
+    assert [command.split()[2] for command in commands] == [
         "tools/make_dataset.py",
         *["feature_extract.py"] * 2,
         "feature_match.py",
     ]
     before = predictions.read_bytes()
-    assert feature_match(commands[-1].split()[2:]) == 0  # each step can be repeated by its script
+    assert feature_match(commands[-1].split()[3:]) == 0  # each step can be repeated by its script
     assert predictions.read_bytes() == before
 
     lay_out(tmp_path, 5)
