@@ -129,8 +129,8 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
     if similarity < _SAME_PICTURE:
         raise UserError(
             f"{writer.folder}: {pictures.names[index]} was another picture when it was described (similarity "
-            f"{similarity:.3f}; another --dataset_root_dir, or pictures replaced? choose another --output_features_dir, "
-            "or replace the features with --overwrite)"
+            f"{similarity:.3f}; another --dataset_root_dir, or pictures replaced? choose another "
+            "--output_features_dir, or replace the features with --overwrite)"
         )
 
 

@@ -307,7 +307,8 @@ def test_one_picture_database(small_model, features, tmp_path):
 
 def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
     shuffled = tmp_path / "shuffled.txt"
-    shuffled.write_text("".join(reversed(require_file(QUERY_LIST, "dataset_imagenames").open().readlines())))
+    listed = require_file(QUERY_LIST, "dataset_imagenames").read_text().splitlines(keepends=True)
+    shuffled.write_text("".join(reversed(listed)))
     cases = [
         (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
         (["--set", "feature_match.mather=RANSAC"], {}, "mather"),
