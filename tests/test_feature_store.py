@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import patchnetvlad.extraction as extraction
 import patchnetvlad.store.feature_blocks as feature_blocks
+import patchnetvlad.store.feature_layouts as feature_layouts
 import patchnetvlad.store.feature_writer as feature_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
@@ -607,7 +608,7 @@ def test_published_features_are_not_mixed_with(tmp_path, name):
 
 def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch):
     header = make_header()
-    real, calls = feature_writer.write_patch_array, []
+    real, calls = feature_layouts.write_patch_array, []
 
     def full(path: Path, array: np.ndarray) -> None:
         calls.append(path)
@@ -615,7 +616,7 @@ def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, array)
 
-    monkeypatch.setattr(feature_writer, "write_patch_array", full)
+    monkeypatch.setattr(feature_layouts, "write_patch_array", full)
     with pytest.raises(UserError) as caught:
         write_all(tmp_path, header)
     message = one_line(caught)
@@ -660,14 +661,14 @@ def test_a_manifest_line_is_whole_or_absent(tmp_path):
 def test_writing_runs_beside_the_caller_and_is_bounded(tmp_path, monkeypatch):
     header, pictures = make_header(patch_sizes=(2,), strides=(1,)), make_list([f"{i}.jpg" for i in range(6)])
     gate, written = threading.Event(), []
-    real = feature_writer.write_patch_array
+    real = feature_layouts.write_patch_array
 
     def slow(path: Path, array: np.ndarray) -> None:
         assert gate.wait(10)
         written.append(path)
         real(path, array)
 
-    monkeypatch.setattr(feature_writer, "write_patch_array", slow)
+    monkeypatch.setattr(feature_layouts, "write_patch_array", slow)
     with FeatureWriter(tmp_path, pictures, header, queue_size=2) as writer:
         for index in (0, 1):
             writer.write(index, *make_features(header, index))
@@ -1184,7 +1185,7 @@ PACKED_MAPS = [(5, 7), (5, 7), (6, 4), (5, 7), (3, 3), (3, 3), (9, 3), (5, 7), (
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in (feature_blocks, feature_writer):
+    for module in (feature_blocks, feature_layouts):
         monkeypatch.setattr(module, "PICTURES_IN_BLOCK", 4)
 
 

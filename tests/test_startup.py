@@ -260,3 +260,8 @@ def test_what_is_logged_before_the_folder_is_there_is_not_lost(tmp_path):
         path.parent.mkdir()
         logger.warning("two")
     assert [line.rsplit(": ", 1)[1] for line in path.read_text().splitlines()][-2:] == ["one", "two"]
+    last = tmp_path / "last" / "run.log"
+    with log_file(last):
+        logger.warning("before")
+        last.parent.mkdir()  # and nothing is logged after it
+    assert last.read_text().endswith(": before\n")

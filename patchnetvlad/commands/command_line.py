@@ -179,7 +179,15 @@ class _WaitingFile(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.waiting.append(record)
-        if self.folder.is_dir():
+        self._write()
+
+    def close(self) -> None:
+        """Write what waits, where the folder has been made after the last record."""
+        self._write()
+        super().close()
+
+    def _write(self) -> None:
+        if self.waiting and self.folder.is_dir():
             waiting, self.waiting = self.waiting, []
             try:
                 for earlier in waiting:

@@ -1,0 +1,265 @@
+"""A feature folder made ready for writing: one process at a time, nothing mixed, resumed, or grown with its list.
+
+A folder grows when it is opened for a list that has more pictures: rows take their new places in a file beside the
+others, and the new manifest, put in place by one rename, decides which of the two belongs to it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from patchnetvlad.errors import UserError
+from patchnetvlad.files import (
+    locked,
+    make_folder,
+    remove_temporary_files,
+    some_of,
+    sync_folder,
+    writing,
+)
+from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
+from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.store.feature_blocks import (
+    BLOCK_GLOB,
+    PICTURES_IN_BLOCK,
+    BlockLayout,
+    damaged_file,
+    file_sizes,
+)
+from patchnetvlad.store.feature_files import (
+    CODEC_NAME,
+    GLOBAL_NAME,
+    PATCH_GLOB,
+    create_rows_file,
+    patch_file_name,
+    read_array_info,
+    stored_codec,
+    write_patch_codec,
+)
+from patchnetvlad.store.feature_header import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestEntry,
+    StoreHeader,
+    entry_line,
+    header_line,
+    read_manifest,
+    writing_differences,
+)
+
+PARTIAL_NAME = GLOBAL_NAME + ".partial"
+GROWN_NAME = GLOBAL_NAME + ".grown"
+
+_WAYS_OUT = "choose another --output_features_dir, or replace these features with --overwrite"
+
+
+@dataclass(frozen=True)
+class WritableFolder:
+    """A folder that is ready for the features of a header.
+
+    manifest: open at its end; rows: the global descriptors' partial file, None when they are complete already;
+    rows_offset: where its first row begins, in bytes; missing: the pictures still to be made; feature_names: of all
+    pictures, in the list's order. The files are unbuffered and closed, and the folder released, by the exit stack
+    they were opened with.
+    """
+
+    manifest: BinaryIO
+    rows: BinaryIO | None
+    rows_offset: int
+    missing: frozenset[int]
+    feature_names: Sequence[str]
+
+
+def open_folder(
+    folder: Path,
+    pictures: ImageList,
+    header: StoreHeader,
+    trained: PatchCodec | None,
+    overwrite: bool,
+    files: ExitStack,
+) -> WritableFolder:
+    """Make a folder, or check that it holds the same features and see which are missing."""
+    make_folder(folder)
+    files.enter_context(locked(folder))
+    remove_temporary_files(folder)
+    if overwrite:
+        _remove_features(folder)
+    entries, finished = _resume(folder, pictures, header, trained)
+    feature_names = pictures.feature_names
+    if entries:
+        feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
+    shape = len(pictures), header.num_dims
+    complete, partial = folder / GLOBAL_NAME, folder / PARTIAL_NAME
+    source = partial if partial.exists() else complete
+    if source.exists():
+        finished = _with_rows(source, shape, finished)
+        if header.layout == "packed":
+            finished = _whole_blocks(header.block_layout(len(pictures)), finished)
+    else:
+        finished = frozenset()
+        create_rows_file(partial, shape)
+    missing = frozenset(range(len(pictures))) - finished
+    if missing and not partial.exists():
+        complete.replace(partial)
+    rows = files.enter_context(partial.open("r+b", buffering=0)) if partial.exists() else None
+    manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
+    rows_offset = 0 if rows is None else read_array_info(partial).offset
+    return WritableFolder(manifest, rows, rows_offset, missing, feature_names)
+
+
+def _resume(
+    folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
+) -> tuple[tuple[ManifestEntry, ...], frozenset[int]]:
+    """Check the manifest against the header, or start it, or make it the manifest of a longer list.
+
+    Returns its pictures with files of their own, and the numbers of all pictures whose patch files are there.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        foreign = next(_feature_files(folder), None)
+        if foreign is not None:
+            raise UserError(
+                f"{folder}: holds features without a manifest, such as {foreign.name}, and two kinds must not be "
+                f"mixed (made by the published code? {_WAYS_OUT})"
+            )
+        (folder / PARTIAL_NAME).unlink(missing_ok=True)
+        if trained is not None:
+            write_patch_codec(folder, trained)
+        with writing(folder / MANIFEST_NAME) as file:
+            file.write(header_line(header, pictures.names, pictures.source.name))
+        return (), frozenset()
+    _settle_growth(folder, manifest)
+    differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
+    if differences:
+        raise UserError(f"{folder}: holds other features, {'; '.join(differences)} ({_WAYS_OUT})")
+    stored_codec(folder, manifest.header.dtype, manifest.header.codec_sha256)
+    if manifest.num_pictures < len(pictures):
+        if header.layout == "packed":
+            raise UserError(
+                f"{folder}: holds {manifest.num_pictures} pictures in blocks, which do not grow, and the list has "
+                f"{len(pictures)} ({_WAYS_OUT})"
+            )
+        entries = _grow(folder, manifest, pictures)
+    else:
+        os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
+        entries = tuple(manifest.entries.values())
+    if header.layout == "packed":
+        layout, there = header.block_layout(len(pictures)), file_sizes(folder)
+        whole = (block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None)
+        return (), frozenset(index for block in whole for index in layout.pictures(block.number))
+    return entries, frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
+
+
+def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
+    if manifest.num_pictures < len(pictures):
+        listed = set(pictures.names)
+        absent = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
+        return [f"pictures that the list has not: {some_of(absent)}"] if absent else []
+    if manifest.num_pictures > len(pictures):
+        return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted"]
+    if manifest.names_sha256 != hash_names(pictures.names):
+        return ["picture list: other names, or another order"]
+    return []
+
+
+def _grow(folder: Path, manifest: Manifest, pictures: ImageList) -> tuple[ManifestEntry, ...]:
+    """Give finished pictures the places that they have in a longer list; their entries there."""
+    known = {entry.name: entry for entry in manifest.entries.values()}
+    placed = [(known[name], index) for index, name in enumerate(pictures.names) if name in known]
+    entries = tuple(replace(entry, index=index) for entry, index in placed)
+    partial, complete, grown = folder / PARTIAL_NAME, folder / GLOBAL_NAME, folder / GROWN_NAME
+    source = partial if partial.exists() else complete
+    if source.exists():
+        dims = manifest.header.num_dims
+        old = _open_rows(source, (manifest.num_pictures, dims))
+        create_rows_file(grown, (len(pictures), dims))
+        offset = read_array_info(grown).offset
+        with grown.open("r+b", buffering=0) as new:
+            for entry, index in placed:
+                new.seek(offset + index * old[0].nbytes)
+                write_all(new, old[entry.index].tobytes())
+            os.fsync(new.fileno())
+        sync_folder(folder)
+    with writing(manifest.path) as file:  # from here on, the grown rows are the manifest's
+        file.write(header_line(manifest.header, pictures.names, pictures.source.name))
+        file.writelines(map(entry_line, entries))
+    _use_grown_rows(folder)
+    return entries
+
+
+def _settle_growth(folder: Path, manifest: Manifest) -> None:
+    """Complete the growth of a killed run if its manifest is in place, otherwise undo it.
+
+    A list only ever grows, so the number of rows tells whether they are the manifest's.
+    """
+    grown = folder / GROWN_NAME
+    if grown.exists():
+        with contextlib.suppress(UserError):  # cut off while it was made
+            if read_array_info(grown).shape[0] == manifest.num_pictures:
+                _use_grown_rows(folder)
+        grown.unlink(missing_ok=True)
+
+
+def _use_grown_rows(folder: Path) -> None:
+    grown = folder / GROWN_NAME
+    if grown.exists():
+        grown.replace(folder / PARTIAL_NAME)
+        (folder / GLOBAL_NAME).unlink(missing_ok=True)
+
+
+def _has_files(folder: Path, header: StoreHeader, entry: ManifestEntry) -> bool:
+    """Whether a picture's patch files are there and whole: a lost machine or a user may have removed them."""
+    for grid in header.grids(entry.map_size) if entry.map_size is not None else ():
+        try:
+            info = read_array_info(folder / patch_file_name(grid.patch_size, entry.feature_name))
+        except UserError:
+            return False
+        if info.shape != (header.codec.width(header.num_dims), len(grid)) or info.dtype != header.codec.dtype:
+            return False
+    return True
+
+
+def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> frozenset[int]:
+    """Those pictures whose global descriptor was written: a row that a lost machine did not write is all zero."""
+    rows = _open_rows(path, shape)
+    return frozenset(index for index in finished if rows[index].any())
+
+
+def _whole_blocks(layout: BlockLayout, finished: frozenset[int]) -> frozenset[int]:
+    """Those pictures whose whole block is finished."""
+    blocks = {index // PICTURES_IN_BLOCK for index in finished}
+    whole = (layout.pictures(number) for number in blocks if finished.issuperset(layout.pictures(number)))
+    return frozenset(index for pictures in whole for index in pictures)
+
+
+def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Global descriptors, memory-mapped for reading."""
+    info = read_array_info(path)
+    if info.shape != shape or info.dtype != np.float32 or info.fortran_order:
+        raise UserError(f"{path}: is not the {shape[0]}×{shape[1]} float32 table of the manifest ({_WAYS_OUT})")
+    return np.memmap(path, np.float32, "r", info.offset, shape)
+
+
+def _feature_files(folder: Path) -> Iterator[Path]:
+    yield from folder.glob(GLOBAL_NAME)
+    yield from folder.glob(PATCH_GLOB)
+    yield from folder.glob(BLOCK_GLOB)
+
+
+def _remove_features(folder: Path) -> None:
+    # The manifest goes first: what a killed run leaves then counts as foreign, never as finished.
+    for name in (MANIFEST_NAME, PARTIAL_NAME, GROWN_NAME, CODEC_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for path in list(_feature_files(folder)):
+        path.unlink()
+
+
+def write_all(file: BinaryIO, content: bytes) -> None:
+    while content:  # an unbuffered write may stop early, the next one then says why
+        content = content[file.write(content) :]

@@ -1,0 +1,104 @@
+"""Where the patch descriptors of pictures go as they are written: files of their own, or blocks."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from patchnetvlad.image_lists import ImageList
+from patchnetvlad.store.feature_blocks import (
+    PICTURES_IN_BLOCK,
+    BlockWriter,
+)
+from patchnetvlad.store.feature_files import (
+    StoredArray,
+    patch_file_name,
+    write_patch_array,
+)
+from patchnetvlad.store.feature_header import (
+    ManifestEntry,
+    StoreHeader,
+    block_line,
+    entry_line,
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Pictures whose files have their names: line: the manifest's."""
+
+    pictures: Sequence[int]
+    paths: list[Path]
+    line: bytes
+
+
+class Layout(Protocol):
+    """Where the patch descriptors of pictures go; used by the background thread alone."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        """missing: the pictures still to be written, ascending."""
+        ...
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[Finished]:
+        """Write a missing picture; returns what is finished by it."""
+        ...
+
+    def close(self) -> None:
+        """Drop what is not finished."""
+        ...
+
+
+class PictureFiles:
+    """Files of its own for each picture, as the published code has them."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        self._folder, self._pictures, self._header = folder, pictures, header
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[Finished]:
+        """Write the picture's files."""
+        feature_name = self._pictures.feature_names[index]
+        paths = [self._folder / patch_file_name(size, feature_name) for size in self._header.patch_sizes]
+        for path, (array, _) in zip(paths, stored, strict=True):
+            write_patch_array(path, array)
+        scales = tuple(bands for _, bands in stored if bands is not None)
+        entry = ManifestEntry(index, self._pictures.names[index], feature_name, map_size, scales)
+        return [Finished([index], paths, entry_line(entry))]
+
+    def close(self) -> None:
+        """Nothing is left unfinished."""
+
+
+class Blocks:
+    """Blocks of pictures; one that comes before its turn waits in memory."""
+
+    def __init__(self, folder: Path, pictures: ImageList, header: StoreHeader, missing: Sequence[int]) -> None:
+        self._folder, self._layout = folder, header.block_layout(len(pictures))
+        self._turns = deque(missing)  # whole blocks
+        self._waiting: dict[int, tuple[tuple[int, int], Sequence[StoredArray]]] = {}
+        self._block: BlockWriter | None = None
+
+    def add(self, index: int, map_size: tuple[int, int] | None, stored: Sequence[StoredArray]) -> list[Finished]:
+        """Add the picture to its block, and those that waited for it."""
+        self._waiting[index] = (map_size or (0, 0), stored)
+        finished = []
+        while self._turns and self._turns[0] in self._waiting:
+            turn = self._turns.popleft()
+            size, arrays = self._waiting.pop(turn)
+            if self._block is None:
+                self._block = BlockWriter(self._folder, self._layout, turn // PICTURES_IN_BLOCK)
+            scales = np.array([scale for _, scales in arrays for scale in scales or ()], dtype=np.float32)
+            self._block.add(size, [array for array, _ in arrays], scales)
+            if self._block.complete:
+                block = self._block.finish()
+                line = block_line(block)
+                finished.append(Finished(self._layout.pictures(block.number), self._block.paths, line))
+                self._block = None
+        return finished
+
+    def close(self) -> None:
+        """Drop the block that is not complete."""
+        if self._block is not None:
+            self._block.close()
