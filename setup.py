@@ -29,6 +29,7 @@ TOOLS = {
     "recognize": ["recognize"],
     "export": ["export_onnx", "export_hloc"],
     "examples": ["demo", "render_example_places", "render_msls"],
+    "architecture": ["draw_architecture"],
 }
 
 setup(

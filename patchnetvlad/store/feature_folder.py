@@ -27,7 +27,6 @@ from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.feature_blocks import (
     BLOCK_GLOB,
-    PICTURES_IN_BLOCK,
     BlockLayout,
     damaged_file,
     file_sizes,
@@ -233,9 +232,8 @@ def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> f
 
 def _whole_blocks(layout: BlockLayout, finished: frozenset[int]) -> frozenset[int]:
     """Those pictures whose whole block is finished."""
-    blocks = {index // PICTURES_IN_BLOCK for index in finished}
-    whole = (layout.pictures(number) for number in blocks if finished.issuperset(layout.pictures(number)))
-    return frozenset(index for pictures in whole for index in pictures)
+    blocks = map(layout.pictures, range(layout.num_blocks))
+    return frozenset(index for pictures in blocks if finished.issuperset(pictures) for index in pictures)
 
 
 def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
