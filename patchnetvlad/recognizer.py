@@ -15,7 +15,6 @@ from torch import Tensor
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -208,6 +207,7 @@ class PlaceRecognizer:
         positions. Close it, or use it in a with block. Raises UserError for what does not fit together.
         """
         from patchnetvlad.evaluation import open_features
+        from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
 
         pictures = read_image_list(require_file(str(listed), "dataset_imagenames"), Path(root))
         positions = None

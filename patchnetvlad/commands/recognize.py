@@ -69,8 +69,8 @@ def _recognize(args: argparse.Namespace) -> int:
     ]
     root = _common_root(*drives)
     database, queries = (drive.relative_to(root).as_posix() for drive in drives)
-    making = _making(args, root, database, queries)
     config.require_checkpoint()
+    making = _making(args, root, database, queries)
     output = Path(args.output_dir)
     lists = {part: output / "lists" / f"{_NAME}_imageNames_{part}.txt" for part in ("query", "index")}
     features = {part: output / "features" / name.replace("/", "__") for part, name in _parts(database, queries).items()}
