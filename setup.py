@@ -26,6 +26,7 @@ TOOLS = {
     "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
     "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],
+    "recognize": ["recognize"],
     "export": ["export_onnx", "export_hloc"],
     "examples": ["demo", "render_example_places", "render_msls"],
     "architecture": ["draw_architecture"],

@@ -22,7 +22,7 @@ from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
-from patchnetvlad.recall import Recall
+from patchnetvlad.recall import Recall, constant_shift
 from patchnetvlad.result_files import (
     FORMATS,
     RERANKING,
@@ -202,6 +202,8 @@ def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
         stages[RERANKING] = rankings.indices
     judged = {} if run.ground_truth is None else _judge(run, run.ground_truth, rankings, stages)
     measures = {stage: measure(part, options.n_values_all) for stage, part in judged.items()}
+    if run.ground_truth is not None and run.ground_truth.unit == "frames":
+        _tell_shift(run.ground_truth, rankings.indices)
     return Evaluation(run.queries, run.database, rankings, stages, run.ground_truth, judged, measures)
 
 
@@ -268,6 +270,21 @@ def _ground_truth(sources: Sources, config: Config, queries: ImageList, database
             sources.ground_truth,
         )
     return truth
+
+
+def _tell_shift(truth: GroundTruth, rankings: NDArray[np.int64]) -> None:
+    """Warn when a constant between the frame numbers of both drives would explain the rankings better."""
+    shift = constant_shift(rankings, truth.utm_query[:, 0], truth.utm_database[:, 0], truth.radius)
+    if shift is not None and shift.helps:
+        logger.warning(
+            "frame N of the queries seems to be where frame N %s %d of the database is: Recall@1 is %.1f %%, and with "
+            "this shift %.1f %% (if that is so, make the ground truth with its --offset changed by %+d)",
+            "+" if shift.frames > 0 else "-",
+            abs(shift.frames),
+            100 * shift.found_before,
+            100 * shift.found_after,
+            shift.frames,
+        )
 
 
 def _given_candidates(config: Config, queries: ImageList, database: ImageList) -> Candidates | None:

@@ -31,6 +31,8 @@ from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
 
+_SAME_PICTURE = 0.99  # cosine of two descriptions of it, on whatever device and in whatever precision
+
 _CODEC_PICTURES = 100  # pictures at most that codes of patches are learned from
 
 
@@ -81,6 +83,7 @@ def describe_list(
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
         missing = writer.missing
+        _check_kept(writer, model, pictures, config)
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
         _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
@@ -111,6 +114,24 @@ def describe_list(
     seconds = time.perf_counter() - started
     logger.info("described %d pictures in %s", len(missing), _duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
+
+
+def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, config: Config) -> None:
+    """Refuse to add pictures to those of another root: one that is kept must look as it did when it was described."""
+    kept = writer.kept_row()
+    if kept is None:
+        return
+    index, row = kept
+    size = config.feature_extract
+    one = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
+    described = _describe(model, next(iter(one))[1], pictures.names[index])
+    similarity = float(described.global_[0].cpu().float().numpy() @ row)
+    if similarity < _SAME_PICTURE:
+        raise UserError(
+            f"{writer.folder}: {pictures.names[index]} was another picture when it was described (similarity "
+            f"{similarity:.3f}; another --dataset_root_dir, or pictures replaced? choose another "
+            "--output_features_dir, or replace the features with --overwrite)"
+        )
 
 
 def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:

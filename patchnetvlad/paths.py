@@ -46,6 +46,11 @@ def user_cache() -> Path:
     return _user_cache() / "patchnetvlad"
 
 
+def in_checkout() -> bool:
+    """Whether the scripts are at hand by their file names, and not only as installed commands."""
+    return _checkout() is not None
+
+
 def making_folder(kind: Kind) -> Path:
     """Where made lists and ground truth go: the checkout's folder of the kind, otherwise the current folder."""
     return Path() if _checkout() is None else _shipped(kind)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.figures import match_figure
 from patchnetvlad.images import read_image
-from patchnetvlad.pair_comparison import MatchedPair, matched_pair
 from patchnetvlad.recognizer import Comparison, PlaceRecognizer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +24,6 @@ class ComparedFrame:
     """One frame, counted from 1, and what came of comparing it with the reference."""
 
     number: int
-    matched: MatchedPair
     comparison: Comparison
 
 
@@ -55,21 +52,18 @@ def follow(recognizer: PlaceRecognizer, stream: Iterator[Frame], show: Show, ref
 
     Key n makes the present frame the reference, q ends. Every frame is described once, the reference too.
     """
-    described_reference = None if reference is None else recognizer.describe(reference)[0]
+    described_reference = None if reference is None else replace(recognizer.describe(reference)[0], name="reference")
     count = 0
     for count, frame in enumerate(stream, start=1):
         started = time.perf_counter()
-        (described,) = recognizer.describe(frame)
-        if reference is None or described_reference is None:
-            reference, described_reference = frame, described
+        described = replace(recognizer.describe(frame)[0], name=f"frame {count}")
+        if described_reference is None:
+            described_reference = replace(described, name="reference")
         comparison = recognizer.compare(described, described_reference)
         logger.debug("frame %d: %.5f (%.2f s)", count, comparison.score, time.perf_counter() - started)
-        matched = matched_pair(
-            recognizer, frame, reference, described, described_reference, comparison, (f"frame {count}", "reference")
-        )
-        key = show(ComparedFrame(count, matched, comparison))
+        key = show(ComparedFrame(count, comparison))
         if key == "n":
-            reference, described_reference = frame, described
+            described_reference = replace(described, name="reference")
         elif key == "q":
             break
     return count
@@ -77,7 +71,7 @@ def follow(recognizer: PlaceRecognizer, stream: Iterator[Frame], show: Show, ref
 
 def best_frame(
     recognizer: PlaceRecognizer, source: str | Path, reference: Path | None, report: Callable[[ComparedFrame], None]
-) -> tuple[MatchedPair, Comparison]:
+) -> Comparison:
     """The frame of a video that scores highest against a picture, or against the video's own first frame.
 
     report is told every frame. The first frame does not count against itself. Raises UserError when no frame is left.
@@ -97,7 +91,7 @@ def best_frame(
     follow(recognizer, frames(source), show, picture)
     if best is None:
         raise UserError(f"{source}: has no frame to compare (an empty or unreadable video?)")
-    return best.matched, best.comparison
+    return best.comparison
 
 
 def window() -> Show:
@@ -116,7 +110,7 @@ def window() -> Show:
     figure.canvas.mpl_connect("close_event", lambda event: pressed.append("q"))
 
     def show(frame: ComparedFrame) -> str | None:
-        drawn = match_figure(frame.matched, frame.comparison.score)
+        drawn = frame.comparison.figure()
         drawn.canvas.draw()
         axes.clear()
         axes.set_axis_off()

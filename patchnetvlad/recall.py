@@ -76,5 +76,41 @@ def ranks_of_first_match(predictions: NDArray[np.int64], positives: Sequence[NDA
     return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """A constant between the frame numbers of two drives: query n shows frame n + frames of the database.
+
+    found_before, found_after: share of queries whose first prediction lies within the radius, without it and with it.
+    """
+
+    frames: int
+    found_before: float
+    found_after: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether it explains more queries than chance would: two, and one in twenty."""
+        return self.frames != 0 and self.found_after - self.found_before >= 0.05
+
+
+def constant_shift(
+    predictions: NDArray[np.int64], query: NDArray[np.float64], database: NDArray[np.float64], radius: float
+) -> Shift | None:
+    """The shift that brings most first predictions within the radius; None where fewer than two are brought there.
+
+    predictions: database rows nQ×k, −1 for none; query (nQ,) and database (M,): frame numbers.
+    """
+    asked = np.flatnonzero(predictions[:, 0] >= 0) if predictions.shape[1] else np.empty(0, dtype=np.int64)
+    between = np.sort(database[predictions[asked, 0]] - query[asked]) if len(asked) else np.empty(0)
+    starts = np.arange(len(between))
+    ends = np.searchsorted(between, between + 2 * radius, side="right")
+    if not len(between) or (ends - starts).max() < 2:
+        return None
+    first = int((ends - starts).argmax())
+    frames = round(float(np.median(between[first : ends[first]])))
+    found = [float((np.abs(between - shift) <= radius).sum()) / len(query) for shift in (0, frames)]
+    return Shift(frames, *found)
+
+
 def _fraction(count: int, total: int) -> float:
     return count / total if total else float("nan")

@@ -1,10 +1,10 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast, overload
 
 import numpy as np
 import torch
@@ -15,14 +15,20 @@ from torch import Tensor
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, find_matcher
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
+from patchnetvlad.store.feature_cache import cache_bytes
 from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.weights import load_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a Pillow picture, an H×W×3 or H×W uint8 array (RGB or grey), or a 3×H×W tensor with values 0 to 1."""
@@ -31,28 +37,110 @@ Pictures: TypeAlias = Picture | Iterable[Picture]
 """One or several; an array or tensor with one dimension more is several of one size."""
 
 
-@dataclass(frozen=True)
+_FORMS = "a path, a Pillow picture, a uint8 array or a float tensor"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Description:
-    """One described picture: global_, D unit entries, and its patch descriptors (empty for a global model)."""
+    """One described picture: global_, D unit entries, and its patch descriptors (empty for a global model).
+
+    name: the file as it was given, or which picture it was; source: the picture as it was given, for figures.
+    """
 
     global_: Tensor
     patches: PatchFeatures
+    name: str = "picture"
+    source: Picture | None = None
+
+    def __repr__(self) -> str:
+        counts = " + ".join(str(len(patches)) for patches in self.patches.descriptors)
+        return f"{self.name}: {len(self.global_)} numbers" + (f", {counts} patches" if counts else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """Two pictures compared: score, the weighted sum over patch sizes (larger is better), and what is behind it."""
 
     score: float
     pair: PairScore
+    query: Description
+    reference: Description
+    config: Config
+
+    def __repr__(self) -> str:
+        inliers, matches = (sum(counts) for counts in (self._inliers(), map(len, self.pair.matches)))
+        names = f"{self.query.name} and {self.reference.name}"
+        return f"{names}: score {self.score:.5f}, {inliers} of {matches} matches agree"
+
+    def _inliers(self) -> list[int]:
+        return [int(result.inliers.sum()) for result in self.pair.scores]
+
+    def matched(self) -> MatchedPair:
+        """Both pictures, read again where they were files, and their matches. Raises UserError without pictures."""
+        size = self.config.feature_extract
+        resized = (size.imageresizeh, size.imageresizew) if min(size.imageresizeh, size.imageresizew) > 0 else None
+        pictures, names = [], []
+        for described in (self.query, self.reference):
+            if described.source is None:
+                raise UserError(f"{described.name}: was described without keeping the picture, so none can be drawn")
+            pictures.append(as_image(described.source, described.name, size.exif_rotation))
+            names.append(described.name)
+        if all(isinstance(described.source, (str, Path)) for described in (self.query, self.reference)):
+            names = list(distinct_names(Path(names[0]), Path(names[1])))
+        grids = (self.query.patches.grids, self.reference.patches.grids)
+        return MatchedPair(pictures[0], pictures[1], *grids, self.pair, resized, (names[0], names[1]))
+
+    def figure(self, width: float = 10.0, outlines: bool = False) -> "Figure":
+        """Both pictures and their matches, width inches wide; a notebook shows what this returns."""
+        from patchnetvlad.figures import match_figure
+
+        return match_figure(self.matched(), self.score, width, outlines)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON; all coordinates are pixels of the pictures as they are.
+
+        matches: [query x, query y, reference x, reference y, inlier] of each; homography: rows of the 3×3 from the
+        reference to the query, null where the matcher has none.
+        """
+        matched, scales = self.matched(), []
+        for scale, (result, weight) in enumerate(
+            zip(self.pair.scores, self.config.feature_match.patchweights2use, strict=True)
+        ):
+            homography = matched.homography(scale)
+            query, reference = (points.round(2).tolist() for points in matched.points(scale))
+            inliers = result.inliers.tolist()
+            scales.append(
+                {
+                    "patch_size": matched.query_grids[scale].patch_size,
+                    "stride": matched.query_grids[scale].stride,
+                    "weight": weight,
+                    "score": result.value,
+                    "query_patches": len(matched.query_grids[scale]),
+                    "num_matches": len(inliers),
+                    "num_inliers": sum(inliers),
+                    "homography": None if homography is None else homography.tolist(),
+                    "matches": [
+                        [*first, *second, inlier]
+                        for first, second, inlier in zip(query, reference, inliers, strict=True)
+                    ],
+                }
+            )
+        names, matcher = matched.names, self.config.feature_match.matcher
+        heads = {"query": names[0], "reference": names[1], "score": self.score, "matcher": matcher}
+        return {**heads, "scales": scales}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One database picture proposed for a query; score is comparable within one query's answers only."""
+    """One database picture proposed for a query; score is comparable within one query's answers only.
+
+    position: coordinates of the database picture, None where the database has none.
+    """
 
     index: int
     score: float
+    name: str
+    position: tuple[float, ...] | None = None
 
 
 class PlaceRecognizer:
@@ -87,59 +175,160 @@ class PlaceRecognizer:
         """
         several = [pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)
         threads = 0 if _is_one(pictures) else self.config.global_params.loading_threads
-        with closing(in_order(self._tensor, several, threads, ahead=threads)) as tensors:
-            return [self._described(tensor) for tensor in tensors]
+        named = ((picture, picture_name(picture, number)) for number, picture in enumerate(several))
+        with closing(in_order(self._loaded, named, threads, ahead=threads)) as loaded:
+            return [self._described(*one) for one in loaded]
 
-    def _described(self, tensor: Tensor) -> Description:
+    def _loaded(self, named: tuple[Picture, str]) -> tuple[Tensor, str, Picture]:
+        size = self.config.feature_extract
+        image = as_image(*named, size.exif_rotation)
+        return prepare_image(image, size.imageresizeh, size.imageresizew), named[1], named[0]
+
+    def _described(self, tensor: Tensor, name: str, source: Picture) -> Description:
         described = self.model.describe(tensor[None].to(self.model.device))
-        return Description(described.global_[0], described.picture(0))
+        return Description(described.global_[0], described.picture(0), name, source)
 
     def compare(self, query: Description, reference: Description) -> Comparison:
         """Match two pictures at every patch size and score how well the matches agree in space."""
         pair = score_pair(query.patches, reference.patches, self.matcher)
-        return Comparison(weighted_sum(pair.scores, self.config.feature_match.patchweights2use), pair)
+        score = weighted_sum(pair.scores, self.config.feature_match.patchweights2use)
+        return Comparison(score, pair, query, reference, self.config)
 
-    def database(self, pictures: Pictures) -> "PlaceDatabase":
-        """Describe pictures and keep them in memory, to be queried."""
-        return PlaceDatabase(self, self.describe(pictures))
+    def database(self, pictures: Pictures, positions: NDArray[np.floating] | None = None) -> "PlaceDatabase":
+        """Describe pictures and keep them in memory, to be queried; positions: M×c, for the answers."""
+        return PlaceDatabase(self, self.describe(pictures), positions)
 
-    def _tensor(self, picture: Picture) -> Tensor:
-        size = self.config.feature_extract
-        if isinstance(picture, (str, Path)):
-            picture = read_image(Path(picture), size.exif_rotation)
-        elif isinstance(picture, Tensor):
-            if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
-                raise ValueError(
-                    f"expected a 3×H×W tensor of values 0 to 1, not {picture.dtype} {tuple(picture.shape)}"
-                )
-            picture = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # H×W×3
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
-                raise ValueError(f"expected a uint8 array H×W×3 or H×W, not {picture.dtype} {picture.shape}")
-            picture = Image.fromarray(picture)
-        return prepare_image(picture.convert("RGB"), size.imageresizeh, size.imageresizew)
+    def open_database(
+        self, features: str | Path, listed: str | Path, root: str | Path = "", ground_truth: str | Path | None = None
+    ) -> "PlaceDatabase":
+        """A database of features that feature_extract wrote; patches are read from the folder when they are needed.
+
+        listed: the list that it described, whose names start from root; ground_truth: .npz whose utmDb has the
+        positions. Close it, or use it in a with block. Raises UserError for what does not fit together.
+        """
+        from patchnetvlad.evaluation import open_features
+        from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
+
+        pictures = read_image_list(require_file(str(listed), "dataset_imagenames"), Path(root))
+        positions = None
+        if ground_truth is not None:
+            truth_path = require_file(str(ground_truth), "dataset_gt_files")
+            truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], pictures.names)
+            positions = truth.utm_database
+        with ExitStack() as opened:
+            memory = cache_bytes(self.config.feature_match.cache_gb)
+            stored = opened.enter_context(open_features(self.config, pictures, Path(features), memory, self.model))
+            return PlaceDatabase(self, _Stored(stored, pictures), positions, stored, opened.pop_all())
+
+
+def picture_name(picture: object, number: int) -> str:
+    """What a picture is called: its file, or its place among those given, counted from 0."""
+    file = picture if isinstance(picture, (str, Path)) else getattr(picture, "filename", None)
+    return str(file) if file else f"picture {number}"
+
+
+def as_image(picture: Picture, name: str, exif_rotation: bool = False) -> Image.Image:
+    """Any form of picture as Pillow's RGB.
+
+    Raises UserError for a file that cannot be read, ValueError for another form, which it names.
+    """
+    if isinstance(picture, (str, Path)):
+        return read_image(Path(picture), exif_rotation).convert("RGB")
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a 3×H×W tensor of values 0 to 1, not {picture.dtype} {tuple(picture.shape)}"
+            )
+        picture = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()  # H×W×3
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+            raise ValueError(f"{name}: expected a uint8 array H×W×3 or H×W, not {picture.dtype} {picture.shape}")
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"{name}: expected {_FORMS}, not {type(picture).__name__}")
+    return picture.convert("RGB")
 
 
 def _is_one(pictures: Pictures) -> TypeGuard[Picture]:
     if isinstance(pictures, (np.ndarray, Tensor)):
         return pictures.ndim < 4
+    if not isinstance(pictures, (str, Path, Image.Image, Iterable)):
+        raise ValueError(f"expected {_FORMS}, or several of them, not {type(pictures).__name__}")
     return isinstance(pictures, (str, Path, Image.Image))
 
 
-class PlaceDatabase:
-    """Described pictures in memory; answers name them by their position, from 0 in the order given.
+class _Stored(Sequence[Description]):
+    """The pictures of a feature folder, whose patches are read when they are asked for."""
 
-    Raises UserError for settings of [feature_match] that such a database cannot follow: candidates of another method,
-    patches on demand, more patches than cache_gb, and what `Ranker` refuses.
+    def __init__(self, stored: DescribedPictures, pictures: ImageList) -> None:
+        self._stored, self._pictures = stored, pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._pictures.names
+
+    @overload
+    def __getitem__(self, index: int) -> Description: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Description]: ...
+    def __getitem__(self, index: int | slice) -> Description | list[Description]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        patches = self._stored.patches
+        return Description(
+            torch.from_numpy(self._stored.global_[place]),
+            PatchFeatures((), ()) if patches is None else patches.patches(place),
+            self._pictures.names[place],
+            self._pictures.paths[place],
+        )
+
+
+class PlaceDatabase:
+    """Described pictures; answers name them by their index, from 0 in the order given, their name and position.
+
+    pictures: their descriptions; positions: M×c, None where not known. Raises UserError for settings of
+    [feature_match] that a database cannot follow: candidates of another method; in memory also patches on demand and
+    more patches than cache_gb; and what `Ranker` refuses.
     """
 
-    def __init__(self, recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> None:
+    def __init__(
+        self,
+        recognizer: PlaceRecognizer,
+        pictures: Sequence[Description],
+        positions: NDArray[np.floating] | None = None,
+        stored: DescribedPictures | None = None,
+        opened: ExitStack | None = None,
+    ) -> None:
+        """stored and opened: of `PlaceRecognizer.open_database`."""
         self.recognizer = recognizer
-        self.pictures = list(pictures)
-        _check_in_memory(recognizer.config, self.pictures)
-        self._ranker = Ranker(
-            recognizer.config.feature_match, described_pictures(recognizer, self.pictures), recognizer.model.device
-        )
+        self.pictures = list(pictures) if stored is None else pictures
+        self._names = pictures.names if isinstance(pictures, _Stored) else [one.name for one in self.pictures]
+        self.positions = positions
+        if positions is not None and len(positions) != len(pictures):
+            raise ValueError(f"{len(positions)} positions for {len(pictures)} pictures")
+        self._opened = opened or ExitStack()
+        with ExitStack() as closing_after_errors:
+            closing_after_errors.push(self._opened)
+            _check_candidates(recognizer.config)
+            if stored is None:
+                _check_in_memory(recognizer.config, self.pictures)
+                stored = described_pictures(recognizer, self.pictures)
+            self._ranker = Ranker(recognizer.config.feature_match, stored, recognizer.model.device)
+            closing_after_errors.pop_all()
+
+    def __enter__(self) -> "PlaceDatabase":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the feature folder of `open_database`."""
+        self._opened.close()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -158,7 +347,11 @@ class PlaceDatabase:
         else:
             indices, scores = rankings.scores.indices[0], rankings.scores.fused[0]
         best = zip(indices[:top].tolist(), scores[:top].tolist(), strict=True)
-        return [Answer(index, score) for index, score in best if index >= 0]
+        return [self._answer(index, score) for index, score in best if index >= 0]
+
+    def _answer(self, index: int, score: float) -> Answer:
+        position = None if self.positions is None else tuple(map(float, self.positions[index]))
+        return Answer(index, score, self._names[index], position)
 
 
 def described_pictures(recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> DescribedPictures:
@@ -171,13 +364,17 @@ def described_pictures(recognizer: PlaceRecognizer, pictures: Sequence[Descripti
     return DescribedPictures(global_, PatchesInMemory(described.patches for described in pictures))
 
 
-def _check_in_memory(config: Config, pictures: Sequence[Description]) -> None:
+def _check_candidates(config: Config) -> None:
     options = config.feature_match
     if options.pred_input_path is not None:
         raise UserError(
             f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, which a "
-            "database in memory does not have (feature_match takes it)"
+            "database does not have (feature_match takes it)"
         )
+
+
+def _check_in_memory(config: Config, pictures: Sequence[Description]) -> None:
+    options = config.feature_match
     if config.describes_on_demand:
         raise UserError(
             "[feature_match] local_features = on_demand: a database in memory keeps its patches (take stored)"

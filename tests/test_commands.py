@@ -100,6 +100,21 @@ def test_a_second_extraction_describes_nothing(small_model, features, capsys):
     assert (features / "index/globalfeats.npy").stat().st_mtime_ns == before
 
 
+def test_new_pictures_are_not_added_to_those_of_another_root(small_model, tmp_path, capsys):
+    for root, source in (("one", "database/place00_0.jpg"), ("two", "database/place07_0.jpg")):
+        (tmp_path / root).mkdir()
+        shutil.copy(EXAMPLES / source, tmp_path / root / "a.jpg")
+        shutil.copy(EXAMPLES / source, tmp_path / root / "b.jpg")
+    shorter, longer = tmp_path / "shorter.txt", tmp_path / "longer.txt"
+    shorter.write_text("a.jpg\n")
+    longer.write_text("a.jpg\nb.jpg\n")
+    assert extract(small_model, shorter, tmp_path / "features", tmp_path / "one") == 0
+    assert extract(small_model, longer, tmp_path / "features", tmp_path / "two") == 2
+    assert "a.jpg was another picture when it was described" in failure(capsys)
+    assert extract(small_model, longer, tmp_path / "features", tmp_path / "one") == 0
+    assert "2 pictures described" in capsys.readouterr().out
+
+
 def test_candidates_beyond_rerank_top_keep_their_place(small_model, features, tmp_path):
     assert match(small_model, features, tmp_path, "--set", "feature_match.rerank_top=3") == 0
     first, second = (read_pairs(tmp_path / f"{stage}_predictions.txt") for stage in ("NetVLAD", "PatchNetVLAD"))
@@ -292,7 +307,8 @@ def test_one_picture_database(small_model, features, tmp_path):
 
 def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
     shuffled = tmp_path / "shuffled.txt"
-    shuffled.write_text("".join(reversed(require_file(QUERY_LIST, "dataset_imagenames").open().readlines())))
+    listed = require_file(QUERY_LIST, "dataset_imagenames").read_text().splitlines(keepends=True)
+    shuffled.write_text("".join(reversed(listed)))
     cases = [
         (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
         (["--set", "feature_match.mather=RANSAC"], {}, "mather"),

@@ -14,7 +14,7 @@ from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches, Score
-from patchnetvlad.pair_comparison import MatchedPair, compare_files, distinct_names
+from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
@@ -190,7 +190,7 @@ def test_every_frame_is_described_once_and_n_takes_a_new_reference(recognizer, v
     keys = iter([None, "n", None])
 
     def show(frame):
-        references.append(np.asarray(frame.matched.reference))
+        references.append(np.asarray(frame.comparison.matched().reference))
         return next(keys)
 
     assert follow(recognizer, frames(video), show) == 3
@@ -205,6 +205,6 @@ def test_q_ends(recognizer, video):
 
 
 def test_frame_and_file_compare_alike(recognizer, video):
-    _, of_files = compare_files(recognizer, QUERY, SAME)
+    of_files = recognizer.compare(*recognizer.describe([QUERY, SAME]))
     query, reference = recognizer.describe([np.asarray(read_image(path)) for path in (QUERY, SAME)])
     assert recognizer.compare(query, reference).score == pytest.approx(of_files.score)

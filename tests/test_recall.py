@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.recall import recall_at
+from patchnetvlad.recall import Shift, constant_shift, recall_at
 
 
 def test_recall_on_paper():
@@ -57,3 +57,24 @@ def test_recall_by_definition(data, num_queries):
         hits = [bool(set(row[:n]) & set(true)) for row, true in zip(predictions.tolist(), positives, strict=True)]
         assert value == sum(hits) / num_queries
     assert list(recall.all_queries) == sorted(recall.all_queries)
+
+
+def test_a_constant_shift_is_found_among_wrong_matches():
+    rng = np.random.default_rng(3)
+    database, query = np.arange(100.0, 400.0), np.arange(60.0)
+    rows = query.astype(np.int64) + 17 + rng.integers(-1, 2, 60)  # query 0 shows frame 117, give or take one
+    rows[::3] = rng.integers(0, 300, 20)
+    shift = constant_shift(rows[:, None], query, database, 2)
+    assert shift is not None and abs(shift.frames - 117) <= 1 and shift.helps
+    assert shift.found_before == 0 and shift.found_after >= 40 / 60
+
+
+def test_drives_without_a_shift_are_left_alone():
+    database, query = np.arange(50.0), np.arange(50.0)
+    exact = constant_shift(np.arange(50)[:, None], query, database, 2)
+    assert exact == Shift(0, 1.0, 1.0) and not exact.helps
+    assert constant_shift(np.full((50, 1), -1), query, database, 2) is None
+    assert constant_shift(np.zeros((50, 0), dtype=np.int64), query, database, 2) is None
+    scattered = np.random.default_rng(1).permutation(50)[:, None]
+    found = constant_shift(scattered, 1000 * query, database, 2)
+    assert found is None or not found.helps

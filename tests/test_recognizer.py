@@ -2,18 +2,21 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import EXAMPLES, tiny_model
+from tiny_run import EXAMPLES, run, tiny_model, write_ground_truth
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.recognizer import PlaceRecognizer
+from patchnetvlad.result_files import read_pairs
 
 QUERY = EXAMPLES / "queries" / "query03_0.jpg"
 SAME, OTHER = (EXAMPLES / "database" / f"place{number}_0.jpg" for number in ("03", "07"))
@@ -65,6 +68,8 @@ def test_grey_arrays_are_pictures(recognizer):
         (np.zeros((8, 8, 4), dtype=np.uint8), r"not uint8 \(8, 8, 4\)"),
         (torch.zeros(1, 8, 8), "3×H×W tensor"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), "not torch.uint8"),
+        (7, "expected a path, a Pillow picture, a uint8 array or a float tensor, or several of them, not int"),
+        ([SAME, None], "picture 1: expected a path, a Pillow picture, a uint8 array or a float tensor, not NoneType"),
     ],
 )
 def test_wrong_arrays_are_refused(recognizer, picture, words):
@@ -85,12 +90,53 @@ def test_compare(recognizer):
     assert comparison.score == pytest.approx(0.6 * values[0] + 0.4 * values[1])
 
 
+def test_results_are_said_in_one_line(recognizer):
+    query, array = recognizer.describe([QUERY, np.asarray(Image.open(SAME).convert("RGB"))])
+    assert repr(query) == f"{QUERY}: 1024 numbers, 54 + 40 patches"
+    assert repr(array) == "picture 1: 1024 numbers, 54 + 40 patches"
+    assert re.fullmatch(
+        rf"{QUERY} and picture 1: score [\d.]+, \d+ of \d+ matches agree", repr(recognizer.compare(query, array))
+    )
+
+
+def test_a_comparison_draws_itself(recognizer):
+    drawn = recognizer.compare(*recognizer.describe([QUERY, SAME])).figure(width=4)
+    texts = [text.get_text() for text in drawn.texts]
+    assert drawn.get_figwidth() == 4 and any("query03_0.jpg" in text for text in texts)
+    assert recognizer.compare(*recognizer.describe([Image.open(QUERY), SAME])).figure().axes
+    unkept = replace(recognizer.describe(QUERY)[0], source=None)
+    with pytest.raises(UserError, match="without keeping the picture"):
+        recognizer.compare(unkept, unkept).figure()
+
+
+def test_features_of_the_script_are_a_database(tmp_path):
+    options = tiny_model(tmp_path)
+    names = [f"database/place{number:02d}_0.jpg" for number in range(5)]
+    results = run(options, EXAMPLES, tmp_path, ["queries/query03_0.jpg"], names)
+    write_ground_truth(tmp_path / "truth.npz", ["queries/query03_0.jpg"], names)
+    recognizer = PlaceRecognizer.load(overrides=options[3::2])
+    files = (tmp_path / "database", tmp_path / "database.txt", EXAMPLES)
+    with recognizer.open_database(*files, ground_truth=tmp_path / "truth.npz") as database:
+        answers = database.query(QUERY, top=3)
+        assert len(database) == 5 and database.pictures[2].name == names[2]
+        comparison = recognizer.compare(recognizer.describe(QUERY)[0], database.pictures[answers[0].index])
+        assert comparison.figure().axes
+    (ranking,) = read_pairs(results / "PatchNetVLAD_predictions.txt")
+    assert [answer.name for answer in answers] == list(ranking.database[:3])
+    with np.load(tmp_path / "truth.npz") as truth:
+        assert answers[0].position == tuple(truth["utmDb"][answers[0].index])
+    in_memory = recognizer.database([EXAMPLES / name for name in names], positions=np.zeros((5, 2)))
+    assert [answer.index for answer in in_memory.query(QUERY, top=3)] == [answer.index for answer in answers]
+    with pytest.raises(UserError, match="the list has 1"):
+        recognizer.open_database(tmp_path / "database", tmp_path / "queries.txt", EXAMPLES)
+
+
 def test_database(recognizer):
     paths = [EXAMPLES / "database" / f"place{number:02d}_0.jpg" for number in range(5)]
     database = recognizer.database(paths)
     answers = database.query(paths[3], top=3)
     assert len(database) == 5 and len(answers) == 3
-    assert answers[0].index == 3
+    assert answers[0].index == 3 and answers[0].name == str(paths[3]) and answers[0].position is None
     assert answers[0].score >= answers[1].score >= answers[2].score
     assert database.query(recognizer.describe(paths[3])[0], top=3) == answers
     assert recognizer.database([]).query(QUERY) == []

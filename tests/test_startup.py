@@ -169,6 +169,13 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--features_dir", ABSENT], f"{ABSENT}: no such folder"),
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
     ),
+    "tools/recognize": each(
+        ["--database", f"{EXAMPLES}/database", "--queries", f"{EXAMPLES}/queries"],
+        *CONFIGURED,
+        *WEIGHTS,
+        (["--database", ABSENT], f"{ABSENT}: no such folder"),
+        (["--position_csv", ABSENT, ABSENT], f"{ABSENT}: no such file"),
+    ),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
     "tools/render_example_places": each([], (["--width", "3"], "--width")),
     "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),
@@ -203,9 +210,8 @@ config = load_config(Path("configs/builtin.ini"), sizes)
     "work",
     [
         "from patchnetvlad import PlaceRecognizer\n"
-        "from patchnetvlad.pair_comparison import compare_files\n"
         "recognizer = PlaceRecognizer.load(config)\n"
-        "compare_files(recognizer, *sorted(Path('example_images/queries').iterdir())[:2])",
+        "recognizer.compare(*recognizer.describe(sorted(Path('example_images/queries').iterdir())[:2]))",
         "from patchnetvlad.extraction import extract\n"
         "from patchnetvlad.images import image_batches\n"
         "from patchnetvlad.weights import load_model\n"

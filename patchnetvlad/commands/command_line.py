@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from patchnetvlad import __version__
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
-from patchnetvlad.paths import require_file
+from patchnetvlad.paths import in_checkout, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,13 @@ def run(
         return 1
     finally:
         logger.removeHandler(console)
+
+
+def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command as part of another, and print how it is run alone; its exit status."""
+    installed = f"patchnetvlad-{Path(script).stem.replace('_', '-')}"
+    print(f"\n$ {f'python {script}' if in_checkout() else installed} {shlex.join(arguments)}", flush=True)
+    return command(arguments)
 
 
 def configuration(args: argparse.Namespace) -> Config:

@@ -44,8 +44,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
     steps.append((match_two, ["--plot_save_path", str(output)]))
     for step, options in steps:
-        print(f"\n$ {step.__name__}.py {' '.join(shared + options)}", flush=True)
-        if status := step([*shared, *options]):
+        if status := command_line.run_step(f"{step.__name__}.py", step, [*shared, *options]):
             return status
     return 0
 

@@ -58,7 +58,8 @@ def _extract(args: argparse.Namespace) -> None:
             command_line.progress(args),
             args.overwrite,
         )
-    print(f"{done.pictures} pictures described in {done.folder}")
+    now = "" if done.described == done.pictures else f", {done.described} of them now"
+    print(f"{done.pictures} pictures described in {done.folder}{now}")
 
 
 def build_index(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file, shipped_folder
 
 if TYPE_CHECKING:
-    from patchnetvlad.pair_comparison import MatchedPair
     from patchnetvlad.realtime import ComparedFrame
     from patchnetvlad.recognizer import Comparison, PlaceRecognizer
 
@@ -52,14 +51,14 @@ def _match_two(args: argparse.Namespace) -> int:
     query, reference = _picture_paths(args)
     recognizer = _recognizer(args)
     if query is not None and reference is not None:
-        matched, comparison = _compare(recognizer, query, reference, args.json)
+        comparison = _compare(recognizer, query, reference, args.json)
     else:
-        matched, comparison = _best_frame(recognizer, args.video, reference, args.json)
-    from patchnetvlad.figures import match_figure, save_figure
+        comparison = _best_frame(recognizer, args.video, reference, args.json)
+    from patchnetvlad.figures import save_figure
 
     for ending in args.formats:
         path = Path(args.plot_save_path) / f"patchMatchings.{ending}"
-        save_figure(match_figure(matched, comparison.score, args.width, args.outlines), path)
+        save_figure(comparison.figure(args.width, args.outlines), path)
         print(f"figure in {path}", file=sys.stderr if args.json else sys.stdout)
     return int(args.threshold is not None and comparison.score < args.threshold)
 
@@ -115,32 +114,24 @@ def _recognizer(args: argparse.Namespace) -> PlaceRecognizer:
     return PlaceRecognizer.load(config, command_line.device(args))
 
 
-def _compare(
-    recognizer: PlaceRecognizer, query: Path, reference: Path, as_json: bool
-) -> tuple[MatchedPair, Comparison]:
-    from patchnetvlad.pair_comparison import compare_files, comparison_record
-
-    matched, comparison = compare_files(recognizer, query, reference)
+def _compare(recognizer: PlaceRecognizer, query: Path, reference: Path, as_json: bool) -> Comparison:
+    comparison = recognizer.compare(*recognizer.describe([query, reference]))
     if as_json:
-        print(json.dumps(comparison_record(recognizer, matched, comparison)))
+        print(json.dumps(comparison.record()))
     else:
         print(
             f"Similarity score between the two images is: {comparison.score:.5f}. "
             "Larger scores indicate better matches."
         )
-    return matched, comparison
+    return comparison
 
 
-def _best_frame(
-    recognizer: PlaceRecognizer, video: str, reference: Path | None, as_json: bool
-) -> tuple[MatchedPair, Comparison]:
-    from patchnetvlad.pair_comparison import comparison_record
+def _best_frame(recognizer: PlaceRecognizer, video: str, reference: Path | None, as_json: bool) -> Comparison:
     from patchnetvlad.realtime import best_frame
 
     def report(frame: ComparedFrame) -> None:
         if as_json:
-            record = comparison_record(recognizer, frame.matched, frame.comparison)
-            print(json.dumps({"frame": frame.number, **record}))
+            print(json.dumps({"frame": frame.number, **frame.comparison.record()}))
         else:
             print(f"frame {frame.number}: {frame.comparison.score:.5f}")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
-from patchnetvlad.datasets.picture_names import from_geographic
+from patchnetvlad.datasets.picture_names import from_geographic, listed_below
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
 from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
@@ -51,6 +51,66 @@ def csv_tables(
     count = len(names[0])
     parts = Pictures(tuple(names[0]), utm[:count]), Pictures(tuple(names[1]), utm[count:])
     return [Dataset(name, *parts, limit, zone=zone, notes=tuple(notes))]
+
+
+def pairs(
+    root: Path,
+    queries: str,
+    database: str,
+    pairs_csv: Path,
+    radius: float | None = None,
+    name: str = "pairs",
+    interpolate: bool = False,
+    incomplete: str = "error",
+) -> list[Dataset]:
+    """Two folders of pictures in the order in which they were taken, and a CSV file of pictures that show one place.
+
+    Its columns query and database hold names as listed, or as they are within their folders. The coordinate is the
+    picture's place in the database, counted from 0; interpolate places queries between two of the file in proportion.
+    Other queries are an error, or are left out and counted.
+    """
+    parts = [listed_below(root, folder) for folder in (queries, database)]
+    table = read_table(pairs_csv)
+    asked, shown = (
+        _rows_of(table, column, folder, names)
+        for column, folder, names in zip(("query", "database"), (queries, database), parts, strict=True)
+    )
+    order = np.argsort(asked)
+    asked, shown = asked[order], shown[order].astype(np.float64)
+    rows = np.arange(len(parts[0])) if interpolate else asked
+    rows = rows[(rows >= asked[0]) & (rows <= asked[-1])]
+    without = [parts[0][row] for row in np.setdiff1d(np.arange(len(parts[0])), rows)]
+    notes: tuple[str, ...] = ()
+    if without:
+        message = f"{len(without)} of {len(parts[0])} queries have no place by {pairs_csv}: {some_of(without)}"
+        if incomplete != "leave_out":
+            raise UserError(
+                f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
+            )
+        notes = (f"left out: {message}",)
+    places = [np.interp(rows, asked, shown), np.arange(len(parts[1]), dtype=np.float64)]
+    names = [[parts[0][row] for row in rows], parts[1]]
+    placed = [
+        Pictures(tuple(some), np.stack([place, np.zeros_like(place)], axis=1))
+        for some, place in zip(names, places, strict=True)
+    ]
+    return [Dataset(name, placed[0], placed[1], 2 if radius is None else radius, "pictures", notes=notes)]
+
+
+def _rows_of(table: Table, column: str, folder: str, names: Sequence[str]) -> NDArray[np.int64]:
+    """Places in a list of the pictures that a column names; a query may stand there once."""
+    row_of = {name: row for row, name in enumerate(names)}
+    cells = table.unique(column) if column == "query" else table.text(column)
+    found = [row_of.get(cell, row_of.get((PurePosixPath(folder) / cell).as_posix(), -1)) for cell in cells]
+    if not found:
+        raise UserError(f"{table.path}: names no pair")
+    if -1 in found:
+        place = found.index(-1)
+        raise UserError(
+            f"{table.path}: line {table.lines[place]}: {column} {cells[place]} is no picture of {folder} (names are "
+            "relative to ROOT or to that folder)"
+        )
+    return np.array(found, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ def check_pictures(
     absent: list[str] = []
     parts = []
     for pictures, block in ((dataset.queries, 1), (dataset.database, dataset.panorama_cutouts)):
-        listed = tqdm(pictures.names, f"Looking for {dataset.name}", unit="img", disable=not progress)
+        listed = tqdm(pictures.names, f"Looking for pictures of {dataset.name}", unit="img", disable=not progress)
         names = [_find(root, name) for name in listed]
         renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
         if renamed:

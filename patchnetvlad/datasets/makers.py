@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchnetvlad.datasets.camera_poses import kapture_folders, pose_files
-from patchnetvlad.datasets.csv_files import csv_tables, msls
+from patchnetvlad.datasets.csv_files import csv_tables, msls, pairs
 from patchnetvlad.datasets.dataset import (
     Dataset,
     DatasetFiles,
@@ -17,7 +17,7 @@ from patchnetvlad.datasets.dataset import (
     write_dataset,
 )
 from patchnetvlad.datasets.matlab import pittsburgh, tokyo247
-from patchnetvlad.datasets.picture_names import at_names, exif, folders, frames, nordland, pairs
+from patchnetvlad.datasets.picture_names import at_names, exif, folders, frames, nordland
 from patchnetvlad.mapillary import SUBTASKS
 
 

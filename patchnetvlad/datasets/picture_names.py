@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from patchnetvlad.csv_table import Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
@@ -28,6 +27,11 @@ from patchnetvlad.localization.coordinates import (
 _EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur in UTM, with a margin below
 
 
+def listed_below(root: Path, folder: str) -> list[str]:
+    """Names of the pictures in a folder and those within, relative to the root above it."""
+    return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, recursive=True)]
+
+
 def nordland(
     root: Path, queries: str = "winter", database: str = "summer", radius: float | None = None, published: bool = False
 ) -> list[Dataset]:
@@ -38,7 +42,7 @@ def nordland(
     seasons must then have the same frames.
     """
     base = "nordland/" if (root / "nordland" / queries).is_dir() else ""
-    parts = [_listed(root, base + season) for season in (queries, database)]
+    parts = [listed_below(root, base + season) for season in (queries, database)]
     dataset = _by_frames("nordland", parts, 10 if radius is None else radius)
     numbers = [_frame_numbers(names) for names in parts]
     only = [np.setdiff1d(numbers[0], numbers[1]), np.setdiff1d(numbers[1], numbers[0])]
@@ -75,63 +79,19 @@ def frames(
 
     Frame N of the queries shows the place of frame N + offset of the database.
     """
-    parts = [_listed(root, folder) for folder in (queries, database)]
+    parts = [listed_below(root, folder) for folder in (queries, database)]
     return [_by_frames(name, parts, 2 if radius is None else radius, offset)]
-
-
-def pairs(
-    root: Path,
-    queries: str,
-    database: str,
-    pairs_csv: Path,
-    radius: float | None = None,
-    name: str = "pairs",
-    interpolate: bool = False,
-    incomplete: str = "error",
-) -> list[Dataset]:
-    """Two folders of pictures in the order in which they were taken, and a CSV file of pictures that show one place.
-
-    Its columns query and database hold names as listed, or as they are within their folders. The coordinate is the
-    picture's place in the database, counted from 0; interpolate places queries between two of the file in proportion.
-    Other queries are an error, or are left out and counted.
-    """
-    parts = [_listed(root, folder) for folder in (queries, database)]
-    table = read_table(pairs_csv)
-    asked, shown = (
-        _rows_of(table, column, folder, names)
-        for column, folder, names in zip(("query", "database"), (queries, database), parts, strict=True)
-    )
-    order = np.argsort(asked)
-    asked, shown = asked[order], shown[order].astype(np.float64)
-    rows = np.arange(len(parts[0])) if interpolate else asked
-    rows = rows[(rows >= asked[0]) & (rows <= asked[-1])]
-    without = [parts[0][row] for row in np.setdiff1d(np.arange(len(parts[0])), rows)]
-    notes: tuple[str, ...] = ()
-    if without:
-        message = f"{len(without)} of {len(parts[0])} queries have no place by {pairs_csv}: {some_of(without)}"
-        if incomplete != "leave_out":
-            raise UserError(
-                f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
-            )
-        notes = (f"left out: {message}",)
-    places = [np.interp(rows, asked, shown), np.arange(len(parts[1]), dtype=np.float64)]
-    names = [[parts[0][row] for row in rows], parts[1]]
-    placed = [
-        Pictures(tuple(some), np.stack([place, np.zeros_like(place)], axis=1))
-        for some, place in zip(names, places, strict=True)
-    ]
-    return [Dataset(name, placed[0], placed[1], 2 if radius is None else radius, "pictures", notes=notes)]
 
 
 def folders(root: Path, queries: str, database: str, name: str = "dataset") -> list[Dataset]:
     """Two folders of pictures without positions."""
-    parts = [Pictures(tuple(_listed(root, folder))) for folder in (queries, database)]
+    parts = [Pictures(tuple(listed_below(root, folder))) for folder in (queries, database)]
     return [Dataset(name, parts[0], parts[1], 0)]
 
 
 def kind_of_positions(root: Path, queries: str, database: str) -> tuple[str, str]:
     """The maker that takes its positions from these two folders' pictures, "folders" where none can; and why."""
-    names = [name for folder in (queries, database) for name in _listed(root, folder)]
+    names = [name for folder in (queries, database) for name in listed_below(root, folder)]
     if all(_at_position(name) for name in names):
         return "at_names", "the names carry @easting@northing@"
     for place, name in enumerate(names):
@@ -145,7 +105,7 @@ def at_names(
     root: Path, queries: str, database: str, radius: float | None = None, name: str = "dataset"
 ) -> list[Dataset]:
     """Folders of pictures named @easting@northing@…; zones, where they follow, become one."""
-    parts = [_listed(root, folder) for folder in (queries, database)]
+    parts = [listed_below(root, folder) for folder in (queries, database)]
     read = [[_at_position(file) for file in names] for names in parts]
     bad = [
         file
@@ -187,7 +147,7 @@ def exif(
     progress: bool = False,
 ) -> list[Dataset]:
     """Folders of pictures with GPS positions in their EXIF; those without are an error, or are left out and counted."""
-    parts = [_listed(root, folder) for folder in (queries, database)]
+    parts = [listed_below(root, folder) for folder in (queries, database)]
     read = [
         [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)] for names in parts
     ]
@@ -261,26 +221,6 @@ def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
             f"{example} (several videos or cameras in one folder?)"
         )
     return numbers
-
-
-def _rows_of(table: Table, column: str, folder: str, names: Sequence[str]) -> NDArray[np.int64]:
-    """Places in a list of the pictures that a column names; a query may stand there once."""
-    row_of = {name: row for row, name in enumerate(names)}
-    cells = table.unique(column) if column == "query" else table.text(column)
-    found = [row_of.get(cell, row_of.get((PurePosixPath(folder) / cell).as_posix(), -1)) for cell in cells]
-    if not found:
-        raise UserError(f"{table.path}: names no pair")
-    if -1 in found:
-        place = found.index(-1)
-        raise UserError(
-            f"{table.path}: line {table.lines[place]}: {column} {cells[place]} is no picture of {folder} (names are "
-            "relative to ROOT or to that folder)"
-        )
-    return np.array(found, dtype=np.int64)
-
-
-def _listed(root: Path, folder: str) -> list[str]:
-    return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, recursive=True)]
 
 
 def _split(names: Sequence[Sequence[str]], utm: NDArray[np.float64]) -> tuple[Pictures, Pictures]:

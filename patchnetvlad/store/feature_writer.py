@@ -120,6 +120,19 @@ class FeatureWriter:
         with self._lock:
             return sorted(self._missing)
 
+    def kept_row(self) -> tuple[int, np.ndarray] | None:
+        """A picture that was finished before, and its global descriptor (D,); None where all or none are.
+
+        To be asked for before the first `write`.
+        """
+        kept = next((index for index in range(len(self.pictures)) if index not in self._missing), None)
+        rows = self._opened.rows
+        if kept is None or rows is None:
+            return None
+        row_bytes = 4 * self.header.num_dims
+        rows.seek(self._opened.rows_offset + kept * row_bytes)
+        return kept, np.frombuffer(rows.read(row_bytes), np.float32)
+
     def write(self, index: int, global_: Tensor, patches: PatchFeatures | None = None) -> None:
         """Hand over one missing picture: its global descriptor (D,) and, unless the store is global, its patches.
 

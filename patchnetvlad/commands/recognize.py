@@ -1,0 +1,176 @@
+"""Two drives in one command: lists, features, rankings and a page, each by the command that makes it alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from patchnetvlad.commands import command_line
+from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.commands.datasets import make_dataset
+from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.config import Config
+from patchnetvlad.errors import UserError
+from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
+
+_SHOWN = 20  # queries on the screen, each with
+_BEST = 3  # of its candidates
+_NAME = "drives"
+
+
+def recognize(arguments: Sequence[str] | None = None) -> int:
+    """Find the places of one folder of pictures among those of another."""
+    parser = Parser(
+        "Find the places of one folder of pictures among those of another: lists, positions where the pictures have "
+        "them, features, rankings and a page. Pictures that are added later are described alone.",
+        "recognize.py",
+    )
+    parser.add_argument("--database", required=True, metavar="DIR", help="pictures of known places")
+    parser.add_argument("--queries", required=True, metavar="DIR", help="pictures to find among them")
+    parser.add_argument("--output_dir", default="recognized", metavar="DIR", help="lists, features and results")
+    positions = parser.add_mutually_exclusive_group()
+    positions.add_argument(
+        "--position_csv",
+        nargs=2,
+        metavar=("DATABASE_CSV", "QUERY_CSV"),
+        help="where the pictures were taken: name, and latitude, longitude or easting, northing",
+    )
+    positions.add_argument(
+        "--pairs_csv", metavar="CSV", help="pictures that show one place, in columns query and database"
+    )
+    positions.add_argument(
+        "--frames",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="OFFSET",
+        help="frame N of the queries is where frame N + OFFSET (0) of the database is",
+    )
+    positions.add_argument("--no_positions", action="store_true", help="do not look for positions in names and EXIF")
+    parser.add_argument("--radius", type=float, metavar="DISTANCE", help="true match up to this distance")
+    parser.add_argument("--open", action="store_true", help="open the page when it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace other features in the output folder")
+    parser.add_config_options("builtin.ini")
+    parser.add_device_options()
+    return command_line.run(parser, _recognize, arguments)
+
+
+def _recognize(args: argparse.Namespace) -> int:
+    config = command_line.configuration(args)
+    config.check_matching()
+    drives = [
+        command_line.folder(name, option).resolve()
+        for name, option in ((args.database, "--database"), (args.queries, "--queries"))
+    ]
+    root = _common_root(*drives)
+    database, queries = (drive.relative_to(root).as_posix() for drive in drives)
+    config.require_checkpoint()
+    making = _making(args, root, database, queries)
+    output = Path(args.output_dir)
+    lists = {part: output / "lists" / f"{_NAME}_imageNames_{part}.txt" for part in ("query", "index")}
+    features = {part: output / "features" / name.replace("/", "__") for part, name in _parts(database, queries).items()}
+    truth = output / "lists" / f"{_NAME}.npz"
+    truth.unlink(missing_ok=True)
+    shared = _shared(args)
+    to = [f"--{name}={output / 'lists'}" for name in ("lists_dir", "ground_truth_dir")]
+    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *to]):
+        return status
+    at = ["--dataset_root_dir", str(root)]
+    for part in ("index", "query"):
+        options = [*at, "--dataset_file_path", str(lists[part]), "--output_features_dir", str(features[part])]
+        options += ["--overwrite"] if args.overwrite else []
+        if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
+            return status
+    options = [word for part in lists for word in (f"--{part}_file_path", str(lists[part]))]
+    options += [word for part in lists for word in (f"--{part}_input_features_dir", str(features[part]))]
+    options += ["--ground_truth_path", str(truth)] if truth.exists() else []
+    options += ["--result_save_folder", str(output / "results"), "--report"]
+    if status := command_line.run_step("feature_match.py", feature_match, [*shared, *at, *options]):
+        return status
+    print("\n".join(["", *_ranking_lines(output / "results", config)]))
+    page = (output / "results" / "report.html").absolute()
+    print(f"page: {page}")
+    if args.open and not webbrowser.open(page.as_uri()):
+        print("no browser could be started (open the page by hand)")
+    return 0
+
+
+def _parts(database: str, queries: str) -> dict[str, str]:
+    return {"index": database, "query": queries}
+
+
+def _common_root(database: Path, queries: Path) -> Path:
+    """The folder that names of both drives start from."""
+    if database == queries or database in queries.parents or queries in database.parents:
+        raise UserError(
+            f"--database {database}, --queries {queries}: one lies within the other, so every query would find itself"
+        )
+    try:
+        return Path(os.path.commonpath([database.parent, queries.parent]))
+    except ValueError as error:  # two disks of Windows
+        raise UserError(f"--database {database}, --queries {queries}: lie on different disks") from error
+
+
+def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -> list[str]:
+    """The options of make_dataset.py: a kind, and where it finds things."""
+    sides = ["--queries", queries, "--database", database]
+    if args.position_csv:
+        files = [command_line.file(name, "--position_csv").resolve() for name in args.position_csv]
+        kind, sides = "csv", ["--queries", str(files[1]), "--database", str(files[0])]
+    elif args.pairs_csv:
+        pairs = command_line.file(args.pairs_csv, "--pairs_csv")
+        kind, sides = "pairs", [*sides, "--pairs_csv", str(pairs), "--interpolate", "--incomplete", "leave_out"]
+    elif args.frames is not None:
+        kind, sides = "frames", [*sides, "--offset", str(args.frames)]
+    elif args.no_positions:
+        kind = "folders"
+    else:
+        from patchnetvlad.datasets.picture_names import kind_of_positions
+
+        kind, why = kind_of_positions(root, queries, database)
+        print(f"positions: {'none, ' if kind == 'folders' else ''}{why}")
+    if args.radius is not None and kind == "folders":
+        raise UserError("--radius: needs positions (--position_csv, --pairs_csv or --frames)")
+    radius = [] if args.radius is None else ["--radius", str(args.radius)]
+    return [kind, str(root), "--name", _NAME, *sides, *radius]
+
+
+def _shared(args: argparse.Namespace) -> list[str]:
+    changes = [word for override in args.overrides for word in ("--set", override)]
+    device = ["--device", "cpu" if args.nocuda else args.device]
+    return ["--config_path", args.config_path, *changes, *device, *_talk(args)]
+
+
+def _talk(args: argparse.Namespace) -> list[str]:
+    return [option for option, given in (("-q", args.quiet), ("-v", args.verbose)) if given]
+
+
+def _ranking_lines(results: Path, config: Config) -> list[str]:
+    """Each query with its best candidates, and the spatial score of the best, which compares queries."""
+    stage = RERANKING if config.global_params.pooling == "patchnetvlad" else RETRIEVAL
+    predictions = results / f"{stage}_predictions.txt"
+    rankings = read_pairs(predictions)
+    best: dict[str, float] = {}
+    if stage == RERANKING:
+        scores, names, _ = read_scores(results / "scores.npz")
+        if scores.per_scale.shape[1]:
+            best = dict(
+                zip(
+                    names,
+                    (scores.per_scale[:, 0] @ np.asarray(config.feature_match.patchweights2use)).tolist(),
+                    strict=True,
+                )
+            )
+    lines = ["query: best match" + (" (spatial score)" if best else "") + ", next ones"]
+    for ranking in rankings[:_SHOWN]:
+        first, *others = ranking.database[:_BEST]
+        score = f" ({best[ranking.query]:.4f})" if ranking.query in best else ""
+        lines.append(f"{ranking.query}: {', '.join([first + score, *others])}")
+    if len(rankings) > _SHOWN:
+        lines.append(f"and {len(rankings) - _SHOWN} more queries")
+    return [*lines, f"all candidates: {predictions}"]
