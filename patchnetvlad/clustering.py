@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.faiss_library import faiss
 from patchnetvlad.netvlad import EPSILON
 
 LOCALS_PER_PICTURE = 100  # local descriptors of each picture

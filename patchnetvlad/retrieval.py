@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.faiss_library import faiss
 
 _CPU = torch.device("cpu")
 _MARGIN = 16  # neighbours searched beyond k, so that rounding cannot keep a better one out
