@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import h5py
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import writing_hdf5
 from patchnetvlad.netvlad import EPSILON
 

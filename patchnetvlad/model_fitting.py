@@ -175,23 +175,28 @@ def sample_descriptors(
     descriptors of a model without patches. n is at most about WPCA_SAMPLES.
     """
     rng = np.random.default_rng(seed)
-    rows: list[NDArray[np.float32]] = []
-    each = _patches_of_each(num_pictures * max(1, len(model.patch_sizes)), num_pcs, model.output_dims)
+    groups = num_pictures * max(1, len(model.patch_sizes))
+    each = _patches_of_each(groups, num_pcs, model.output_dims) if model.patch_sizes else 1
+    samples = np.empty((groups * each, model.output_dims), dtype=np.float32)
+    filled = 0
     for batch in pictures:
-        if not model.patch_sizes:
-            rows.append(model.describe(batch).global_.cpu().numpy())
-            continue
-        assert isinstance(model.pool, NetVLAD)
-        assigned = model.pool.assign(model.encoder(batch))
-        grids = model.grids(*assigned[0].shape[1:3])
-        for grid in grids:
-            for local, assignment in zip(*assigned, strict=True):
-                chosen = torch.from_numpy(rng.permutation(len(grid))[:each]).to(local.device)
-                found = chosen_descriptors(
-                    local, assignment, model.pool.centroids, grid.patch_size, grid.stride, chosen
-                )
-                rows.append(found.cpu().numpy())
-    return np.concatenate(rows)
+        for rows in _sampled_rows(model, batch, each, rng):
+            samples[filled : filled + len(rows)] = rows.cpu().numpy()
+            filled += len(rows)
+    return samples[:filled]
+
+
+def _sampled_rows(model: PlaceModel, pictures: Tensor, each: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Global descriptors of pictures, or of every patch size and picture some patches'."""
+    if not model.patch_sizes:
+        yield model.describe(pictures).global_
+        return
+    assert isinstance(model.pool, NetVLAD)
+    assigned = model.pool.assign(model.encoder(pictures))
+    for grid in model.grids(*assigned[0].shape[1:3]):
+        for local, assignment in zip(*assigned, strict=True):
+            chosen = torch.from_numpy(rng.permutation(len(grid))[:each]).to(local.device)
+            yield chosen_descriptors(local, assignment, model.pool.centroids, grid.patch_size, grid.stride, chosen)
 
 
 def _patches_of_each(groups: int, num_pcs: int, dims: int) -> int:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from patchnetvlad.faiss_library import faiss
 
 CENTROIDS = 256  # in each group: one byte
 SAMPLE_ROWS = 1 << 16  # descriptors that training makes use of, 256 for each centroid

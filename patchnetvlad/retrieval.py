@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.candidates import ApproximateSearch, Candidates
 from patchnetvlad.errors import UserError
+from patchnetvlad.faiss_library import faiss
 
 _CPU = torch.device("cpu")
 _MARGIN = 16  # neighbours searched beyond k, so that rounding cannot keep a better one out

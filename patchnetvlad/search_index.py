@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
+from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import make_folder, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
 from patchnetvlad.store.feature_header import hash_names

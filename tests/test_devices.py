@@ -4,7 +4,11 @@ Tensors on the stand-in call themselves mps; their numbers are on the CPU. What 
 refused in every operation, and so is what would mix its tensors with the CPU's.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.retrieval import retrieve
 from patchnetvlad.whitening import WPCA, fit_wpca
 
+ROOT = Path(__file__).parent.parent
 MPS = torch.device("mps")
 _TAKES_OTHERS = ("__getitem__", "__setitem__", "copy_")  # indices and copies may come from the CPU
 
@@ -236,3 +241,31 @@ def test_the_guard_refuses() -> None:
             torch.zeros(3, dtype=torch.float64, device=MPS)
         with pytest.raises(RuntimeError, match="on mps and on the CPU"):
             values + torch.zeros(3)
+
+
+@pytest.mark.parametrize("module", ["retrieval", "clustering"])
+def test_torch_is_imported_before_faiss(module: str) -> None:
+    """Their packages for macOS crash the other way round."""
+    code = (
+        f"import sys, patchnetvlad.{module}; names = list(sys.modules); "
+        "print(names.index('torch') < names.index('faiss'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_faiss_keeps_to_one_thread_on_macos() -> None:
+    code = (
+        "import os, sys, torch; sys.platform = 'darwin'; from patchnetvlad.faiss_library import faiss; "
+        "print(faiss.omp_get_max_threads(), os.environ['KMP_DUPLICATE_LIB_OK'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "KMP_DUPLICATE_LIB_OK"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | {"OMP_NUM_THREADS": "2"},
+    )
+    assert done.stdout.split() == ["1", "TRUE"]

@@ -1,6 +1,7 @@
 """Training: what a run writes, that it resumes exactly, and how it stops when something is wrong."""
 
 import csv
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
 from patchnetvlad.losses import LOSSES
+from patchnetvlad.model import PlaceModel
 from patchnetvlad.training_run import RunOptions, Source, TrainedRun, read_training_data, train_model
 
 ROOT = Path(__file__).parent.parent
@@ -491,3 +493,28 @@ def test_mixed_precision_trains(msls: Path, tmp_path: Path) -> None:
     assert losses and np.isfinite(losses).all()
     written = torch.load(trained.folder / "checkpoints/checkpoint.pth.tar", weights_only=True)
     assert all(value.dtype == torch.float32 for value in written["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("learns", "learning"), [("last", ("model.blocks.2.", "model.blocks.3.")), ("all", ("model.",)), ("none", ())]
+)
+def test_an_encoder_of_timm_learns_what_is_said(
+    msls: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, learns: str, learning: tuple[str, ...]
+) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    caplog.set_level(logging.INFO)
+    backbone = "timm:mobilenetv3_small_050"
+    config = small(backbone, encoder_learns=learns, cities=("london",))
+    finished = run(msls, tmp_path, config, epochs=1, save_every_epoch=True, cache_path=tmp_path / "cache")
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("learning: ")]
+    expected = {"last": "model.blocks.2, model.blocks.3 (", "all": "all layers (", "none": "nothing of the encoder"}
+    assert expected[learns] in said
+    torch.manual_seed(config.train.seed)
+    before = PlaceModel(backbone, "netvlad", 4).encoder.state_dict()
+    after = read_checkpoint(finished.folder / "checkpoints/checkpoint_epoch1.pth.tar")
+    assert after.backbone == backbone
+    weights = {key for key, _ in PlaceModel(backbone, "netvlad", 4).encoder.named_parameters()}
+    changed = {key for key in weights if not torch.equal(before[key], after.state[f"encoder.{key}"])}
+    assert changed <= {key for key in weights if key.startswith(learning)}
+    assert len(changed) > 0.9 * len([key for key in weights if key.startswith(learning)]) or not learning
+    assert (tmp_path / "cache/centroids/timm_mobilenetv3_small_050_mapillary_4_desc_cen.hdf5").is_file()
