@@ -17,6 +17,7 @@ from patchnetvlad.feature_header import read_manifest
 from patchnetvlad.feature_store import FeatureWriter, StoreHeader, check_disk, estimate_bytes, stored_dims
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, require_readable
+from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.weights import load_model
@@ -71,6 +72,7 @@ def describe_list(
     with FeatureWriter(folder, header, overwrite=overwrite) as writer:
         missing = writer.missing
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        record_config(config, folder)
         _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,

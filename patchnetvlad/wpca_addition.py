@@ -10,6 +10,7 @@ from patchnetvlad.checkpoints import build_model, read_checkpoint, without_proje
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.model_fitting import WPCA_SAMPLES, add_projection, picture_batches
+from patchnetvlad.paths import with_wpca
 from patchnetvlad.whitening import check_num_pcs
 
 
@@ -35,7 +36,7 @@ def add_wpca(
     config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
     batches = picture_batches(config, paths, device, progress, "Describing")
     fit = add_projection(model, batches, len(paths), config)
-    path = resume_path.with_name(resume_path.name.removesuffix(".pth.tar") + f"_WPCA{num_pcs}.pth.tar")
+    path = with_wpca(resume_path, num_pcs)
     epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
     write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
     return path
