@@ -215,8 +215,8 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
         )
     if checkpoint.num_pcs != params.num_pcs:
         raise UserError(
-            f"{path}: WPCA has {checkpoint.num_pcs} dimensions, [global_params] num_pcs says {params.num_pcs} "
-            "(run add_pca, or set num_pcs to the checkpoint's)"
+            f"{path}: WPCA has {checkpoint.num_pcs} dimensions, [global_params] num_pcs says {params.num_pcs} (it is "
+            f"used as it is with resumepath = {path} and num_pcs = {checkpoint.num_pcs}; add_pca.py gives it others)"
         )
     clustered = params.pooling in ("netvlad", "patchnetvlad")
     if clustered and checkpoint.num_clusters is None:

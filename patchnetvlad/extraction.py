@@ -21,6 +21,7 @@ from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
+from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
@@ -85,6 +86,7 @@ def describe_list(
         missing = writer.missing
         _check_kept(writer, model, pictures, config)
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        record_config(config, folder)
         _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,

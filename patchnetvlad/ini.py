@@ -5,8 +5,9 @@ section holds in every section that gives none.
 """
 
 import configparser
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from patchnetvlad.config import (
 )
 from patchnetvlad.config_values import Rule, value_text
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import read_text
+from patchnetvlad.files import read_text, write_text
+from patchnetvlad.paths import download_folder, find_file, shipped_folder
 
+logger = logging.getLogger(__name__)
+
+_RECORD = "settings.ini"  # in a folder of features
 _SPELLED_OUT = {"imageresizewidth": "imageresizew", "imageresizeheight": "imageresizeh"}  # how they may be guessed
 
 
@@ -69,6 +74,34 @@ def config_text(config: Config) -> str:
             lines.append(f"{item.name} = {text}")
         lines.append("")
     return "\n".join(lines)
+
+
+def record_config(config: Config, folder: Path) -> None:
+    """Keep the configuration that a folder of features is made with, for ``recorded_config``.
+
+    A file that it names beside its own is named by its whole path. A configuration that no INI file can hold is not
+    kept, and a warning says so.
+    """
+    checkpoint, shipped = config.find_checkpoint(), (shipped_folder("pretrained_models"), download_folder())
+    params, matching = config.global_params, config.feature_match
+    if checkpoint is not None and checkpoint.parent not in shipped:
+        params = replace(params, resumepath=str(checkpoint))
+    if matching.pred_input_path is not None:
+        given = find_file(matching.pred_input_path, "dataset_gt_files", config.path)
+        matching = replace(matching, pred_input_path=str(given or matching.pred_input_path))
+    path = folder / _RECORD
+    try:
+        text = config_text(replace(config, global_params=params, feature_match=matching))
+    except UserError as error:
+        logger.warning("%s: not written, matching must be told the configuration again (%s)", path, error)
+        return
+    write_text(path, text)
+
+
+def recorded_config(folder: Path) -> Path | None:
+    """The INI file that was kept with a folder of features, if there is one."""
+    path = folder / _RECORD
+    return path if path.is_file() else None
 
 
 def _file_entries(path: Path) -> Iterator[tuple[str, str, str, str]]:

@@ -20,6 +20,7 @@ from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import chosen_descriptors
+from patchnetvlad.paths import with_wpca
 from patchnetvlad.picture_changes import Picture, changed, check_changes
 from patchnetvlad.weights import initialise_encoder
 from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_place_whitening, fit_wpca, whiteness_error
@@ -105,7 +106,7 @@ def add_wpca(
     require_readable(paths, source, config.global_params.loading_threads, progress)
     config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
     fit = add_projection(model, paths, config, progress)
-    path = resume_path.with_name(resume_path.name.removesuffix(".pth.tar") + f"_WPCA{num_pcs}.pth.tar")
+    path = with_wpca(resume_path, num_pcs)
     epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
     write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
     return path

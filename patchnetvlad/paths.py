@@ -1,6 +1,7 @@
 """Where shipped files and the user's files are: in a checkout, installed from a wheel, in the older layout."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,25 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
         f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
         f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
     )
+
+
+def with_wpca(path: Path, num_pcs: int) -> Path:
+    """What the checkpoint of this name is called once it has WPCA of so many dimensions."""
+    return path.with_name(f"{path.name.removesuffix('.pth.tar')}_WPCA{num_pcs}.pth.tar")
+
+
+def check_new_checkpoint(path: Path, num_pcs: int, overwrite: bool) -> None:
+    """Raises UserError for a checkpoint to be written that would replace a file, or whose name tells a wrong size."""
+    told = re.search(r"WPCA(\d+)(?=\D*$)", path.name)
+    if told is not None and int(told.group(1)) != num_pcs:
+        raise UserError(
+            f"{path}: its name says {told.group(1)} dimensions, [global_params] num_pcs {num_pcs} (rename it, or set "
+            "num_pcs)"
+        )
+    if path.is_dir():
+        raise UserError(f"{path}: a folder (expected the name of a checkpoint, such as own_WPCA{num_pcs}.pth.tar)")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already (--overwrite replaces it)")
 
 
 def _checkpoint_names(name: str, num_pcs: int) -> tuple[str, str]:

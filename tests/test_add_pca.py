@@ -1,5 +1,6 @@
 """add_pca.py writes a checkpoint that projects and whitens as the formulas say, and refuses what cannot be."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from test_training import HEIGHT, WIDTH, run, small
 
 from patchnetvlad.checkpoints import build_model, read_checkpoint
+from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.commands.training import add_pca
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.images import image_batches
@@ -51,7 +53,12 @@ def test_wpca_of_the_training_cities(msls: Path, mine: Path, capsys: pytest.Capt
     assert add_pca(arguments(msls, mine, 12)) == 0
     captured = capsys.readouterr()
     written = mine.with_name("mine_WPCA12.pth.tar")
-    assert captured.out == f"checkpoint in {written}\n"
+    first, ini, options = captured.out.splitlines()
+    assert first == f"checkpoint in {written}"
+    assert ini == f"to use it, in an INI's [global_params]: resumepath = {written}; num_pcs = 12"
+    pictures = [str(path) for path in sorted(msls.glob("train_val/london/query/images/*.jpg"))[:2]]
+    compared = ["--first_im_path", pictures[0], "--second_im_path", pictures[1], "--plot_save_path", str(mine.parent)]
+    assert match_two([*shlex.split(options.removeprefix("or as options: ")), *compared, "--nocuda"]) == 0
     assert "WPCA: 12 dimensions of 512" in captured.err and "of the variance of 33 descriptors" in captured.err
     assert "their covariance is within" in captured.err
     before, after = read_checkpoint(mine), read_checkpoint(written)
@@ -90,7 +97,10 @@ def test_lists_and_pittsburgh(
     assert add_pca(arguments(msls, mine, 4, "--dataset_choice", "pitts")) == 0
     assert "variance of 9 descriptors" in capsys.readouterr().err
     (tmp_path / "some.txt").write_text("\n".join(names[:6]))
-    assert add_pca(arguments(msls, mine, 4, "--dataset_file_path", "some.txt")) == 0
+    assert add_pca(arguments(msls, mine, 4, "--dataset_file_path", "some.txt")) == 2
+    assert "mine_WPCA4.pth.tar: exists already (--overwrite replaces it)" in capsys.readouterr().err
+    prefix = mine.with_name("mine")  # as good as the whole name
+    assert add_pca(arguments(msls, prefix, 4, "--dataset_file_path", "some.txt", "--overwrite")) == 0
     assert "variance of 6 descriptors" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,19 @@ def test_predictions_as_the_published_code_writes_them(small_model, features, tm
     capsys.readouterr()
     assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
     assert "both write files of one name" in failure(capsys)
+
+
+def test_features_know_the_configuration_they_were_made_with(small_model, features, tmp_path, capsys):
+    assert match(small_model, features, tmp_path / "told", "--set", "feature_match.rerank_top=7") == 0
+    assert match(["--nocuda"], features, tmp_path / "recorded", "--set", "feature_match.rerank_top=7") == 0
+    assert f"configuration: {features / 'index/settings.ini'}" in capsys.readouterr().err
+    told, recorded = (np.load(tmp_path / name / "scores.npz") for name in ("told", "recorded"))
+    assert recorded["indices"].shape == (18, 7)
+    np.testing.assert_array_equal(told["per_scale"], recorded["per_scale"])
+    shutil.copytree(features, tmp_path / "older")
+    (tmp_path / "older/index/settings.ini").unlink()
+    assert match(["--nocuda", "-q"], tmp_path / "older", tmp_path / "out") == 2  # performance.ini, as published
+    assert "4096" in failure(capsys)
 
 
 def test_without_ground_truth_there_are_no_recalls(small_model, features, tmp_path):
@@ -359,8 +373,30 @@ def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
     assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
     assert "belongs to one folder" in failure(capsys)
     (tmp_path / "more" / "broken.jpg").write_bytes(b"")
-    assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 2
+    assert fit_model([*small_model, *folders, "--output_path", str(output), "--overwrite"]) == 2
     assert "1 of 3 pictures cannot be read" in (line := failure(capsys)) and "broken.jpg" in line
+
+
+def test_models_are_written_under_names_that_load(small_model, tmp_path, capsys):
+    source = ["--dataset_root_dir", str(EXAMPLES / "database"), "--output_path"]
+    for name, more, said in (
+        ("own_WPCA64.pth.tar", [], "own_WPCA64.pth.tar: its name says 64 dimensions, [global_params] num_pcs 32"),
+        ("there.pth.tar", [], "there.pth.tar: exists already (--overwrite replaces it)"),
+        ("folder", ["--overwrite"], "folder: a folder"),
+    ):
+        (tmp_path / "there.pth.tar").touch()
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        assert fit_model([*small_model, *source, str(tmp_path / name), *more]) == 2
+        assert said in failure(capsys)
+    odd = tmp_path / "my model.pth"
+    assert fit_model([*small_model, *source, str(odd), "--set", "global_params.num_pcs=16"]) == 0
+    told, ini, options = capsys.readouterr().out.splitlines()
+    assert told == f"model in {odd}" and ini.endswith(f": resumepath = {odd}; num_pcs = 16")
+    words = [*shlex.split(options.removeprefix("or as options: ")), "--plot_save_path", str(tmp_path), "--nocuda", "-q"]
+    assert match_two(words) == 0
+    assert match_two([*words, "--set", "global_params.num_pcs=64"]) == 2
+    advice = failure(capsys)
+    assert f"resumepath = {odd} and num_pcs = 16" in advice
 
 
 def test_a_missing_checkpoint_names_the_ways_out(small_model, tmp_path, capsys):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from patchnetvlad import paths
 from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.errors import UserError
-from patchnetvlad.ini import config_text, load_config
+from patchnetvlad.ini import config_text, load_config, record_config, recorded_config
+from patchnetvlad.paths import shipped_folder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -149,6 +150,30 @@ def test_published_checkpoint_is_named_where_it_will_be(tmp_path: Path, monkeypa
         config = Config(global_params=GlobalParams(num_pcs=512, resumepath=resumepath))
         assert config.find_checkpoint() is None
         assert config.require_checkpoint() == tmp_path / "pittsburgh_WPCA512.pth.tar"
+
+
+def test_configurations_are_kept_with_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert recorded_config(tmp_path) is None
+    shipped = load_config(shipped_folder("configs") / "builtin.ini")
+    record_config(shipped, tmp_path)
+    path = recorded_config(tmp_path)
+    assert path is not None and load_config(path) == shipped
+    # What lies beside the INI or in the current folder is found again from another one
+    (tmp_path / "mine").mkdir()
+    for name in ("own64.pth.tar", "pairs.npy"):
+        (tmp_path / "mine" / name).touch()
+    text = "[global_params]\nresumepath = own\nnum_pcs = 64\n[feature_match]\npred_input_path = pairs.npy"
+    ini = write(tmp_path / "mine", text)
+    record_config(load_config(ini), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recorded = load_config(path)
+    assert recorded.find_checkpoint() == tmp_path / "mine" / "own64.pth.tar"
+    assert recorded.feature_match.pred_input_path == str(tmp_path / "mine" / "pairs.npy")
+    assert recorded.path == path and not list(tmp_path.glob("*.partial"))
+    record_config(dataclasses.replace(shipped, feature_match=FeatureMatchConfig(dataset_name="a #b")), tmp_path)
+    assert "not written" in caplog.text and load_config(path) == recorded
 
 
 @pytest.mark.parametrize(

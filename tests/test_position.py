@@ -110,6 +110,10 @@ def test_one_picture_as_in_the_run(run, small_model, tmp_path, capsys):
         )
         == 0
     )
+    # As recorded with the features, and the picture below the root
+    recorded = ["--nocuda", "-q", "--picture", "queries/query03_0.jpg", *options[len(small_model) + 2 :]]
+    assert locate([*recorded, "--positions", str(tmp_path / "recorded.csv")]) == 0
+    assert rows_of(tmp_path / "recorded.csv") == rows_of(tmp_path / "one.csv")
     (of_run,) = [row for row in rows_of(tmp_path / "all.csv") if row["query"].endswith("query03_0.jpg")]
     (single,) = rows_of(tmp_path / "one.csv")
     assert {**single, "query": ""} == {**of_run, "query": ""}

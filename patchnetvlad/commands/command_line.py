@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from patchnetvlad import __version__
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.ini import load_config
+from patchnetvlad.ini import load_config, recorded_config
 from patchnetvlad.paths import in_checkout, require_file
 
 if TYPE_CHECKING:
@@ -37,9 +37,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_Help)
 
-    def add_config_options(self, default: str) -> None:
-        """--config_path and --set."""
-        self.add_argument("--config_path", default=default, metavar="INI", help="configuration file")
+    def add_config_options(self, default: str, recorded: bool = False) -> None:
+        """--config_path and --set; recorded: without --config_path, what is recorded with features comes first."""
+        said = f"; without it, the one recorded with the database's features, or else {default}" if recorded else ""
+        self.set_defaults(default_config=default)
+        self.add_argument(
+            "--config_path", default=None if recorded else default, metavar="INI", help=f"configuration file{said}"
+        )
         self.add_argument(
             "--set",
             dest="overrides",
@@ -108,9 +112,12 @@ def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Se
     return command(arguments)
 
 
-def configuration(args: argparse.Namespace) -> Config:
-    """The configuration that --config_path and --set describe."""
-    return load_config(require_file(args.config_path, "configs"), args.overrides)
+def configuration(args: argparse.Namespace, features: Path | None = None) -> Config:
+    """The configuration that --config_path and --set describe; features: a folder that may have recorded one."""
+    path = recorded_config(features) if features and args.config_path is None else None
+    if path is not None:
+        logger.info("configuration: %s", path)
+    return load_config(path or require_file(args.config_path or args.default_config, "configs"), args.overrides)
 
 
 def device(args: argparse.Namespace) -> torch.device:
@@ -128,6 +135,19 @@ def device(args: argparse.Namespace) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine offers none")
     return chosen
+
+
+def how_to_use(checkpoint: Path, num_pcs: int, config_path: str, overrides: Sequence[str]) -> list[str]:
+    """The two ways to use a checkpoint that has been written: in an INI file, and as options of a script.
+
+    config_path, overrides: what else it needs.
+    """
+    keys = {"global_params.resumepath": str(checkpoint), "global_params.num_pcs": str(num_pcs)}
+    kept = [text for text in overrides if text.partition("=")[0].strip().lower() not in keys]
+    changes = [*kept, *(f"{key}={value}" for key, value in keys.items())]
+    options = ["--config_path", config_path, *(word for change in changes for word in ("--set", change))]
+    lines = "; ".join(f"{key.partition('.')[2]} = {value}" for key, value in keys.items())
+    return [f"to use it, in an INI's [global_params]: {lines}", f"or as options: {shlex.join(options)}"]
 
 
 def folder(name: str | Path, option: str) -> Path:

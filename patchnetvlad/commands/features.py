@@ -127,7 +127,7 @@ def _share(text: str) -> float:
 def feature_match(arguments: Sequence[str] | None = None) -> int:
     """feature_match.py: rank database pictures for every query."""
     parser = Parser("Rank the database pictures for every query, from stored descriptors.", "feature_match.py")
-    parser.add_config_options("performance.ini")
+    parser.add_config_options("performance.ini", recorded=True)
     parser.add_argument(
         "--dataset_root_dir", default="", metavar="DIR", help="folder that the names in the lists start from"
     )
@@ -176,13 +176,13 @@ def _match(args: argparse.Namespace) -> None:
         if truth is None and given is not None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
-    config = command_line.configuration(args)
+    query_features = command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
+    index_features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    config = command_line.configuration(args, index_features)
     config.check_matching()
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     query_list = require_file(args.query_file_path, "dataset_imagenames")
     index_list = require_file(args.index_file_path, "dataset_imagenames")
-    query_features = command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
-    index_features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
     truth_path = None if truth is None else require_file(truth, "dataset_gt_files")
     if config.feature_match.local_features == "on_demand":
         config.require_checkpoint()

@@ -8,7 +8,7 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import list_folder, read_image_list
-from patchnetvlad.paths import PUBLISHED_CHECKPOINTS, download_folder, require_file
+from patchnetvlad.paths import PUBLISHED_CHECKPOINTS, check_new_checkpoint, download_folder, require_file
 
 
 def download_models(arguments: Sequence[str] | None = None) -> int:
@@ -53,12 +53,15 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         "--dataset_file_path", metavar="LIST", help="list of pictures of one folder; without it, all below the folders"
     )
     parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that name")
     parser.add_device_options()
     return command_line.run(parser, _fit, arguments)
 
 
 def _fit(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
+    path = Path(args.output_path)
+    check_new_checkpoint(path, config.global_params.num_pcs, args.overwrite)
     pictures = _pictures(args)
     from patchnetvlad.checkpoints import write_checkpoint
     from patchnetvlad.images import require_readable
@@ -68,7 +71,6 @@ def _fit(args: argparse.Namespace) -> None:
         require_readable(paths, source, config.global_params.loading_threads, command_line.progress(args))
     together = [path for paths in pictures.values() for path in paths]
     model, wpca = fit(config, together, command_line.device(args), command_line.progress(args))
-    path = Path(args.output_path)
     write_checkpoint(
         path,
         model,
@@ -76,7 +78,8 @@ def _fit(args: argparse.Namespace) -> None:
         fitted_on=f"{len(together)} pictures",
         explained_variance=wpca.explained_variance if wpca else 1.0,
     )
-    print(f"model in {path}")
+    usage = command_line.how_to_use(path, config.global_params.num_pcs, args.config_path, args.overrides)
+    print("\n".join([f"model in {path}", *usage]))
 
 
 def _pictures(args: argparse.Namespace) -> dict[Path, list[Path]]:

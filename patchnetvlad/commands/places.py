@@ -136,7 +136,7 @@ def locate(arguments: Sequence[str] | None = None) -> int:
         "--zone", metavar="ZONE", help="UTM zone of the coordinates, such as 17N, where the file has none"
     )
     parser.add_argument("--positions", type=Path, metavar="CSV", help="write the positions here")
-    parser.add_config_options("performance.ini")
+    parser.add_config_options("performance.ini", recorded=True)
     parser.add_argument("--index_file_path", metavar="LIST", help="list of database pictures, with --picture")
     parser.add_argument("--index_input_features_dir", type=Path, metavar="DIR", help="their features, with --picture")
     parser.add_argument("--dataset_root_dir", default="", metavar="DIR", help="folder that the names start from")
@@ -236,11 +236,11 @@ def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
 def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
     if args.index_file_path is None or args.index_input_features_dir is None:
         raise UserError("--picture: needs --index_file_path and --index_input_features_dir, the database")
-    config = command_line.configuration(args)
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    config = command_line.configuration(args, features)
     config.check_matching()
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
     pictures = [_picture(path, root) for path in args.picture]
     truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], database.names)
     config.require_checkpoint()

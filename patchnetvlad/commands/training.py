@@ -11,7 +11,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.paths import RUNS_FOLDER, require_file
+from patchnetvlad.paths import RUNS_FOLDER, check_new_checkpoint, find_checkpoint, require_file, with_wpca
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
     places = _sources(args)
-    resumed = require_file(args.resume_path, "pretrained_models") if args.resume_path else None
+    resumed = _checkpoint(args.resume_path) if args.resume_path else None
     from patchnetvlad.distributed import processes
     from patchnetvlad.training_run import RunOptions, Source, train_model
 
@@ -93,7 +93,9 @@ def _train(args: argparse.Namespace) -> None:
     if all_processes.is_first:
         recalls = ", ".join(f"@{n} {100 * value:.1f}" for n, value in run.recalls.items())
         print(f"epoch {run.epoch}: Recall (%) {recalls}; best Recall@5 {100 * run.best_score:.1f}")
-        print(f"checkpoints in {run.folder / 'checkpoints'}")
+        written = run.folder / "checkpoints"
+        best = written / "model_best.pth.tar"
+        print("\n".join([f"checkpoints in {written}", *_how_to_use(config, best, 0)]))
 
 
 def add_pca(arguments: Sequence[str] | None = None) -> int:
@@ -103,6 +105,7 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_config_options("train.ini")
     parser.add_argument("--resume_path", required=True, metavar="FILE", help="checkpoint to add WPCA to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that has it already")
     _add_dataset_options(parser)
     parser.add_argument(
         "--dataset_choice",
@@ -119,7 +122,8 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
 def _add_pca(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
     places = _sources(args)
-    resumed = require_file(args.resume_path, "pretrained_models")
+    resumed, num_pcs = _checkpoint(args.resume_path), config.global_params.num_pcs
+    check_new_checkpoint(with_wpca(resumed, num_pcs), num_pcs, args.overwrite)
     name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
     if name and args.dataset_csv:
         raise UserError("--dataset_csv: cannot be used together with a list")
@@ -136,7 +140,25 @@ def _add_pca(args: argparse.Namespace) -> None:
         data = read_training_data(config, sources)
         source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
     written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
-    print(f"checkpoint in {written}")
+    print("\n".join([f"checkpoint in {written}", *_how_to_use(config, written, num_pcs)]))
+
+
+def _checkpoint(name: str) -> Path:
+    """The checkpoint of --resume_path, with or without its .pth.tar."""
+    return find_checkpoint(name, 0) or require_file(name, "pretrained_models")
+
+
+def _how_to_use(config: Config, checkpoint: Path, num_pcs: int) -> list[str]:
+    """With a published configuration, changed where the trained model differs from the published ones."""
+    params, train = config.global_params, config.train
+    changes = [f"global_params.{key}={getattr(params, key)}" for key in ("backbone", "vladv2")]
+    if params.pooling in ("max", "avg"):
+        changes.append(f"global_params.pooling={params.pooling}")
+    sides = {"imageresizew": train.imageresizew, "imageresizeh": train.imageresizeh}
+    changes += [f"feature_{step}.{key}={value}" for step in ("extract", "match") for key, value in sides.items()]
+    # The largest patches of performance.ini span 8 positions of 16 pixels
+    base = "performance.ini" if min(sides.values()) >= 8 * 16 else "speed.ini"
+    return command_line.how_to_use(checkpoint, num_pcs, base, changes)
 
 
 def _add_dataset_options(parser: Parser) -> None:
