@@ -44,7 +44,7 @@ def overlap(found: np.ndarray, nearest: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16,SQ8", "PCA16,IVF4,PQ8"])
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16,SQ8", "PCA16,IVF4,PQ8x4"])
 def test_a_built_index_finds_what_it_promises(tmp_path, database, queries, factory, shards):
     mapped_path = tmp_path / "globalfeats.npy"
     np.save(mapped_path, database)
@@ -80,7 +80,7 @@ def test_the_least_effort_is_chosen(tmp_path, database):
 
 
 def test_coarse_codes_are_looked_up_wider(tmp_path, database):
-    built = build_index(database, NAMES, tmp_path / "city.json", "PQ2", neighbours=30, recall=0.9)
+    built = build_index(database, NAMES, tmp_path / "city.json", "PQ4x4", neighbours=30, recall=0.9)
     assert built.record.widening > 1
 
 
