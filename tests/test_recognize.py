@@ -91,6 +91,22 @@ def make(kind: str, root: Path, **options: object) -> tuple[list[str], list[floa
     return list(dataset.queries.names), *coordinates
 
 
+def test_positions_by_names_within_the_folders(tmp_path):
+    blank(tmp_path / "first", ["1.png", "2.png", "extra.png"])
+    blank(tmp_path / "second", ["q.png"])
+    (tmp_path / "d.csv").write_text("name,easting,northing\n2.png,20,0\n1.png,10,0\n")
+    (tmp_path / "q.csv").write_text("name,easting,northing\nq.png,12,0\n")
+    (dataset,) = MAKERS["csv"].make(
+        tmp_path,
+        queries=str(tmp_path / "q.csv"),
+        database=str(tmp_path / "d.csv"),
+        query_folder="second",
+        database_folder="first",
+    )
+    assert (dataset.queries.names, dataset.database.names) == (("second/q.png",), ("first/2.png", "first/1.png"))
+    assert any("1 pictures of first stand in no row" in note and "extra.png" in note for note in dataset.notes)
+
+
 def blank(folder: Path, names: list[str]) -> None:
     folder.mkdir()
     for name in names:

@@ -38,7 +38,7 @@ def recognize(arguments: Sequence[str] | None = None) -> int:
         "--position_csv",
         nargs=2,
         metavar=("DATABASE_CSV", "QUERY_CSV"),
-        help="where the pictures were taken: name, and latitude, longitude or easting, northing",
+        help="where they were taken: name within its folder, and latitude, longitude or easting, northing",
     )
     positions.add_argument(
         "--pairs_csv", metavar="CSV", help="pictures that show one place, in columns query and database"
@@ -73,7 +73,7 @@ def _recognize(args: argparse.Namespace) -> int:
     making = _making(args, root, database, queries)
     output = Path(args.output_dir)
     lists = {part: output / "lists" / f"{_NAME}_imageNames_{part}.txt" for part in ("query", "index")}
-    features = {part: output / "features" / name.replace("/", "__") for part, name in _parts(database, queries).items()}
+    features = _feature_folders(output / "features", making[0], database, queries)
     truth = output / "lists" / f"{_NAME}.npz"
     truth.unlink(missing_ok=True)
     shared = _shared(args)
@@ -100,8 +100,11 @@ def _recognize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parts(database: str, queries: str) -> dict[str, str]:
-    return {"index": database, "query": queries}
+def _feature_folders(folder: Path, kind: str, database: str, queries: str) -> dict[str, Path]:
+    """Where a drive's features go; apart where positions from a file may leave pictures out of its list."""
+    names = {"index": database.replace("/", "__"), "query": queries.replace("/", "__")}
+    partial = {"csv": ("index", "query"), "pairs": ("query",)}.get(kind, ())
+    return {part: folder / (f"{name}_{kind}" if part in partial else name) for part, name in names.items()}
 
 
 def _common_root(database: Path, queries: Path) -> Path:
@@ -122,6 +125,7 @@ def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -
     if args.position_csv:
         files = [command_line.file(name, "--position_csv").resolve() for name in args.position_csv]
         kind, sides = "csv", ["--queries", str(files[1]), "--database", str(files[0])]
+        sides += ["--query_folder", queries, "--database_folder", database]
     elif args.pairs_csv:
         pairs = command_line.file(args.pairs_csv, "--pairs_csv")
         kind, sides = "pairs", [*sides, "--pairs_csv", str(pairs), "--interpolate", "--incomplete", "leave_out"]

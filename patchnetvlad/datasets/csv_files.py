@@ -29,9 +29,14 @@ def csv_tables(
     name: str = "dataset",
     zone: str | Zone | None = None,
     incomplete: str = "error",
+    query_folder: str = "",
+    database_folder: str = "",
 ) -> list[Dataset]:
-    """A CSV file each for queries and database: a column with names relative to the root, and latitude and longitude,
-    or easting and northing with a zone for each row, or the one zone given, or none."""
+    """A CSV file each for queries and database: a column with names, and latitude and longitude, or easting and
+    northing with a zone for each row, or the one zone given, or none.
+
+    Names are relative to the root, or to the folder below it that is given; pictures there without a row are counted.
+    """
     limit = 25 if radius is None else radius
     zone = parse_zone(zone, "zone") if isinstance(zone, str) else zone
     tables = [read_table(_existing(root, file)) for file in (queries, database)]
@@ -39,7 +44,10 @@ def csv_tables(
     where = f"{queries}, {database}"
     if kinds[0] != kinds[1]:
         raise UserError(f"{queries} gives {kinds[0]}, {database} {kinds[1]}: expected the same in both")
-    sides = [_placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out") for table in tables]
+    sides = [
+        _placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out", root, folder)
+        for table, folder in zip(tables, (query_folder, database_folder), strict=True)
+    ]
     notes = [note for side in sides for note in side.notes]
     names = [side.names for side in sides]
     if kinds[0] == _DEGREES:
@@ -124,8 +132,8 @@ class _Placed:
     notes: list[str]
 
 
-def _placed(table: Table, columns: Sequence[Sequence[str]], leave_out: bool) -> _Placed:
-    names = table.unique(PICTURES)
+def _placed(table: Table, columns: Sequence[Sequence[str]], leave_out: bool, root: Path, folder: str) -> _Placed:
+    names = [(PurePosixPath(folder) / name).as_posix() if folder else name for name in table.unique(PICTURES)]
     positions = np.column_stack([table.numbers(column, gaps=True) for column in columns])
     known = ~np.isnan(positions).any(axis=1)
     notes = []
@@ -135,6 +143,10 @@ def _placed(table: Table, columns: Sequence[Sequence[str]], leave_out: bool) -> 
         if not leave_out or not known.any():
             raise UserError(f"{message}; --incomplete leave_out goes on without them")
         notes.append(f"left out: {message}")
+    if folder and (unnamed := sorted(set(listed_below(root, folder)) - set(names))):
+        notes.append(
+            f"left out: {len(unnamed)} pictures of {folder} stand in no row of {table.path}: {some_of(unnamed)}"
+        )
     rows = np.flatnonzero(known).tolist()
     zones = table.text(_ZONES) if table.find(_ZONES) else None
     return _Placed(

@@ -106,6 +106,8 @@ MAKERS: dict[str, Maker] = {
             _part("--database", "CSV file of the database", default="database.csv"),
             _RADIUS,
             _NAME,
+            _part("--query_folder", "folder that names of the queries start from", default=""),
+            _part("--database_folder", "folder that names of the database start from", default=""),
             Option("--zone", {"metavar": "ZONE", "help": "UTM zone, such as 17N; without it, most pictures' own"}),
             _INCOMPLETE,
         ),
