@@ -23,8 +23,8 @@ from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig
 from patchnetvlad.distributed import Processes
 from patchnetvlad.examples.rendered_msls import RenderedCity, write_msls
 from patchnetvlad.images import image_batches
-from patchnetvlad.mapillary import read_cities
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.training_data import read_cities
 from patchnetvlad.training_run import RunOptions, train_model
 from patchnetvlad.validation import validate
 from patchnetvlad.whitening import WPCAFit, fit_wpca

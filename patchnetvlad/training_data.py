@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchnetvlad.csv_table import read_table
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.images import check_images
+from patchnetvlad.mapillary import SIDES, TASKS, CitySide, read_side
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,81 @@ class CityPictures:
             np.array(sorted({unit for row in rows for near in pairs[row] for unit in units_of[near]}), dtype=np.int64)
             for rows in self.queries.units.tolist()
         ]
+
+
+def read_cities(
+    root: Path,
+    cities: Sequence[str],
+    task: str = "im2im",
+    sequence_length: int = 3,
+    subtask: str = "all",
+    include_panoramas: bool = False,
+) -> tuple[CityPictures, ...]:
+    """Read cities of an MSLS tree for training and validation, each CSV file once.
+
+    sequence_length: odd number of pictures of a sequence, for the sides of the task that have sequences. A sequence
+    is a run of consecutive frames; it belongs to a subtask when its middle picture does, and is left out when one of
+    its pictures is.
+    Raises UserError naming city, file, line and column. Pictures themselves are not looked at.
+    """
+    if task not in TASKS:
+        raise UserError(f"task {task}: expected one of {', '.join(TASKS)}")
+    if "seq" in task and (sequence_length < 3 or sequence_length % 2 == 0):
+        raise UserError(f"sequence length {sequence_length}: expected an odd number of 3 or more")
+    lengths = [sequence_length if side == "seq" else 1 for side in task.split("2")]
+    found = []
+    for city in cities:
+        queries, database = (
+            _picture_set(read_side(root, city, side, subtask), length, subtask, include_panoramas)
+            for side, length in zip(SIDES, lengths, strict=True)
+        )
+        found.append(CityPictures(city, queries, database))
+    return tuple(found)
+
+
+def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: bool) -> PictureSet:
+    units = np.arange(len(side.keys), dtype=np.int64)[:, None] if length == 1 else _sequences(side, length)
+    units = units[side.selected[units[:, length // 2]]]
+    keep = np.ones_like(side.panorama) if include_panoramas else ~side.panorama
+    whole = PictureSet(
+        side.folder,
+        side.keys,
+        tuple(map(side.picture, side.keys)),
+        side.positions,
+        side.night,
+        side.sideways,
+        side.unlabelled,
+        units,
+    )
+    kept = whole.kept(keep)
+    side.require_positions(np.isin(side.keys, kept.keys))
+    if not len(kept.units):
+        raise UserError(
+            f"{side.folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of "
+            f"{len(side.keys)} pictures (panoramas: {side.panorama.sum()}, includepanos = {include_panoramas}; subtask "
+            f"{subtask})"
+        )
+    return kept
+
+
+def _sequences(side: CitySide, length: int) -> Rows:
+    """Rows of the pictures of every run of ``length`` consecutive frames, u×length."""
+    table = read_table(side.folder / "seq_info.csv")
+    if len(table) != len(side.keys) or (table.find("key") and tuple(table.text("key")) != side.keys):
+        raise UserError(
+            f"{table.path}: its {len(table)} rows are not the {len(side.keys)} of the tables beside it, in their order "
+            "(of another version of the dataset?)"
+        )
+    frames = table.whole_numbers("frame_number")
+    rows_of: dict[str, list[int]] = {}
+    for row, key in enumerate(table.text("sequence_key")):
+        rows_of.setdefault(key, []).append(row)
+    units = []
+    for rows in rows_of.values():
+        ordered = sorted(rows, key=lambda row: frames[row])
+        windows = (ordered[start : start + length] for start in range(len(ordered) - length + 1))
+        units += [window for window in windows if (np.diff(frames[window]) == 1).all()]
+    return np.array(units, dtype=np.int64).reshape(-1, length)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,6 @@ from patchnetvlad.files import told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
 from patchnetvlad.losses import find_loss
-from patchnetvlad.mapillary import read_cities
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
@@ -38,7 +37,7 @@ from patchnetvlad.paths import RUNS_FOLDER
 from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
-from patchnetvlad.training_data import TrainingData, TripletPlaces, triplet_places
+from patchnetvlad.training_data import TrainingData, TripletPlaces, read_cities, triplet_places
 from patchnetvlad.training_state import (
     BEST,
     LAST,

@@ -14,8 +14,8 @@ from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.commands.training import add_pca
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.images import image_batches
-from patchnetvlad.mapillary import read_cities
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.training_data import read_cities
 from patchnetvlad.whitening import fit_wpca, whiteness_error
 
 

@@ -200,7 +200,7 @@ def test_small_sets_are_read_as_distributed(real_data, name):
     folder = real_data / "data" / name
     index, query = (read_image_list(folder / f"{name}_imageNames_{part}.txt", folder) for part in ("index", "query"))
     truth = read_ground_truth(folder / f"{name}.npz", len(query), len(index))
-    assert all(path.is_file() for path in query.paths + index.paths)
+    assert all(path.is_file() for path in (*query.paths, *index.paths))
     assert any(len(rows) for rows in truth.positives())
 
 

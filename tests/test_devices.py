@@ -25,7 +25,7 @@ from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import chosen_descriptors, patch_descriptors
 from patchnetvlad.ransac import consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.retrieval import retrieve
+from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.whitening import WPCA, fit_wpca
 
 ROOT = Path(__file__).parent.parent
@@ -208,9 +208,9 @@ def test_ransac_of_tensors_on_such_a_device() -> None:
 
 def test_retrieval_on_such_a_device() -> None:
     queries, database = random(5, 16).numpy(), random(70, 16, seed=1).numpy()
-    expected = retrieve(queries, database, 9)
+    expected = DatabaseIndex(database).search(queries, 9)
     with Device():
-        found = retrieve(queries, database, 9, device=MPS)
+        found = DatabaseIndex(database, device=MPS).search(queries, 9)
     assert found.indices.tolist() == expected.indices.tolist()
 
 

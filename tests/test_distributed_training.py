@@ -14,7 +14,7 @@ from test_training import command_line, scalars
 from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.commands.training import train
 from patchnetvlad.distributed import Processes
-from patchnetvlad.mapillary import read_cities
+from patchnetvlad.training_data import read_cities
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -9,9 +9,7 @@ import pytest
 from conftest import DATA, ROOT
 
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.ransac import ransac_score
-from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.reranking import fuse, score_pair
+from patchnetvlad.reranking import MATCHERS, fuse, score_pair
 from patchnetvlad.store.feature_store import FeatureStore
 
 WEIGHTS = (0.45, 0.15, 0.4)
@@ -47,13 +45,13 @@ def test_files_hold_the_published_descriptors(extracted, reference):
             assert (patches[:, ::17] * expected).sum(0).min() >= 0.99999
 
 
-@pytest.mark.parametrize(("matcher", "name"), [(ransac_score, "ransac"), (rapid_spatial_score, "spatial")])
+@pytest.mark.parametrize(("matcher", "name"), [("RANSAC", "ransac"), ("spatialApproximator", "spatial")])
 def test_scores_equal_the_published_ones(extracted, reference, matcher, name):
     expected = -reference[f"{name}_scores"]  # published scores are negated
     found = np.zeros_like(expected)
     for query in range(3):
         for other in range(3):
-            pair = score_pair(extracted.patches(query), extracted.patches(other), matcher)
+            pair = score_pair(extracted.patches(query), extracted.patches(other), MATCHERS[matcher])
             found[query, other] = [score.value for score in pair.scores]
     if name == "ransac":
         assert np.all(np.abs(found - expected) * PATCHES <= 5 + 1e-9)

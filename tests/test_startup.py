@@ -176,6 +176,12 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--database", ABSENT], f"{ABSENT}: no such folder"),
         (["--position_csv", ABSENT, ABSENT], f"{ABSENT}: no such file"),
     ),
+    "tools/combine_models": each(
+        ["--global_path", ABSENT, "--patches_path", ABSENT, "--output_path", "made/both.pth.tar"],
+        ([], f"{ABSENT}: no such file"),
+        (["--num_pcs", "0"], "--num_pcs"),
+    ),
+    "tools/draw_architecture": each([], (["--root", ABSENT], "README.md")),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
     "tools/render_example_places": each([], (["--width", "3"], "--width")),
     "tools/render_msls": each(["--output_dir", "made"], (["--places", "0"], "--places")),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from patchnetvlad.reranker import Reranker
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.store.patch_sources import PatchesInMemory
+from patchnetvlad.ranking import Ranker
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.workers import Workers
 
 
@@ -85,9 +85,12 @@ def test_a_ranking_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(count)
         try:
             options = FeatureMatchConfig(matcher="RANSAC", patchweights2use=(0.5, 0.5))
-            rankings.append(Reranker(options, PatchesInMemory(database)).rerank(query, list(range(9))))
+            described = DescribedPictures(np.eye(9, dtype=np.float32), PatchesInMemory(database))
+            queries = DescribedPictures(np.ones((1, 9), dtype=np.float32), PatchesInMemory([query]))
+            rankings.append(Ranker(options, described, torch.device("cpu")).rank(queries))
         finally:
             torch.set_num_threads(before)
-    assert rankings[0].order[0] == 4
-    np.testing.assert_array_equal(rankings[0].per_scale, rankings[1].per_scale)
-    np.testing.assert_array_equal(rankings[0].fused, rankings[1].fused)
+    assert rankings[0].indices[0, 0] == 4
+    np.testing.assert_array_equal(rankings[0].indices, rankings[1].indices)
+    np.testing.assert_array_equal(rankings[0].scores.per_scale, rankings[1].scores.per_scale)
+    np.testing.assert_array_equal(rankings[0].scores.fused, rankings[1].scores.fused)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from patchnetvlad.architecture.imports import read_house, read_imports, violations
-from patchnetvlad.architecture.picture import draw_house
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
@@ -23,12 +22,16 @@ def draw_architecture(arguments: Sequence[str] | None = None) -> int:
         "--output_path", type=Path, default=Path("docs/architecture.svg"), metavar="FILE", help="picture"
     )
 
-    def command(args: argparse.Namespace) -> None:
-        house, imports = read_house(args.root / "README.md"), read_imports(args.root / "patchnetvlad")
-        wrong = violations(house, imports)
-        if wrong:
-            raise UserError(f"{args.root / 'README.md'}: {len(wrong)} differences to the code: {'; '.join(wrong)}")
-        draw_house(house, imports, args.output_path)
-        print(f"picture in {args.output_path}")
+    return command_line.run(parser, _draw, arguments)
 
-    return command_line.run(parser, command, arguments)
+
+def _draw(args: argparse.Namespace) -> None:
+    readme = args.root / "README.md"
+    house, imports = read_house(readme), read_imports(args.root / "patchnetvlad")
+    wrong = violations(house, imports)
+    if wrong:
+        raise UserError(f"{readme}: {len(wrong)} differences to the code: {'; '.join(wrong)}")
+    from patchnetvlad.architecture.picture import draw_house
+
+    draw_house(house, imports, args.output_path)
+    print(f"picture in {args.output_path}")
