@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -265,7 +266,9 @@ def command_line(msls: Path, folder: Path, *more: str) -> list[str]:
     return [*paths, "--threads", "2", "--nocuda", "-q", *overrides, *more]
 
 
-def test_a_process_that_is_killed_resumes_exactly(trained: TrainedRun, msls: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_resumes_exactly(
+    trained: TrainedRun, msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = command_line(msls, tmp_path, "--nEpochs", "1000000")
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=environment)
@@ -282,6 +285,9 @@ def test_a_process_that_is_killed_resumes_exactly(trained: TrainedRun, msls: Pat
     (last,) = tmp_path.glob("*/checkpoints/checkpoint.pth.tar")
     epochs = max(3, read_checkpoint(last).extras["epoch"] + 1)
     assert train(command_line(msls, tmp_path, "--nEpochs", str(epochs), "--resume_path", str(last))) == 0
+    ini, options = capsys.readouterr().out.splitlines()[-2:]
+    best = last.with_name("model_best.pth.tar")
+    assert ini.endswith(f"resumepath = {best}; num_pcs = 0") and f"resumepath={best}" in shlex.split(options)[-3]
     losses, expected = scalars(last.parent.parent, "Train/Loss"), scalars(trained.folder, "Train/Loss")
     assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) >= len(expected)
     assert {step: losses[step] for step in expected} == expected
