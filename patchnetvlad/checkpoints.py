@@ -142,7 +142,7 @@ def _content(path: Path) -> Any:
 
 
 def _is_state(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
-    return isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class Table:
         return np.array(self._parsed(names, parse, "a number"), dtype=np.float64)
 
     def whole_numbers(self, names: str | Sequence[str]) -> NDArray[np.int64]:
-        return np.array(self._parsed(names, int, "a whole number"), dtype=np.int64)
+        return np.array(self._parsed(names, lambda text: int(np.int64(int(text))), "a whole number"), dtype=np.int64)
 
     def flags(self, names: str | Sequence[str]) -> NDArray[np.bool_]:
         """A column of True and False, or 1 and 0."""
@@ -120,7 +120,7 @@ class Table:
         for line, text in zip(self.lines, self._columns[name], strict=True):
             try:
                 values.append(parse(text))
-            except (KeyError, ValueError) as error:
+            except (KeyError, ValueError, OverflowError) as error:
                 hint = " with a decimal point" if _DECIMAL_COMMA.fullmatch(text) else ""
                 raise UserError(f"{self.path}: line {line}: {name} = {text!r}: expected {expected}{hint}") from error
         return values
@@ -141,6 +141,8 @@ def read_table(path: Path) -> Table:
             for row in reader:
                 if not row:
                     continue
+                if any("\0" in cell for cell in row):
+                    raise UserError(f"{path}: line {reader.line_num}: holds binary data (damaged, or no CSV file?)")
                 if len(row) != len(header):
                     raise UserError(
                         f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns (cut off?)"

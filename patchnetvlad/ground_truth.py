@@ -163,7 +163,10 @@ def read_zone(path: Path) -> str | None:
 def _text(path: Path, key: str) -> str | None:
     """A text of a file that `_read_arrays` reads; None where it has no such key."""
     with np.load(path, allow_pickle=False) as arrays:
-        return str(arrays[key]) if key in arrays.files and arrays[key].size == 1 else None
+        if key not in arrays.files:
+            return None
+        value = _read_array(path, arrays, key)
+        return str(value) if value.size == 1 else None
 
 
 def _within(
@@ -188,17 +191,21 @@ def _read_open_file(path: Path, file: BinaryIO, keys: tuple[str, ...]) -> dict[s
     missing = [key for key in keys if key not in archive.files]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: found {', '.join(archive.files) or 'nothing'}")
-    arrays = {}
-    for key in keys:
-        try:
-            arrays[key] = archive[key]
-        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            if "allow_pickle" in str(error):
-                reason = "holds Python objects, which are not read for safety: save it as plain numbers"
-            else:
-                reason = "is damaged (incomplete download?)"
-            raise UserError(f"{path}: {key} {reason}") from error
-    return arrays
+    return {key: _read_array(path, archive, key) for key in keys}
+
+
+def _read_array(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> NDArray[np.generic]:
+    try:
+        array: NDArray[np.generic] = archive[key]
+    except (ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            reason = "holds Python objects, which are not read for safety: save it as plain numbers"
+        elif isinstance(error, MemoryError):
+            reason = "claims more numbers than memory can hold (damaged?)"
+        else:
+            reason = "is damaged (incomplete download?)"
+        raise UserError(f"{path}: {key} {reason}") from error
+    return array
 
 
 def _coordinates(path: Path, key: str, values: NDArray[np.generic]) -> NDArray[np.float64]:

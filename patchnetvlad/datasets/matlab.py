@@ -1,11 +1,13 @@
 """Pittsburgh 30k / 250k and Tokyo 24/7 from the dbStruct of their .mat files."""
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 from numpy.typing import NDArray
+from scipy.io.matlab import MatReadError
 
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
@@ -94,7 +96,7 @@ def _read_struct(path: Path) -> dict[str, NDArray[np.generic]]:
         content = scipy.io.loadmat(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, NotImplementedError, TypeError) as error:
+    except (OSError, ValueError, NotImplementedError, TypeError, IndexError, zlib.error, MatReadError) as error:
         raise UserError(f"{path}: not a MATLAB file that can be read ({error}; version 7.3 is not read)") from error
     if "dbStruct" not in content:
         found = ", ".join(key for key in content if not key.startswith("__")) or "nothing"
@@ -111,6 +113,9 @@ def _read_struct(path: Path) -> dict[str, NDArray[np.generic]]:
 
 
 def _names(path: Path, key: str, cells: NDArray[np.generic]) -> list[str]:
+    kinds = {np.asarray(cell).dtype.kind for cell in cells.ravel().tolist()}
+    if not kinds <= {"U"}:
+        raise UserError(f"{path}: {key}: expected texts, the names of pictures, one a cell")
     names = ["".join(np.asarray(cell).astype(str).ravel().tolist()).strip() for cell in cells.ravel().tolist()]
     if not all(names):
         raise UserError(f"{path}: {key} holds {sum(not name for name in names)} empty names")

@@ -6,6 +6,7 @@ a C-contiguous P×D array is written under a ``fortran_order`` header of shape (
 
 import io
 import math
+import tokenize
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -315,7 +316,9 @@ def _array_info(file: BinaryIO, path: Path) -> ArrayInfo:
             shape, fortran_order, dtype = npy_format.read_array_header_2_0(file)
         else:
             raise ValueError(version)
-    except ValueError as error:
+        if any(length < 0 for length in shape):
+            raise ValueError(shape)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise UserError(f"{path}: is not a whole .npy file (interrupted copy, full disk, other file)") from error
     if dtype.hasobject:
         raise UserError(f"{path}: holds Python objects, which are not read (made by another program)")

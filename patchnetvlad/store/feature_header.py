@@ -51,6 +51,8 @@ class StoreHeader:
 
     def __post_init__(self) -> None:
         codec_of(self.dtype)
+        if self.layout not in ("files", "packed"):
+            raise ValueError(f"layout {self.layout}: expected files or packed")
         if len(self.patch_sizes) != len(self.strides):
             raise ValueError("patch_sizes and strides must be of equal length")
         if len(set(self.patch_sizes)) != len(self.patch_sizes):
@@ -197,7 +199,7 @@ def _parse_header(line: bytes, path: Path) -> tuple[StoreHeader, int, str]:
                 layout=str(record.get("layout", "files")),
             )
             return header, int(record["num_pictures"]), str(record["names_sha256"])
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
         raise UserError(f"{path}: line 1 is not the header of a feature manifest ({_DAMAGED})") from error
     raise UserError(
         f"{path}: written in format version {version}, this program reads {_VERSION} (made by another version of it)"
@@ -216,7 +218,7 @@ def _parse_entry(line: bytes, header: StoreHeader, num_pictures: int) -> Manifes
             map_size=None if map_size is None else (int(map_size[0]), int(map_size[1])),
             scales=tuple(tuple(float(scale) for scale in bands) for bands in record.get("scales", ())),
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
     num_scales = header.codec.num_scales(header.num_dims)
     right = (
@@ -236,7 +238,7 @@ def _parse_block(line: bytes, header: StoreHeader, num_pictures: int) -> Block |
         runs = tuple((int(height), int(width), int(count)) for height, width, count in record["maps"])
         block = Block(int(record["block"]), runs)
         pictures = len(header.block_layout(num_pictures).pictures(block.number))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
     return block if block.number >= 0 and pictures and block.num_pictures == pictures else None
 
