@@ -1,13 +1,14 @@
 """Encoder, pooling and WPCA as one module: pictures in, global and patch descriptors out."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.devices import float32_products
 from patchnetvlad.encoders.table import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
@@ -15,6 +16,8 @@ from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import patch_descriptors
 from patchnetvlad.whitening import WPCA, WPCAFit
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 POOLINGS = ("netvlad", "patchnetvlad", "max", "avg")
 
@@ -24,7 +27,8 @@ class PlaceModel(nn.Module):
 
     Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``. ``patch_sizes`` and ``strides``
     count positions of the feature map; both are empty for a purely global model. ``precision`` is that of the encoder
-    and the WPCA product in `describe`: torch.float32 or torch.bfloat16; pooling stays in float32.
+    and the WPCA product in `describe`; pooling stays in float32. tf32 differs from float32 on CUDA alone, where
+    products have the range of float32 and 10 bits of mantissa.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class PlaceModel(nn.Module):
         self.output_dims = num_pcs or pooled_dims
         self.patch_sizes = tuple(patch_sizes) if pooling == "patchnetvlad" else ()
         self.strides = tuple(strides) if pooling == "patchnetvlad" else ()
-        self.precision = torch.float32
+        self.precision: Precision = "float32"
 
     def add_wpca(self, fit: WPCAFit) -> None:
         """Project to the dimensions of a fit from now on, in place of any projection there was."""
@@ -94,19 +98,34 @@ class PlaceModel(nn.Module):
 
         Raises UserError when a patch is larger than the feature map.
         """
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            feature_map = self.encoder(pictures)
-        if not self.patch_sizes:
-            return Descriptors(self.whiten(self.pool(feature_map)), (), ())
-        assert isinstance(self.pool, NetVLAD)
-        grids = self.grids(feature_map.shape[2], feature_map.shape[3])
-        local, assignment = self.pool.assign(feature_map)
-        global_ = self.whiten(self.pool.aggregate(local, assignment))
-        patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
-        return Descriptors(global_, tuple(self.whiten(some) for some in patches), grids)
+        with float32_products(pictures.device):
+            features = self.feature_map(pictures)
+            if not self.patch_sizes:
+                return Descriptors(self._whitened(self.pool(features)), (), ())
+            assert isinstance(self.pool, NetVLAD)
+            grids = self.grids(features.shape[2], features.shape[3])
+            local, assignment = self.pool.assign(features)
+            global_ = self._whitened(self.pool.aggregate(local, assignment))
+            patches = patch_descriptors(local, assignment, self.pool.centroids, self.patch_sizes, self.strides)
+            return Descriptors(global_, tuple(self._whitened(some) for some in patches), grids)
+
+    def feature_map(self, pictures: Tensor) -> Tensor:
+        """The encoder's output for N×3×H×W pictures, N×C×H×W, in the model's precision."""
+        half = self.precision == "bfloat16"
+        device = pictures.device
+        with (
+            float32_products(device, self.precision == "tf32"),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):
+            return cast(Tensor, self.encoder(pictures))
+
+    def _whitened(self, descriptors: Tensor) -> Tensor:
+        """`whiten` in the model's precision."""
+        with float32_products(descriptors.device, self.precision == "tf32"):
+            return self.whiten(descriptors)
 
     def whiten(self, descriptors: Tensor) -> Tensor:
         """Pooled descriptors, …×dims, to what the model gives out: through WPCA if there is one, unit rows."""
         if self.WPCA is None:
             return F.normalize(descriptors, dim=-1, eps=EPSILON)
-        return cast(Tensor, self.WPCA(descriptors, self.precision))
+        return cast(Tensor, self.WPCA(descriptors, torch.bfloat16 if self.precision == "bfloat16" else torch.float32))

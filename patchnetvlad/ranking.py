@@ -14,6 +14,7 @@ from tqdm import tqdm
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.devices import MATCHING_MEMORY, memory_errors
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
 from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
@@ -63,6 +64,7 @@ class Ranker:
             )
         check_panoramas(options.panorama_cutouts, len(database))
 
+    @memory_errors(MATCHING_MEMORY)
     def rank(
         self,
         queries: DescribedPictures,
