@@ -54,6 +54,19 @@ def float32_products(device: torch.device, tf32: bool = False) -> Iterator[None]
             convolution.allow_tf32, product.allow_tf32 = before
 
 
+def device_room(device: torch.device) -> int | None:
+    """Bytes that may stay on an accelerator, half of what is free there; None where that is not known.
+
+    The other half is for what is computed.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) // 2
+    return None
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has computed what it was given, before a clock is read."""
     if device.type == "cuda":

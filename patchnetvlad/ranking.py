@@ -14,7 +14,7 @@ from tqdm import tqdm
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.devices import MATCHING_MEMORY, memory_errors
+from patchnetvlad.devices import MATCHING_MEMORY, device_room, memory_errors
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
 from patchnetvlad.reranking import MATCHERS, Matcher, Reranking, collect_scores, reorder, rerank
@@ -97,7 +97,7 @@ class Ranker:
         started = time.perf_counter()
         if self._index is None:
             index = self._database.index or self._options.index
-            self._index = DatabaseIndex(self._database.global_, index, self._device)
+            self._index = DatabaseIndex(self._database.global_, index, self._device, device_room(self._device))
         found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)

@@ -9,13 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from patchnetvlad import extraction, training_run
 from patchnetvlad import model as model_module
 from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.config import Config
 from patchnetvlad.devices import float32_products, memory_errors, require_one_process
+from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel, Precision
+from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.ranking import Ranker
+from patchnetvlad.store.feature_header import StoreHeader
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -53,6 +58,7 @@ def test_encoder_and_projection_alone_compute_in_tf32(
     )  # as if the pictures were there
     for name in ("encoder", "WPCA"):
         getattr(model, name).register_forward_hook(lambda *_, name=name: seen.update({name: uses_tf32()}))
+    assert isinstance(model.pool, NetVLAD)
     assign = model.pool.assign
 
     def assigned(features: Tensor) -> Any:
@@ -182,3 +188,43 @@ def test_several_gpus_are_refused_where_one_is_used(
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_bundled_configurations_use_one_gpu(path: Path) -> None:
     require_one_process(load_config(path).global_params, "extraction")
+
+
+def test_the_estimate_waits_for_the_device_and_leaves_its_first_batch_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = StoreHeader(None, {}, 8, (), (), PlaceModel("rootsift", "netvlad", 2).geometry)
+    clock = iter([100.0, 200.0, 202.0])  # start of the first batch, start and end of the second
+    waited: list[torch.device] = []
+    monkeypatch.setattr(extraction, "synchronize", waited.append)
+    monkeypatch.setattr(extraction.time, "perf_counter", lambda: next(clock))
+    caplog.set_level("INFO", "patchnetvlad")
+    estimate = extraction._Estimate(tmp_path, header, 40, 5, CUDA)
+    for _ in range(3):
+        estimate.start()
+        estimate.take((), 5)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("and 16.0 s")  # 40 pictures, five of which took two seconds
+    assert waited == [CUDA] * 3
+
+
+@pytest.mark.parametrize(("device", "count"), [(CUDA, 5), (CPU, 40)])
+def test_the_estimate_takes_the_first_batch_where_it_is_the_only_one_or_like_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, device: torch.device, count: int
+) -> None:
+    header = StoreHeader(None, {}, 8, (), (), PlaceModel("rootsift", "netvlad", 2).geometry)
+    clock = iter([100.0, 101.0])
+    monkeypatch.setattr(extraction, "synchronize", lambda device: None)
+    monkeypatch.setattr(extraction.time, "perf_counter", lambda: next(clock))
+    caplog.set_level("INFO", "patchnetvlad")
+    estimate = extraction._Estimate(tmp_path, header, count, 5, device)
+    estimate.start()
+    estimate.take((), 5)
+    assert caplog.records[0].getMessage().endswith(f"and {count / 5:.1f} s")
+
+
+def test_training_names_its_keys_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training_run, "_check_run", exhausted)
+    options = training_run.RunOptions(tmp_path, None, None, "x", None, None, None, 1, None, False, True, False)
+    with pytest.raises(UserError, match=r"\[train\] batchsize, cachebatchsize"):
+        training_run.train_model(Config(), options, Processes(0, 1, CPU))
