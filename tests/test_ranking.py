@@ -24,6 +24,7 @@ from patchnetvlad.ranking import Ranker, check_panoramas, visiting_order
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.retrieval import Candidates
 from patchnetvlad.store.feature_cache import PictureCache, available_memory, cache_bytes
+from patchnetvlad.store.feature_files import CPU
 from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 
 QUERIES = [f"queries/query{number:02}_0.jpg" for number in (0, 3, 7)]
@@ -256,9 +257,9 @@ def test_queries_are_ranked_in_the_order_of_the_list(caplog):
     class Limited(PatchesInMemory):
         cache_bytes = 2 * len(GRID) * 12 * 4
 
-        def patches(self, index):
+        def patches(self, index, device=CPU):
             visited.append(index)
-            return super().patches(index)
+            return super().patches(index, device)
 
     options = FeatureMatchConfig("spatialApproximator", (4,), patchweights2use=(1.0,), similarity="float32")
     queries, database = pictures(4, 1), pictures(8, 2)
