@@ -233,6 +233,22 @@ def test_the_cache_reads_as_little_as_an_announced_order_allows(order, capacity)
     cache.close()
 
 
+def test_reading_ahead_goes_on_past_what_is_not_needed():
+    read = []
+
+    def load(index):
+        read.append(index)
+        return (np.zeros(1, dtype=np.uint8),)
+
+    cache = PictureCache(load, lambda index: 1, 100, workers=1)
+    cache.prefetch(range(12))
+    for index in range(11):
+        cache.pass_over(index)
+    cache.get(11)
+    cache.close()
+    assert read == list(range(12))  # four ahead at most, unless passed pictures make way
+
+
 def test_an_announced_order_beats_recency():
     cache = PictureCache(lambda index: (np.zeros(10, np.int8),), lambda index: 10, 20, workers=0)
     order = [0, 1, 2] * 5
