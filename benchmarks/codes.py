@@ -33,6 +33,7 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.store.feature_cache import CacheStatistics
+from patchnetvlad.store.feature_files import CPU
 from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.patch_sources import DescribedPictures
 from patchnetvlad.weights import load_model
@@ -86,7 +87,7 @@ class StoredDatabase:
             sample.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]])
         return train_codec(torch.cat(sample), self._form.num_bytes)
 
-    def patches(self, index: int) -> PatchFeatures:
+    def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
         if self._codec is None:
             features = self._form.thin(self._store.patches(index))
         else:
@@ -96,13 +97,16 @@ class StoredDatabase:
                 self._kept[index] = codes, PatchFeatures((), thinned.grids)
             codes, without = self._kept[index]
             features = PatchFeatures(tuple(map(self._codec.decode, codes)), without.grids)
-        return features.round_as("reference") if self._rounded else features
+        return (features.round_as("reference") if self._rounded else features).to(device)
 
     def round_references(self) -> None:
         self._rounded = True
 
     def prefetch(self, indices: Iterable[int]) -> None:
         self._store.prefetch(indices)
+
+    def pass_over(self, index: int) -> None:
+        self._store.pass_over(index)
 
     def picture_bytes(self, index: int) -> int:
         """On disk."""

@@ -130,7 +130,7 @@ def extraction_stages(config: Config, pictures: list[Path], folder: Path) -> dic
         writer.finish()
         stages["whole"] = (time.perf_counter() - started) / len(pictures)
     exact = model.describe(picture)
-    model.precision = torch.bfloat16
+    model.precision = "bfloat16"
     stages["describe, bfloat16"] = median_seconds(lambda: model.describe(picture), 3)
     rough = model.describe(picture)
     stages["cosine, bfloat16"] = min(map(centred_cosine, exact.patches, rough.patches))

@@ -48,8 +48,9 @@ class FeatureExtractConfig:
     feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
     # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
     layout: str = setting("files", choice("files", "packed"))
-    # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact.
-    precision: str = setting("float32", choice("float32", "bfloat16"))
+    # Of the encoder's convolutions and the WPCA product: bfloat16 is faster where the processor has it, and less exact;
+    # so is, between the two, tf32 on an NVIDIA GPU, and elsewhere it is float32.
+    precision: str = setting("float32", choice("float32", "tf32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
 
 

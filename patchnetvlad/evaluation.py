@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.devices import require_one_process
 from patchnetvlad.errors import UserError
-from patchnetvlad.extraction import expected_header
+from patchnetvlad.extraction import expected_header, tell_precision
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
@@ -112,6 +113,7 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
     Raises UserError for whatever does not fit together.
     """
     config.check_matching()
+    require_one_process(config.global_params, "matching")
     find_matcher(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
@@ -122,6 +124,7 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
         for pictures in (queries, database):
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
         model = load_model(config)[0].to(device)
+        tell_precision(model)
     memory = cache_bytes(config.feature_match.cache_gb)
     if config.global_params.pooling == "patchnetvlad":
         source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"

@@ -17,6 +17,7 @@ from patchnetvlad.checkpoints import Checkpoint, file_sha256
 from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, require_one_process, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList, read_image_list
@@ -61,6 +62,7 @@ def extract(
     Every picture is checked before the first is described. Raises UserError for unreadable pictures, weights that do
     not fit, a folder with other features, too little disk.
     """
+    require_one_process(config.global_params, "extraction")
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
@@ -68,6 +70,7 @@ def extract(
     return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
 
 
+@memory_errors(EXTRACTION_MEMORY)
 def describe_list(
     model: PlaceModel,
     checkpoint: Checkpoint,
@@ -87,6 +90,7 @@ def describe_list(
         _check_kept(writer, model, pictures, config)
         logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
         record_config(config, folder)
+        tell_precision(model)
         _tell_reshaped([pictures.paths[index] for index in missing], size)
         batches = image_batches(
             pictures.paths,
@@ -97,18 +101,15 @@ def describe_list(
             size.exif_rotation,
             missing,
         )
-        estimated = False
+        estimate = _Estimate(folder, header, len(missing), size.cachebatchsize, model.device)
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
             for indices, batch in batches:
                 # One picture at a time stays in a processor's cache; an accelerator wants them all
                 step = 1 if model.device.type == "cpu" else len(indices)
                 for first in range(0, len(indices), step):
-                    began = time.perf_counter()
+                    estimate.start()
                     described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
-                    if not estimated:  # the first ones tell the feature map's size and the speed
-                        seconds = (time.perf_counter() - began) / step * len(missing)
-                        _announce(folder, header, described.grids, len(missing), seconds)
-                        estimated = True
+                    estimate.take(described.grids, step)
                     for position, index in enumerate(indices[first : first + step]):
                         writer.write(index, described.global_[position], described.picture(position))
                     bar.update(step)
@@ -134,6 +135,12 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
             f"{similarity:.3f}; another --dataset_root_dir, or pictures replaced? choose another "
             "--output_features_dir, or replace the features with --overwrite)"
         )
+
+
+def tell_precision(model: PlaceModel) -> None:
+    """Say where the precision that was asked for is another one."""
+    if model.precision == "tf32" and model.device.type != "cuda":
+        logger.info("[feature_extract] precision = tf32: on %s it is float32, only CUDA has TF32", model.device)
 
 
 def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:
@@ -262,20 +269,50 @@ def check_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _announce(
-    folder: Path, header: StoreHeader, grids: tuple[PatchGrid, ...], num_pictures: int, seconds: float
-) -> None:
-    """Say what a run will take in bytes and time; raises UserError when the disk has not got that much."""
-    map_size = (grids[0].map_height, grids[0].map_width) if grids else (0, 0)
-    num_bytes = estimate_bytes(header, map_size, num_pictures)
-    logger.info(
-        "about %s on disk (%s of descriptors a picture, %s) and %s",
-        _amount(num_bytes),
-        _amount(num_bytes / num_pictures),
-        header.dtype,
-        _duration(seconds),
-    )
-    check_disk(folder, num_bytes)
+class _Estimate:
+    """Says what a run will take, in bytes and time, from its first pictures.
+
+    The disk is checked after the first of them. An accelerator's first batch takes longer than all others, since it
+    starts there: the time comes from the second one, unless there is only one.
+    """
+
+    def __init__(
+        self, folder: Path, header: StoreHeader, num_pictures: int, batch_size: int, device: torch.device
+    ) -> None:
+        self._folder, self._header, self._device = folder, header, device
+        self._num_pictures = num_pictures
+        self._to_leave_out = 0 if device.type == "cpu" or num_pictures <= batch_size else 1
+        self._num_bytes: int | None = None  # until the first pictures tell the feature map's size
+        self._told = False
+        self._began = 0.0
+
+    def start(self) -> None:
+        """Pictures will be described now."""
+        if not self._told:
+            synchronize(self._device)
+            self._began = time.perf_counter()
+
+    def take(self, grids: tuple[PatchGrid, ...], count: int) -> None:
+        """So many pictures have been described; raises UserError when the disk has not got room for all."""
+        if self._told:
+            return
+        if self._num_bytes is None:
+            map_size = (grids[0].map_height, grids[0].map_width) if grids else (0, 0)
+            self._num_bytes = estimate_bytes(self._header, map_size, self._num_pictures)
+            check_disk(self._folder, self._num_bytes)
+        if self._to_leave_out:
+            self._to_leave_out -= 1
+            return
+        synchronize(self._device)
+        seconds = (time.perf_counter() - self._began) / count * self._num_pictures
+        logger.info(
+            "about %s on disk (%s of descriptors a picture, %s) and %s",
+            _amount(self._num_bytes),
+            _amount(self._num_bytes / self._num_pictures),
+            self._header.dtype,
+            _duration(seconds),
+        )
+        self._told = True
 
 
 def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:

@@ -1,13 +1,14 @@
 """Encoder, pooling and WPCA as one module: pictures in, global and patch descriptors out."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.devices import float32_products
 from patchnetvlad.encoders.table import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
@@ -15,6 +16,8 @@ from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import patch_descriptors
 from patchnetvlad.whitening import WPCA, WPCAFit
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 POOLINGS = ("netvlad", "patchnetvlad", "max", "avg")
 
@@ -36,7 +39,8 @@ class PlaceModel(nn.Module):
     Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``; where patches come from an encoder of
     their own, that one's lie behind ``patch_branch.``. ``patch_sizes`` and ``strides``
     count positions of the feature map; both are empty for a purely global model. ``precision`` is that of the encoder
-    and the WPCA product in `describe`: torch.float32 or torch.bfloat16; pooling stays in float32.
+    and the WPCA product in `describe`; pooling stays in float32. tf32 differs from float32 on CUDA alone, where
+    products have the range of float32 and 10 bits of mantissa.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class PlaceModel(nn.Module):
         self.output_dims = num_pcs or pooled_dims
         self.patch_sizes = tuple(patch_sizes) if pooling == "patchnetvlad" else ()
         self.strides = tuple(strides) if pooling == "patchnetvlad" else ()
-        self.precision = torch.float32
+        self.precision: Precision = "float32"
         self.patch_branch: PatchBranch | None = None
         if patch_backbone is not None:
             self.patch_branch = PatchBranch(patch_backbone, patch_clusters, num_pcs, vladv2)
@@ -116,33 +120,54 @@ class PlaceModel(nn.Module):
 
         Raises UserError when a patch is larger than the feature map.
         """
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            feature_map = self.encoder(pictures)
-        if not self.patch_sizes:
-            return Descriptors(self.whiten(self.pool(feature_map)), (), ())
-        if self.patch_branch is not None:
-            global_ = self.whiten(self.pool(feature_map))
-            with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-                local, assignment = self.patch_branch.pool.assign(self.patch_branch.encoder(pictures))
-            return self._with_patches(global_, local, assignment, self.patch_branch.pool)
-        assert isinstance(self.pool, NetVLAD)
-        local, assignment = self.pool.assign(feature_map)
-        global_ = self.whiten(self.pool.aggregate(local, assignment))
-        return self._with_patches(global_, local, assignment, self.pool)
+        with float32_products(pictures.device):
+            features = self.feature_map(pictures)
+            if not self.patch_sizes:
+                return Descriptors(self._whitened(self.pool(features)), (), ())
+            if self.patch_branch is not None:
+                global_, pool = self._whitened(self.pool(features)), self.patch_branch.pool
+                local, assignment = pool.assign(self.feature_map(pictures, self.patch_branch.encoder))
+            else:
+                assert isinstance(self.pool, NetVLAD)
+                pool = self.pool
+                local, assignment = pool.assign(features)
+                global_ = self._whitened(pool.aggregate(local, assignment))
+            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
+            grids = self.grids(local.shape[1], local.shape[2])
+            return Descriptors(global_, tuple(self._whitened_patches(of_size) for of_size in patches), grids)
 
-    def _with_patches(self, global_: Tensor, local: Tensor, assignment: Tensor, pool: NetVLAD) -> Descriptors:
-        patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
-        grids = self.grids(local.shape[1], local.shape[2])
-        return Descriptors(global_, tuple(self.whiten_patches(some) for some in patches), grids)
+    def feature_map(self, pictures: Tensor, encoder: nn.Module | None = None) -> Tensor:
+        """The output of the encoder, or of another, for N×3×H×W pictures, N×C×H×W, in the model's precision."""
+        half = self.precision == "bfloat16"
+        device = pictures.device
+        with (
+            float32_products(device, self.precision == "tf32"),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):
+            return cast(Tensor, (encoder or self.encoder)(pictures))
+
+    def _whitened(self, descriptors: Tensor) -> Tensor:
+        """`whiten` in the model's precision."""
+        with float32_products(descriptors.device, self.precision == "tf32"):
+            return self.whiten(descriptors)
+
+    def _whitened_patches(self, descriptors: Tensor) -> Tensor:
+        """`whiten_patches` in the model's precision."""
+        with float32_products(descriptors.device, self.precision == "tf32"):
+            return self.whiten_patches(descriptors)
+
+    @property
+    def _product_type(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def whiten_patches(self, descriptors: Tensor) -> Tensor:
-        """The same for patches, which may have a WPCA of their own."""
+        """What `whiten` does, for patches, which may have a WPCA of their own."""
         if self.patch_branch is None:
             return self.whiten(descriptors)
-        return cast(Tensor, self.patch_branch.WPCA(descriptors, self.precision))
+        return cast(Tensor, self.patch_branch.WPCA(descriptors, self._product_type))
 
     def whiten(self, descriptors: Tensor) -> Tensor:
         """Pooled descriptors, …×dims, to what the model gives out: through WPCA if there is one, unit rows."""
         if self.WPCA is None:
             return F.normalize(descriptors, dim=-1, eps=EPSILON)
-        return cast(Tensor, self.WPCA(descriptors, self.precision))
+        return cast(Tensor, self.WPCA(descriptors, self._product_type))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from patchnetvlad.checkpoints import build_model, read_checkpoint, without_projection, write_checkpoint
 from patchnetvlad.clustering import Clusters, find_clusters
 from patchnetvlad.config import Config
+from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, require_one_process
 from patchnetvlad.errors import UserError
 from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
@@ -32,6 +33,7 @@ SAMPLE_BYTES = 1 << 30  # that they may take, though at least twice as many are 
 PATCHES_PER_PICTURE = 100  # of one size, since patches of one picture overlap; again more where dimensions need it
 
 
+@memory_errors(EXTRACTION_MEMORY)
 def fit_model(
     config: Config, paths: Sequence[Path], device: torch.device, progress: bool = False
 ) -> tuple[PlaceModel, WPCAFit | None]:
@@ -45,6 +47,7 @@ def fit_model(
     started = time.perf_counter()
     params = config.global_params
     _check_fit(config)
+    require_one_process(params, "fitting")
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
         params.backbone,
@@ -82,6 +85,7 @@ def _check_fit(config: Config) -> None:
         )
 
 
+@memory_errors(EXTRACTION_MEMORY)
 def add_wpca(
     config: Config, resume_path: Path, paths: list[Path], source: Path, device: torch.device, progress: bool = False
 ) -> Path:
@@ -93,6 +97,7 @@ def add_wpca(
     Raises UserError when num_pcs is not below the number of pictures, or above the descriptors' length, and when one
     of the sample's pictures cannot be read.
     """
+    require_one_process(config.global_params, "fitting")
     num_pcs = config.global_params.num_pcs
     if not num_pcs:
         raise UserError("[global_params] num_pcs = 0: expected the number of dimensions to project to")
@@ -193,7 +198,7 @@ def _sampled_rows(model: PlaceModel, pictures: Tensor, each: int, rng: np.random
         yield model.describe(pictures).global_
         return
     assert isinstance(model.pool, NetVLAD)
-    assigned = model.pool.assign(model.encoder(pictures))
+    assigned = model.pool.assign(model.feature_map(pictures))
     for grid in model.grids(*assigned[0].shape[1:3]):
         for local, assignment in zip(*assigned, strict=True):
             chosen = torch.from_numpy(rng.permutation(len(grid))[:each]).to(local.device)

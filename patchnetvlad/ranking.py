@@ -14,6 +14,7 @@ from tqdm import tqdm
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.devices import MATCHING_MEMORY, device_room, memory_errors
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
 from patchnetvlad.reranking import (
@@ -26,9 +27,8 @@ from patchnetvlad.reranking import (
     with_similarities,
 )
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.similarity_choice import choose_way
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchSource
-from patchnetvlad.workers import Workers
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesOnDevice, PatchSource
+from patchnetvlad.workers import Workers, choose_way
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Ranker:
         self._device = device
         self._workers = Workers()
         self._index: DatabaseIndex | None = None  # until the first query that is searched
+        self._on_device: PatchesOnDevice | None = None  # until pictures are re-ranked on an accelerator
         self._rounded: bool | None = None  # until the first pair decides
         if options.index.endswith(BUILT_INDEX) and database.index is None:
             raise UserError(
@@ -71,6 +72,7 @@ class Ranker:
             )
         check_panoramas(options.panorama_cutouts, len(database))
 
+    @memory_errors(MATCHING_MEMORY)
     def rank(
         self,
         queries: DescribedPictures,
@@ -107,7 +109,7 @@ class Ranker:
         started = time.perf_counter()
         if self._index is None:
             index = self._database.index or self._options.index
-            self._index = DatabaseIndex(self._database.global_, index, self._device)
+            self._index = DatabaseIndex(self._database.global_, index, self._device, device_room(self._device))
         found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
@@ -119,25 +121,34 @@ class Ranker:
         """Re-rank the candidates of every query, database rows in retrieval order; and the patch sizes."""
         first = next((row for row, head in enumerate(heads) if head), None)
         if first is not None:  # before reading ahead, which would be in vain where 8 bits are chosen
-            self._choose_similarity(queries.patches(first).to(self._device), database, heads[first][0])
+            self._choose_similarity(queries.patches(first, self._device), database, heads[first][0])
         sizes = {index: database.picture_bytes(index) for index in set(chain.from_iterable(heads))}
         _check_room(heads, sizes, database.cache_bytes)
         order = visiting_order(heads, sizes, database.cache_bytes)
         database.prefetch(chain.from_iterable(heads[row] for row in order))
         queries.prefetch(order)
+        references = self._references(database)
         rerankings: dict[int, Reranking] = {}
         patch_sizes: tuple[int, ...] = ()
         started = time.perf_counter()
         for row in tqdm(order, "Re-ranking", unit="query", disable=not progress):
-            query = queries.patches(row).to(self._device)
+            query = queries.patches(row, self._device)
             patch_sizes = tuple(grid.patch_size for grid in query.grids)
-            rerankings[row] = self._rerank(query, database, heads[row])
+            rerankings[row] = self._rerank(query, references, heads[row])
         pairs = sum(map(len, heads))
         seconds = time.perf_counter() - started
         logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
         return [rerankings[row] for row in range(len(heads))], patch_sizes
 
-    def _rerank(self, query: PatchFeatures, database: PatchSource, head: Sequence[int]) -> Reranking:
+    def _references(self, database: PatchSource) -> PatchSource | PatchesOnDevice:
+        """Where candidates come from; on an accelerator half of the room that the search leaves there keeps some."""
+        if self._device.type == "cpu":
+            return database
+        if self._on_device is None:
+            self._on_device = PatchesOnDevice(database, self._device, (device_room(self._device) or 0) // 2)
+        return self._on_device
+
+    def _rerank(self, query: PatchFeatures, database: PatchSource | PatchesOnDevice, head: Sequence[int]) -> Reranking:
         if self._rounded:
             query = query.round_as("query")
         features = (database.patches(index) for index in head)
@@ -149,7 +160,7 @@ class Ranker:
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""
         if self._rounded is None:
-            reference = database.patches(candidate).to(self._device)
+            reference = database.patches(candidate, self._device)
             similarity = self._options.similarity
             # Measured where pairs will be matched
             (chosen,) = self._workers.map(lambda pair: choose_way(similarity, *pair), [(query, reference)])

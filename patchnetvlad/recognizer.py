@@ -14,7 +14,9 @@ from torch import Tensor
 
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.devices import check_one_gpu, memory_errors
 from patchnetvlad.errors import UserError
+from patchnetvlad.extraction import tell_precision
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -165,9 +167,12 @@ class PlaceRecognizer:
         """
         if not isinstance(config, Config):
             config = load_config(require_file(str(config), "configs"), overrides)
+        check_one_gpu(config.global_params, "a PlaceRecognizer")
         model, _ = load_model(config)
+        tell_precision(model.to(device))
         return cls(model.to(device), config)
 
+    @memory_errors("[feature_extract] imageresizew and imageresizeh")
     def describe(self, pictures: Pictures) -> list[Description]:
         """Describe one picture or several, in the order given; while one is described, the next are loaded.
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchnetvlad.candidates import ApproximateSearch, Candidates
 from patchnetvlad.errors import UserError
@@ -29,12 +30,17 @@ class DatabaseIndex:
 
     database: M×D; index "Flat" is exact, and equal distances rank the lower row first, whatever the device. Anything
     else runs on the CPU and proposes rows, which are ranked by their exact distances: a faiss factory string, of which
-    an index is made here, or a search that was made before.
+    an index is made here, or a search that was made before. room: bytes that the exact search may take on an
+    accelerator, None for all it needs; what does not fit is sent there in blocks, for every 256 queries again.
     Raises UserError if faiss cannot make, train or search the index.
     """
 
     def __init__(
-        self, database: Float32Rows, index: str | ApproximateSearch = "Flat", device: torch.device = _CPU
+        self,
+        database: Float32Rows,
+        index: str | ApproximateSearch = "Flat",
+        device: torch.device = _CPU,
+        room: int | None = None,
     ) -> None:
         self._database = database
         self._fast: _Search | None = None
@@ -46,7 +52,7 @@ class DatabaseIndex:
         elif index != "Flat":
             self._approximate = _FactoryIndex(database, index)
         else:
-            self._fast = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device)
+            self._fast = _faiss_search(database) if device.type == "cpu" else _torch_search(database, device, room)
             self._largest = _largest_square(database)
 
     def search(self, queries: Float32Rows, k: int, panorama_cutouts: int = 1) -> Candidates:
@@ -150,29 +156,44 @@ def _faiss_search(database: Float32Rows) -> _Search:
     return search
 
 
-def _torch_search(database: Float32Rows, device: torch.device) -> _Search:
-    blocks = [
-        torch.tensor(database[start : start + _DATABASE_ROWS], dtype=torch.float32, device=device)
-        for start in range(0, len(database), _DATABASE_ROWS)
-    ]
-    squared_norms = [block.square().sum(dim=1) for block in blocks]
+def _torch_search(database: Float32Rows, device: torch.device, room: int | None = None) -> _Search:
+    """Search in blocks of rows on a device: the first ones stay there, as many as fit into room, others come and go."""
+    rows_at_once, staying = _block_plan(database.shape, room)
+
+    def load(start: int) -> tuple[Tensor, Tensor]:
+        block = torch.tensor(database[start : start + rows_at_once], dtype=torch.float32, device=device)
+        return block, block.square().sum(dim=1)
+
+    starts = range(0, len(database), rows_at_once)
+    there = {start: load(start) for start in starts[:staying]}
 
     def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
         rows = torch.as_tensor(queries, device=device)
         best = torch.empty(len(rows), 0, device=device)
         nearest = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-        start = 0
-        for block, norms in zip(blocks, squared_norms, strict=True):
+        for start in starts:
+            block, norms = there.get(start) or load(start)
             distances, within = (norms - 2 * (rows @ block.T)).topk(min(count, len(block)), largest=False)
             best = torch.cat([best, distances], dim=1)
             nearest = torch.cat([nearest, within + start], dim=1)
             best, kept = best.topk(min(count, best.shape[1]), largest=False)
             nearest = nearest.gather(1, kept)
-            start += len(block)
+            del block, norms  # before the next one takes its place
         best = best + rows.square().sum(dim=1, keepdim=True)
         return best.cpu().numpy(), nearest.cpu().numpy()
 
     return search
+
+
+def _block_plan(shape: tuple[int, ...], room: int | None) -> tuple[int, int]:
+    """Rows of a block and blocks that stay on a device, for an N×D database and so many bytes there."""
+    count, dims = shape
+    row_bytes = 4 * dims
+    if room is None or count * row_bytes <= room:
+        return _DATABASE_ROWS, -(-count // _DATABASE_ROWS)
+    # A block that passes through takes its rows and, while their norms are made, their squares
+    rows = max(1, min(_DATABASE_ROWS, room // (4 * row_bytes)))
+    return rows, max(0, room // (rows * row_bytes) - 2)
 
 
 class _FactoryIndex:

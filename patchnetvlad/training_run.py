@@ -23,6 +23,7 @@ from patchnetvlad.clustering import (
     write_clusters,
 )
 from patchnetvlad.config import Config
+from patchnetvlad.devices import TRAINING_MEMORY, memory_errors
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, write_text
@@ -110,6 +111,7 @@ class TrainedRun:
     best_score: float
 
 
+@memory_errors(TRAINING_MEMORY)
 def train_model(config: Config, options: RunOptions, processes: Processes, progress: bool = False) -> TrainedRun:
     """Train on MSLS or on the user's pictures, from clusters, or from where a checkpoint stopped.
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
-import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from patchnetvlad.downloads import require_answer
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import make_folder, read_text, told, write_text
-from patchnetvlad.model import PlaceModel
+from patchnetvlad.model import PlaceModel, Precision
 from patchnetvlad.paths import PUBLISHED_CHECKPOINTS, require_file
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def load_model(config: Config) -> tuple[PlaceModel, Checkpoint]:
         )
     logger.info("weights: %s (SHA-256 %s…)", path, checkpoint.sha256[:12])
     model = build_model(checkpoint, config.global_params)
-    model.precision = getattr(torch, config.feature_extract.precision)
+    model.precision = cast(Precision, config.feature_extract.precision)
     return model, checkpoint
 
 

@@ -11,21 +11,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from patchnetvlad import ranking
+from patchnetvlad.candidates import Candidates
+from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import chosen_descriptors, patch_descriptors
+from patchnetvlad.ranking import Ranker
 from patchnetvlad.ransac import consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.retrieval import DatabaseIndex
+from patchnetvlad.store.feature_files import CODECS, CPU
+from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory, PatchesOnDevice
 from patchnetvlad.whitening import WPCA, fit_wpca
 
 ROOT = Path(__file__).parent.parent
@@ -269,3 +277,75 @@ def test_faiss_keeps_to_one_thread_on_macos() -> None:
         env=environment | {"OMP_NUM_THREADS": "2"},
     )
     assert done.stdout.split() == ["1", "TRUE"]
+
+
+def unit_rows(count: int, dims: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, dims, generator=generator), dim=1)
+
+
+class Recording(Device):
+    """Notes what travels to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and MPS in tree_leaves((args[1:], kwargs)) and not isinstance(args[0], StandIn):
+            self.sent.append(args[0])
+        return run(func, args, kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_descriptors_travel_as_they_are_stored(dtype: str) -> None:
+    rows = unit_rows(30, 40, 1)
+    stored = CODECS[dtype].encode(rows)
+    here = CODECS[dtype].decode(stored)
+    with Recording() as recording:
+        there = CODECS[dtype].decode(stored, MPS)
+    assert [sent.dtype for sent in recording.sent] == [getattr(torch, dtype)]
+    assert isinstance(there, StandIn) and there.dtype == torch.float32
+    assert torch.equal(there.as_subclass(Tensor), here)
+
+
+@pytest.mark.parametrize("room", [0, 10**6])
+def test_candidates_that_queries_share_travel_once_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    grid = PatchGrid(6, 7, 2)
+    pictures = [PatchFeatures((unit_rows(len(grid), 16, seed),), (grid,)) for seed in range(9)]
+    given = np.array([[0, 1, 2, 3], [2, 3, 4, 0], [0, 1, 2, 5]])
+    chosen = Candidates(given, np.zeros(given.shape, dtype=np.float32))
+    options = FeatureMatchConfig("RANSAC", (4,), patchweights2use=(1.0,), similarity="float32")
+    queries = DescribedPictures(np.eye(9, dtype=np.float32)[:3], PatchesInMemory(pictures[:3]))
+    database = DescribedPictures(np.eye(9, dtype=np.float32)[:6], PatchesInMemory(pictures[3:]))
+    expected = Ranker(options, database, torch.device("cpu")).rank(queries, chosen)
+    monkeypatch.setattr(ranking, "device_room", lambda device: room)
+    with Recording() as recording:
+        found = Ranker(options, database, MPS).rank(queries, chosen)
+    pair, asked = 2, 3  # the first pair decides how to compare; every query travels again
+    travels = sum(sent.shape == (len(grid), 16) for sent in recording.sent)
+    assert travels == pair + asked + (given.size if room == 0 else 6)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+
+
+def test_what_was_asked_for_last_stays_on_the_device() -> None:
+    grid = PatchGrid(6, 7, 2)
+    pictures = [PatchFeatures((unit_rows(len(grid), 16, seed),), (grid,)) for seed in range(4)]
+    asked: list[int] = []
+    passed: list[int] = []
+
+    class Counting(PatchesInMemory):
+        def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
+            asked.append(index)
+            return super().patches(index, device)
+
+        def pass_over(self, index: int) -> None:
+            passed.append(index)
+
+    kept = PatchesOnDevice(Counting(pictures), CPU, 2 * pictures[0].nbytes)
+    for index in (0, 1, 0, 2, 0, 1):
+        assert kept.patches(index) is pictures[index]
+    assert asked == [0, 1, 2, 1]
+    assert passed == [0, 0]

@@ -28,8 +28,8 @@ from patchnetvlad.patch_rounding import (
 )
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.reranking import match_pair
-from patchnetvlad.similarity_choice import choose_way
 from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.workers import choose_way
 
 
 def overlapping_patches(count, dims, seed, common=None):

@@ -96,11 +96,11 @@ def test_grey_pictures_are_described(tmp_path):
 def test_bfloat16_is_close_and_says_so_by_its_rounding(published_model):
     picture = prepare_image(read_image(DATA / "synthetic/scene_a.png"), 240, 320)[None]
     exact = published_model.describe(picture)
-    published_model.precision = torch.bfloat16
+    published_model.precision = "bfloat16"
     try:
         rough = published_model.describe(picture)
     finally:
-        published_model.precision = torch.float32
+        published_model.precision = "float32"
     assert rough.global_.dtype == torch.float32
     for first, second in zip((exact.global_, *exact.patches), (rough.global_, *rough.patches), strict=True):
         cosines = (first * second).sum(dim=-1)

@@ -24,6 +24,7 @@ from patchnetvlad.ranking import Ranker, check_panoramas, visiting_order
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.retrieval import Candidates
 from patchnetvlad.store.feature_cache import PictureCache, available_memory, cache_bytes
+from patchnetvlad.store.feature_files import CPU
 from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
 
 QUERIES = [f"queries/query{number:02}_0.jpg" for number in (0, 3, 7)]
@@ -232,6 +233,22 @@ def test_the_cache_reads_as_little_as_an_announced_order_allows(order, capacity)
     cache.close()
 
 
+def test_reading_ahead_goes_on_past_what_is_not_needed():
+    read = []
+
+    def load(index):
+        read.append(index)
+        return (np.zeros(1, dtype=np.uint8),)
+
+    cache = PictureCache(load, lambda index: 1, 100, workers=1)
+    cache.prefetch(range(12))
+    for index in range(11):
+        cache.pass_over(index)
+    cache.get(11)
+    cache.close()
+    assert read == list(range(12))  # four ahead at most, unless passed pictures make way
+
+
 def test_an_announced_order_beats_recency():
     cache = PictureCache(lambda index: (np.zeros(10, np.int8),), lambda index: 10, 20, workers=0)
     order = [0, 1, 2] * 5
@@ -256,9 +273,9 @@ def test_queries_are_ranked_in_the_order_of_the_list(caplog):
     class Limited(PatchesInMemory):
         cache_bytes = 2 * len(GRID) * 12 * 4
 
-        def patches(self, index):
+        def patches(self, index, device=CPU):
             visited.append(index)
-            return super().patches(index)
+            return super().patches(index, device)
 
     options = FeatureMatchConfig("spatialApproximator", (4,), patchweights2use=(1.0,), similarity="float32")
     queries, database = pictures(4, 1), pictures(8, 2)

@@ -30,13 +30,17 @@ def by_definition(queries, database, k):
     return order, -np.take_along_axis(distances, order, axis=1)
 
 
-@pytest.fixture(params=["faiss", "torch"])
+@pytest.fixture(params=["faiss", "torch", "torch, streamed"])
 def search(request, monkeypatch):
-    """`retrieve` by both searches; the accelerator's one runs on the CPU here, in blocks of three rows."""
-    if request.param == "torch":
+    """`retrieve` by both searches; the accelerator's one runs on the CPU here, in blocks of three rows.
+
+    Streamed, it has room for a few rows only.
+    """
+    if request.param != "faiss":
         monkeypatch.setattr(retrieval, "_DATABASE_ROWS", 3)
+        room = 2000 if request.param == "torch, streamed" else None
         monkeypatch.setattr(
-            retrieval, "_faiss_search", lambda database: retrieval._torch_search(database, torch.device("cpu"))
+            retrieval, "_faiss_search", lambda database: retrieval._torch_search(database, torch.device("cpu"), room)
         )
     return retrieve
 
@@ -161,3 +165,35 @@ def test_faiss_leaves_its_defaults_alone():
     threads = faiss.omp_get_max_threads()
     retrieve(unit_rows(3, 4, 0), unit_rows(5, 4, 1), 2)
     assert faiss.omp_get_max_threads() == threads
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10_000), st.integers(1, 64), st.integers(0, 3_000_000))
+def test_blocks_fit_the_room_on_the_device(count, dims, room):
+    rows, staying = retrieval._block_plan((count, dims), room)
+    held = min(count, rows * staying) * 4 * dims
+    if count * 4 * dims <= room:
+        assert rows * staying >= count
+    elif room >= 16 * dims:  # four rows: one that passes through, its squares, and what stays
+        assert held + 2 * rows * 4 * dims <= room
+    else:
+        assert (rows, staying) == (1, max(0, room // (4 * dims) - 2))
+
+
+def test_blocks_beyond_the_room_come_once_for_each_batch_of_queries(monkeypatch):
+    database = unit_rows(40, 8, 1)
+    reads = []
+
+    class Read(np.ndarray):
+        def __getitem__(self, place):
+            reads.append(place.start)
+            return np.asarray(self)[place]
+
+    monkeypatch.setattr(retrieval, "_DATABASE_ROWS", 10)
+    search = retrieval._torch_search(database.view(Read), torch.device("cpu"), 40 * 8 * 4 - 1)
+    assert reads == [0, 9]  # these stay; two more blocks would fit, in whose place the others come
+    expected, _ = by_definition(unit_rows(5, 8, 0), database, 7)
+    for _ in range(2):
+        reads.clear()
+        np.testing.assert_array_equal(search(unit_rows(5, 8, 0), 7)[1], expected)
+        assert reads == [18, 27, 36]

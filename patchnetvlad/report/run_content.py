@@ -53,7 +53,7 @@ def _pair_matches(run: MatchingRun) -> Callable[[int, int], Sequence[DrawnMatche
     matcher = find_matcher(run.config.feature_match.matcher)
 
     def matches(row: int, index: int) -> Sequence[DrawnMatches]:
-        query, reference = queries.patches(row).to(run.device), database.patches(index).to(run.device)
+        query, reference = queries.patches(row, run.device), database.patches(index, run.device)
         return drawn_matches(score_pair(query, reference, matcher), query.grids, reference.grids)
 
     return matches

@@ -130,6 +130,15 @@ class PictureCache:
                 self._held.put(index, arrays, self._plan.next_use(index))
             self._schedule()
 
+    def pass_over(self, index: int) -> None:
+        """What `get` does, without the arrays: somebody has the picture already whose turn it is."""
+        with self._lock:
+            self._plan.use(index)
+            held = self._held.get(index)
+            if held is not None:
+                self._held.put(index, held, self._plan.next_use(index))
+            self._asked_for(index)
+
     def forget(self) -> None:
         """Drop what is held: pictures are to be read anew."""
         with self._lock:

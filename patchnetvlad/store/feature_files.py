@@ -35,6 +35,9 @@ _SMALLEST_SCALE = 1e-34
 _BANDS = 16  # of dimensions, with a scale each
 
 
+CPU = torch.device("cpu")
+
+
 class StoredArray(NamedTuple):
     """Patch descriptors as stored: an array of a row for each patch, and the codec's scales if it has any."""
 
@@ -67,8 +70,8 @@ class Codec(Protocol):
         """P×D descriptors as stored, on the CPU. Raises ValueError for NaN or infinity."""
         ...
 
-    def decode(self, stored: StoredArray) -> Tensor:
-        """Stored descriptors as a float32 P×D tensor."""
+    def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
+        """Stored descriptors as a float32 P×D tensor on a device, where they travel as they are stored if they can."""
         ...
 
 
@@ -91,9 +94,9 @@ class FloatCodec:
         """The same in this type, on the CPU; without a copy where they already are."""
         return StoredArray(_finite(descriptors).to(self._dtype).contiguous().cpu().numpy(), None)
 
-    def decode(self, stored: StoredArray) -> Tensor:
-        """As float32, which shares its memory with the array."""
-        return torch.from_numpy(stored.array).to(torch.float32)
+    def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
+        """As float32, which shares its memory with the array on the CPU."""
+        return _sent(stored.array, device).to(torch.float32)
 
 
 class SquareRootCodec:
@@ -125,9 +128,9 @@ class SquareRootCodec:
         roots = (descriptors * inverse).abs_().sqrt_()
         return StoredArray(roots.copysign_(descriptors).round_().to(torch.int8).contiguous().cpu().numpy(), scales)
 
-    def decode(self, stored: StoredArray) -> Tensor:
+    def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
         """value = integer · |integer| · scale."""
-        descriptors = torch.from_numpy(stored.array).to(torch.float32)
+        descriptors = _sent(stored.array, device).to(torch.float32)
         return descriptors.mul_(descriptors.abs()).mul_(self._of_dimensions(stored.scales or (), descriptors))
 
     def _band_width(self, dims: int) -> int:
@@ -167,14 +170,22 @@ class ProductCodec:
         """Codes."""
         return StoredArray(self._learned().encode(_finite(descriptors)), None)
 
-    def decode(self, stored: StoredArray) -> Tensor:
-        """The unit rows that the codes stand for."""
-        return self._learned().decode(stored.array)
+    def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
+        """The unit rows that the codes stand for; they are looked up on the CPU."""
+        return self._learned().decode(stored.array).to(device)
 
     def _learned(self) -> PatchCodec:
         if self._trained is None:
             raise ValueError("a codec that was not trained neither encodes nor decodes")
         return self._trained
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; to CUDA it goes from pinned memory, and the processor does not wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def codec_of(dtype: str, trained: PatchCodec | None = None) -> Codec:

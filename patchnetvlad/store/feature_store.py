@@ -24,6 +24,7 @@ from patchnetvlad.store.feature_blocks import BlockReader
 from patchnetvlad.store.feature_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.store.feature_files import (
     CODECS,
+    CPU,
     GLOBAL_NAME,
     ArrayInfo,
     Codec,
@@ -144,8 +145,10 @@ class FeatureStore:
         """What a picture takes in the cache."""
         return self._size(index)
 
-    def patches(self, index: int) -> PatchFeatures:
-        """Patch descriptors of a picture as float32; no patch sizes in a purely global store.
+    def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
+        """Patch descriptors of a picture as float32 on a device; no patch sizes in a purely global store.
+
+        Only on the CPU there are 8-bit descriptors too.
 
         The tensors may share the cache's memory: do not change them. In a published folder with C-ordered files they
         are transposed views. Raises UserError when a file is damaged or of the wrong shape.
@@ -154,7 +157,9 @@ class FeatureStore:
         count = len(picture.grids)
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
-        descriptors = tuple(self._codec.decode(StoredArray(array, scales)) for array, scales in stored)
+        descriptors = tuple(self._codec.decode(StoredArray(array, scales), device) for array, scales in stored)
+        if device.type != "cpu":
+            return PatchFeatures(descriptors, picture.grids)
         if self._rounded and self.coded:
             return PatchFeatures(descriptors, picture.grids).round_as("reference")
         parts = [torch.from_numpy(array) for array in arrays[count:]]
@@ -173,6 +178,10 @@ class FeatureStore:
         given, repetitions included, as an iterator too. Takes the place of an earlier call.
         """
         self._cache.prefetch(indices)
+
+    def pass_over(self, index: int) -> None:
+        """A picture whose turn it is in the announced order is not needed."""
+        self._cache.pass_over(index)
 
     def close(self) -> None:
         """Stop reading ahead and empty the cache; `global_` stays."""

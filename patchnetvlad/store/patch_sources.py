@@ -1,5 +1,6 @@
 """Where matching gets a picture's patch descriptors: from a store, from memory, or made when asked for."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,13 +17,14 @@ from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.store.feature_cache import CacheStatistics, PictureCache
+from patchnetvlad.store.feature_files import CPU
 
 
 class PatchSource(Protocol):
     """Patch descriptors of a list's pictures by their index; a FeatureStore is one."""
 
-    def patches(self, index: int) -> PatchFeatures:
-        """Patch descriptors of one picture, float32."""
+    def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
+        """Patch descriptors of one picture on a device, float32."""
         ...
 
     def round_references(self) -> None:
@@ -31,6 +33,10 @@ class PatchSource(Protocol):
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Announce the order in which pictures will be asked for."""
+        ...
+
+    def pass_over(self, index: int) -> None:
+        """A picture whose turn it is in the announced order is not needed."""
         ...
 
     @property
@@ -70,15 +76,18 @@ class PatchesInMemory:
     def __init__(self, pictures: Iterable[PatchFeatures]) -> None:
         self._pictures = list(pictures)
 
-    def patches(self, index: int) -> PatchFeatures:
-        """Patch descriptors of one picture, on the device they were made on."""
-        return self._pictures[index]
+    def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
+        """Patch descriptors of one picture."""
+        return self._pictures[index].to(device)
 
     def round_references(self) -> None:
         """Keep 8-bit descriptors beside the others: a quarter more memory."""
         self._pictures = [picture.round_as("reference") for picture in self._pictures]
 
     def prefetch(self, indices: Iterable[int]) -> None:
+        """Nothing: all are here."""
+
+    def pass_over(self, index: int) -> None:
         """Nothing: all are here."""
 
     @property
@@ -96,6 +105,35 @@ class PatchesInMemory:
         return CacheStatistics(0, 0, 0, len(self._pictures), sum(picture.nbytes for picture in self._pictures))
 
 
+class PatchesOnDevice:
+    """Pictures of a source on an accelerator: those asked for last stay there, as many as fit into max_bytes.
+
+    So what the next query shares with this one travels once. On the CPU the source's own memory does that.
+    """
+
+    def __init__(self, source: PatchSource, device: torch.device, max_bytes: int) -> None:
+        self.source = source
+        self._device = device
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[int, PatchFeatures] = OrderedDict()
+        self._bytes = 0
+
+    def patches(self, index: int) -> PatchFeatures:
+        """Patch descriptors of one picture on the device."""
+        features = self._held.get(index)
+        if features is not None:
+            self._held.move_to_end(index)
+            self.source.pass_over(index)
+            return features
+        features = self.source.patches(index, self._device)
+        if features.nbytes <= self._max_bytes:
+            self._held[index] = features
+            self._bytes += features.nbytes
+            while self._bytes > self._max_bytes:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return features
+
+
 class OnDemandPatches:
     """Describes a picture when its patches are asked for, and keeps as many as fit into cache_bytes.
 
@@ -111,11 +149,11 @@ class OnDemandPatches:
         self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes, workers=0)
         self._bytes = 0  # of the picture described last
 
-    def patches(self, index: int) -> PatchFeatures:
-        """Patch descriptors of one picture, float32, on the CPU."""
+    def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
+        """Patch descriptors of one picture, float32."""
         arrays = self._cache.get(index)
         features = PatchFeatures(tuple(torch.from_numpy(array) for array in arrays), self._grids[index])
-        return features.round_as("reference") if self._rounded else features
+        return (features.round_as("reference") if self._rounded else features).to(device)
 
     def round_references(self) -> None:
         """Give 8-bit descriptors too; they are made at every `patches`, in far less time than the picture took."""
@@ -124,6 +162,10 @@ class OnDemandPatches:
     def prefetch(self, indices: Iterable[int]) -> None:
         """Keep what is asked for soonest; nothing is described ahead, which would take the processor from matching."""
         self._cache.prefetch(indices)
+
+    def pass_over(self, index: int) -> None:
+        """A picture whose turn it is in the announced order is not needed."""
+        self._cache.pass_over(index)
 
     @property
     def cache_bytes(self) -> int:

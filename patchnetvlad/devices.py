@@ -1,0 +1,89 @@
+"""What runs depend on of a machine's accelerators: their memory, TF32, and how many a run may use."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+
+from patchnetvlad.config import GlobalParams
+from patchnetvlad.errors import UserError
+
+EXTRACTION_MEMORY = "[feature_extract] cachebatchsize, or imageresizew and imageresizeh"
+MATCHING_MEMORY = (
+    "[feature_match] cache_gb, or rerank_top for fewer candidates; imageresizew and imageresizeh for fewer patches"
+)
+TRAINING_MEMORY = "[train] batchsize, cachebatchsize, nneg, or imageresizew and imageresizeh"
+
+_WAY_OUT = "ngpu = 1 and one process for each part of the list, with --device cuda:N; torchrun is for train.py"
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's errors of other devices say
+_FLAGS = RLock()  # torch keeps one setting of TF32 for all threads
+
+
+@contextmanager
+def memory_errors(keys: str) -> Iterator[None]:
+    """Turn a device's want of memory into a UserError that names the keys to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).splitlines() or [""]
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
+        reason = lines[0].split(". ")[0].rstrip(".")
+        raise UserError(f"the device's memory is not enough: {reason} (lower {keys})") from error
+
+
+@contextmanager
+def float32_products(device: torch.device, tf32: bool = False) -> Iterator[None]:
+    """Compute float32 convolutions and matrix products in TF32, or not, for as long as the context lasts.
+
+    Only CUDA has TF32, and torch's own default is to use it for convolutions; elsewhere nothing changes. Torch's
+    setting is the process's: it is put back at the end, and threads that describe at the same time take turns.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    with _FLAGS:
+        before = convolution.allow_tf32, product.allow_tf32
+        convolution.allow_tf32 = product.allow_tf32 = tf32
+        try:
+            yield
+        finally:
+            convolution.allow_tf32, product.allow_tf32 = before
+
+
+def device_room(device: torch.device) -> int | None:
+    """Bytes that may stay on an accelerator, half of what is free there; None where that is not known.
+
+    The other half is for what is computed.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) // 2
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has computed what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def check_one_gpu(params: GlobalParams, work: str) -> None:
+    """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
+    if params.ngpu > 1:
+        raise UserError(f"[global_params] ngpu = {params.ngpu}: {work} uses one GPU ({_WAY_OUT})")
+
+
+def require_one_process(params: GlobalParams, work: str) -> None:
+    """The same, and where torchrun has started several processes, which would all do the same."""
+    check_one_gpu(params, work)
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise UserError(f"WORLD_SIZE = {count}: {work} is one process, and torchrun started several ({_WAY_OUT})")
