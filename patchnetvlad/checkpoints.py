@@ -251,13 +251,13 @@ def join_models(global_: Checkpoint, patches: Checkpoint, num_pcs: int | None = 
     already, and where one has biases in its soft assignment and the other none.
     """
     both = (global_, patches)
-    for one in both:
-        if one.num_clusters is None or not one.num_pcs or one.patch_backbone is not None:
-            raise UserError(f"{one.path}: expected a model of one encoder with NetVLAD and WPCA")
-    biases = {"pool.conv.bias" in one.state for one in both}
+    for checkpoint in both:
+        if checkpoint.num_clusters is None or not checkpoint.num_pcs or checkpoint.patch_backbone is not None:
+            raise UserError(f"{checkpoint.path}: expected a model of one encoder with NetVLAD and WPCA")
+    biases = {"pool.conv.bias" in checkpoint.state for checkpoint in both}
     if len(biases) > 1:
         raise UserError(f"{global_.path}, {patches.path}: vladv2 is True of one and False of the other")
-    fewest = min(one.num_pcs for one in both)
+    fewest = min(checkpoint.num_pcs for checkpoint in both)
     num_pcs = num_pcs or fewest
     if num_pcs > fewest:
         raise UserError(f"{global_.path}, {patches.path}: have {fewest} dimensions in common, not {num_pcs}")
@@ -271,8 +271,8 @@ def join_models(global_: Checkpoint, patches: Checkpoint, num_pcs: int | None = 
         patch_clusters=patches.num_clusters or 0,
     )
     state = {}
-    for one, before in ((global_, ""), (patches, _PATCHES)):
-        for key, value in one.state.items():
+    for checkpoint, before in ((global_, ""), (patches, _PATCHES)):
+        for key, value in checkpoint.state.items():
             state[before + key] = value[:num_pcs] if key.startswith("WPCA.") else value
     load_state(model, state, patches.path)
     return model.eval()

@@ -121,8 +121,8 @@ def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[
 
 def names() -> Rule[tuple[str, ...]]:
     """Different names; None, or nothing at all, for no name."""
-    some = list_of(some_text(), "names", distinct=True)
-    return Rule(f"{some.expected}, or None", lambda text: () if text.lower() in ("", "none") else some.parse(text))
+    rule = list_of(some_text(), "names", distinct=True)
+    return Rule(f"{rule.expected}, or None", lambda text: () if text.lower() in ("", "none") else rule.parse(text))
 
 
 def recall_counts() -> Rule[tuple[int, ...]]:

@@ -29,7 +29,7 @@ class PatchFeatures:
 
     def round_as(self, role: Role) -> "PatchFeatures":
         """With 8-bit descriptors beside the others, for pictures on the CPU in the role of query or reference."""
-        return replace(self, rounded=tuple(round_patches(some, role) for some in self.descriptors))
+        return replace(self, rounded=tuple(round_patches(rows, role) for rows in self.descriptors))
 
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on another device, where there are no 8-bit descriptors."""

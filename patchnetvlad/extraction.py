@@ -126,8 +126,8 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
         return
     index, row = kept
     size = config.feature_extract
-    one = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
-    described = _describe(model, next(iter(one))[1], pictures.names[index])
+    batches = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
+    described = _describe(model, next(iter(batches))[1], pictures.names[index])
     similarity = float(described.global_[0].cpu().float().numpy() @ row)
     if similarity < _SAME_PICTURE:
         raise UserError(

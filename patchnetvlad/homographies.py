@@ -33,8 +33,8 @@ def possible_quads(source: Quads, target: Quads) -> Tensor:
     (Márquez-Neila et al. 2013)."""
     changed = torch.zeros_like(source.x[0], dtype=torch.int64)
     possible = torch.ones_like(source.x[0], dtype=torch.bool)
-    for left_out, (one, other) in enumerate(zip(source.areas(), target.areas(), strict=True)):
-        product = one * other
+    for left_out, (source_area, target_area) in enumerate(zip(source.areas(), target.areas(), strict=True)):
+        product = source_area * target_area
         changed += product < 0
         if left_out < 3:
             possible &= product != 0
@@ -49,14 +49,14 @@ def four_point_homographies(source: Quads, target: Quads) -> Tensor:
     total: Tensor | None = None
     areas = zip(source.areas()[:3], target.areas()[:3], strict=True)
     for k, (source_area, target_area) in enumerate(areas):
-        one, two = (k + 1) % 3, (k + 2) % 3
+        first, second = (k + 1) % 3, (k + 2) % 3
         weight = target_area / source_area
         point = torch.stack([target.x[k] * weight, target.y[k] * weight, weight], dim=-1)
         line = torch.stack(
             [
-                source.y[one] - source.y[two],
-                source.x[two] - source.x[one],
-                source.x[one] * source.y[two] - source.x[two] * source.y[one],
+                source.y[first] - source.y[second],
+                source.x[second] - source.x[first],
+                source.x[first] * source.y[second] - source.x[second] * source.y[first],
             ],
             dim=-1,
         )

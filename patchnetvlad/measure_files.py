@@ -135,7 +135,7 @@ def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, 
     runs = [read_judged(folder / "judged.npz") for folder in results]
     first, stages = runs[0]
     for (protocol, judged), folder in zip(runs, results, strict=True):
-        kinds = [(one.radius, one.unit, list(by)) for one, by in ((protocol, judged), (first, stages))]
+        kinds = [(of_run.radius, of_run.unit, list(by)) for of_run, by in ((protocol, judged), (first, stages))]
         if kinds[0] != kinds[1]:
             said = [f"a match within {with_unit(radius, unit)}, by {', '.join(by)}" for radius, unit, by in kinds]
             raise UserError(f"{folder}: {said[0]}; {results[0]}: {said[1]}: only runs of one kind can be joined")

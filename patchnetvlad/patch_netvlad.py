@@ -61,9 +61,9 @@ def patch_descriptors(
     step = max(1, budget // (local.numel() * 4))
     with torch.autocast(local.device.type, enabled=False):
         for first in range(0, clusters, step):
-            some = slice(first, min(first + step, clusters))
-            residuals = local.unsqueeze(3) - centroids[some]  # N×H×W×k×C
-            residuals *= assignment[..., some].unsqueeze(4)
+            chunk = slice(first, min(first + step, clusters))
+            residuals = local.unsqueeze(3) - centroids[chunk]  # N×H×W×k×C
+            residuals *= assignment[..., chunk].unsqueeze(4)
             for p, s, (rows, columns), output, squared in zip(
                 patch_sizes, strides, shapes, outputs, squared_norms, strict=True
             ):
@@ -73,7 +73,7 @@ def patch_descriptors(
                 means = means.flatten(1, 2)  # N×P×k×C
                 norms = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
                 scale = norms.clamp(min=EPSILON).reciprocal()
-                torch.mul(means, scale, out=output[:, :, some])
+                torch.mul(means, scale, out=output[:, :, chunk])
                 squared += (norms * scale).square().sum(dim=2, keepdim=True)
         for output, squared in zip(outputs, squared_norms, strict=True):
             output /= squared.sqrt_().clamp_(min=EPSILON)

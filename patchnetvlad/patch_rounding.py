@@ -42,18 +42,18 @@ def round_patches(rows: Tensor, role: Role) -> RoundedPatches:
     same."""
     count, dims = rows.shape
     dither = _dither(dims, role)
-    own, other = (shift(dims, some) for some in (role, _other(role)))
+    own, other = (shift(dims, side) for side in (role, _other(role)))
     levels = torch.empty(count, dims, dtype=torch.int8)
     scale, norm, offset = (torch.empty(count) for _ in range(3))
     for first in range(0, count, ROWS_AT_ONCE):
-        some = slice(first, first + ROWS_AT_ONCE)
-        block = rows[some]
-        norm[some] = torch.linalg.vector_norm(block, dim=1)
+        chunk = slice(first, first + ROWS_AT_ONCE)
+        block = rows[chunk]
+        norm[chunk] = torch.linalg.vector_norm(block, dim=1)
         lowest, highest = block.aminmax(dim=1)
-        scale[some] = torch.maximum(-lowest, highest).div_(LEVELS).clamp_(min=1e-30)
-        whole = torch.addcmul(dither, block, scale[some].reciprocal()[:, None]).floor_()
-        levels[some] = whole
-        offset[some] = whole @ other
+        scale[chunk] = torch.maximum(-lowest, highest).div_(LEVELS).clamp_(min=1e-30)
+        whole = torch.addcmul(dither, block, scale[chunk].reciprocal()[:, None]).floor_()
+        levels[chunk] = whole
+        offset[chunk] = whole @ other
     # Half of what the two shifts make together: both roles add it
     return RoundedPatches(levels, scale, norm, offset + 0.5 * float(own.double() @ other.double()))
 

@@ -89,15 +89,15 @@ def consensus(source: Tensor, target: Tensor, counts: Tensor, tolerance: float) 
     searching = torch.arange(batch, device=source.device)
     first = 0
     for size in BLOCKS:
-        some = counts[searching]
-        samples = _samples(some, first, first + size)  # 4×b×n
+        matches_left = counts[searching]
+        samples = _samples(matches_left, first, first + size)  # 4×b×n
         models, number = _possible_models(source[searching], target[searching], samples, MODELS - tried[searching])
         explained = residuals.rows(searching).count_explained(models)  # b×m
         place = torch.arange(1, 1 + models.shape[1], device=source.device)
         explained = explained.masked_fill(place > number[:, None], 0)
         # The search ends at the model after which enough have been tried, given the best until then
         running = torch.maximum(explained.cummax(dim=1).values, best[searching, None])
-        ended = tried[searching, None] + place >= _models_needed(running / some[:, None])
+        ended = tried[searching, None] + place >= _models_needed(running / matches_left[:, None])
         before_end = ended.cumsum(dim=1) - ended.long() == 0
         most, which = explained.masked_fill(~before_end, 0).max(dim=1)
         better = most > best[searching]
@@ -234,8 +234,8 @@ def _recurrent(drawn: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.
     """Places after which a match recurs among the next four, (n,), and the positions of four different ones, 4×n."""
     window = [drawn[first : len(drawn) - SAMPLE + 1 + first] for first in range(SAMPLE)]
     recurs = np.zeros(len(window[0]), dtype=bool)
-    for one, other in combinations(window, 2):
-        recurs |= one == other
+    for earlier, later in combinations(window, 2):
+        recurs |= earlier == later
     places = np.flatnonzero(recurs)
     drawn = np.append(drawn, -np.arange(1, SAMPLE + 1))  # so that every search ends
     positions = places[None]

@@ -182,7 +182,7 @@ class PlaceRecognizer:
         threads = 0 if _is_one(pictures) else self.config.global_params.loading_threads
         named = ((picture, picture_name(picture, number)) for number, picture in enumerate(several))
         with closing(in_order(self._loaded, named, threads, ahead=threads)) as loaded:
-            return [self._described(*one) for one in loaded]
+            return [self._described(*arguments) for arguments in loaded]
 
     def _loaded(self, named: tuple[Picture, str]) -> tuple[Tensor, str, Picture]:
         size = self.config.feature_extract

@@ -99,8 +99,8 @@ def pairs(
     places = [np.interp(rows, asked, shown), np.arange(len(parts[1]), dtype=np.float64)]
     names = [[parts[0][row] for row in rows], parts[1]]
     placed = [
-        Pictures(tuple(some), np.stack([place, np.zeros_like(place)], axis=1))
-        for some, place in zip(names, places, strict=True)
+        Pictures(tuple(side_names), np.stack([place, np.zeros_like(place)], axis=1))
+        for side_names, place in zip(names, places, strict=True)
     ]
     return [Dataset(name, placed[0], placed[1], 2 if radius is None else radius, "pictures", notes=notes)]
 

@@ -96,8 +96,8 @@ def kind_of_positions(root: Path, queries: str, database: str) -> tuple[str, str
         return "at_names", "the names carry @easting@northing@"
     for place, name in enumerate(names):
         if _gps(root / name) is None:
-            some = f"{name} carries no GPS position" + (", others do" if place else "")
-            return "folders", f"names carry no @easting@northing@, and {some}"
+            complaint = f"{name} carries no GPS position" + (", others do" if place else "")
+            return "folders", f"names carry no @easting@northing@, and {complaint}"
     return "exif", "all pictures carry a GPS position"
 
 

@@ -178,7 +178,7 @@ def stored_matches(content: ReportContent, progress: bool = False) -> dict[str, 
     for row, index in tqdm(pairs, "Matches to show", unit="pair", disable=not progress):
         if spent > MATCHES_BUDGET:
             break
-        entry = [_encoded(some) for some in content.matches(row, index)]
+        entry = [_encoded(drawn) for drawn in content.matches(row, index)]
         stored[f"{row}:{place[index]}"] = entry
         spent += sum(len(scale[-1]) + 40 for scale in entry)
     return stored
