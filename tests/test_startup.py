@@ -232,6 +232,15 @@ def test_describing_and_comparing_import_no_more_than_they_use(work):
     assert modules & WORKED_WITHOUT == set()
 
 
+def test_commands_leave_the_log_as_they_found_it(capsys):
+    from patchnetvlad.commands.command_line import logger
+    from patchnetvlad.commands.examples import render_example_places
+
+    before = logger.level, list(logger.handlers)
+    assert render_example_places(["--width", "3", "-v"]) == 2
+    assert (logger.level, list(logger.handlers)) == before
+
+
 def test_the_recognizer_is_the_front_door():
     code = """
 import json, os, sys

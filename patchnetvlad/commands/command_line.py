@@ -83,7 +83,7 @@ def run(
 ) -> int:
     """Parse, run, and turn a user's mistake into one line and exit status 2."""
     parser.add_common_options()
-    console = logging.StreamHandler(sys.stderr)
+    console, level = logging.StreamHandler(sys.stderr), logger.level
     try:
         args = parser.parse_args(arguments)
         _log_to_console(console, args)
@@ -103,6 +103,7 @@ def run(
         return 1
     finally:
         logger.removeHandler(console)
+        logger.setLevel(level)
 
 
 def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
