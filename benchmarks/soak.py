@@ -284,7 +284,6 @@ def _stages(folder: Path) -> dict[str, Stage]:
 
     def fit(work: Path) -> list[str]:
         options = ["--dataset_root_dir", str(examples / "database"), "--output_path", str(work / "own_WPCA16.pth.tar")]
-        options += ["--overwrite"] if (work / "own_WPCA16.pth.tar").exists() else []
         return [*small, *options, "--set", "global_params.num_pcs=16", "--set", "train.num_clusters=4"]
 
     return {
