@@ -4,6 +4,7 @@ import hashlib
 import logging
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -125,7 +126,9 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safe_tensors(path)
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            # Of a foreign file, which is then refused in one line
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))

@@ -5,6 +5,7 @@ others, and the new manifest, put in place by one rename, decides which of the t
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -52,6 +53,8 @@ from patchnetvlad.store.feature_header import (
     writing_differences,
 )
 
+logger = logging.getLogger(__name__)
+
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
 GROWN_NAME = GLOBAL_NAME + ".grown"
 
@@ -96,6 +99,7 @@ def open_folder(
     shape = len(pictures), header.num_dims
     complete, partial = folder / GLOBAL_NAME, folder / PARTIAL_NAME
     source = partial if partial.exists() else complete
+    _remove_damaged(source)
     if source.exists():
         finished = _with_rows(source, shape, finished)
         if header.layout == "packed":
@@ -110,6 +114,16 @@ def open_folder(
     manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
     rows_offset = 0 if rows is None else read_array_info(partial).offset
     return WritableFolder(manifest, rows, rows_offset, missing, feature_names)
+
+
+def _remove_damaged(rows: Path) -> None:
+    """Remove global descriptors that were cut off: which rows are right is not known, so all are made again."""
+    try:
+        if rows.exists():
+            read_array_info(rows)
+    except UserError as error:
+        logger.warning("%s: all pictures are described again", error)
+        rows.unlink()
 
 
 def _resume(
