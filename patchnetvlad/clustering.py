@@ -3,6 +3,7 @@
 A file has the published layout: HDF5 with datasets ``centroids`` (K×C) and ``descriptors`` (n×C).
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,11 @@ def kmeans_centers(
 
 
 def cluster_file(cache: Path, backbone: str, dataset: str, num_clusters: int) -> Path:
-    """Where the clusters of a dataset are kept: CACHE/centroids/vgg16_mapillary_16_desc_cen.hdf5."""
+    """Where the clusters of a dataset are kept: CACHE/centroids/vgg16_mapillary_16_desc_cen.hdf5.
+
+    Characters of the encoder's name that a file's may not have, as in timm:NAME, become underscores.
+    """
+    backbone = re.sub(r"[^\w.-]+", "_", backbone)
     return cache / "centroids" / f"{backbone}_{dataset}_{num_clusters}_desc_cen.hdf5"
 
 

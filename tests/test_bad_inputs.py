@@ -82,7 +82,16 @@ def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> b
 def ini_cases() -> Iterator[Bad]:
     for section, kind in SECTIONS.items():
         for item in fields(kind):
-            if item.name in ("backbone", "matcher", "loss", "resumepath", "dataset_name", "pred_input_path", "index"):
+            if item.name in (
+                "backbone",
+                "patch_backbone",
+                "matcher",
+                "loss",
+                "resumepath",
+                "dataset_name",
+                "pred_input_path",
+                "index",
+            ):
                 continue  # any text
             if item.name in ("cities", "val_cities", "augmentation"):
                 continue  # names, looked up where they are used

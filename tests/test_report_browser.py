@@ -120,7 +120,7 @@ def test_search_and_right_and_wrong_frames(opened):
         for row in found(opened, ".row")
     ]
     assert rows == [["wrong", "right", "wrong"], ["right", "wrong", "wrong"]]
-    assert found(opened, ".row .under")[0].text == "100 m"
+    assert found(opened, ".row .under")[0].text == "100 units of the ground truth"
 
 
 def test_keys_and_the_figure_of_a_pair(opened):

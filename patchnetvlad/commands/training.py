@@ -156,8 +156,13 @@ def _how_to_use(config: Config, checkpoint: Path, num_pcs: int) -> list[str]:
         changes.append(f"global_params.pooling={params.pooling}")
     sides = {"imageresizew": train.imageresizew, "imageresizeh": train.imageresizeh}
     changes += [f"feature_{step}.{key}={value}" for step in ("extract", "match") for key, value in sides.items()]
-    # The largest patches of performance.ini span 8 positions of 16 pixels
-    base = "performance.ini" if min(sides.values()) >= 8 * 16 else "speed.ini"
+    from patchnetvlad.encoders.table import encoder_geometry
+
+    # The largest patches of performance.ini span 8 positions, those of speed.ini 5
+    positions = min(sides.values()) // encoder_geometry(params.backbone).stride
+    base = "performance.ini" if positions >= 8 else "speed.ini"
+    if positions < 5:
+        changes.append(f"global_params.patch_sizes={max(1, min(2, positions))}")
     return command_line.how_to_use(checkpoint, num_pcs, base, changes)
 
 
