@@ -20,6 +20,7 @@ from patchnetvlad.patch_grid import EncoderGeometry
 LARGEST_STRIDE = 16  # pixels; without a layer, the last feature map whose positions are no further apart is taken
 LEARNED_BLOCKS = 2  # of a transformer, whose blocks are no stages
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)  # of models that cannot do what is tried
 # What lets a model take pictures of any size, in the words of its family; others do, or do not, without being told.
 _ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
@@ -67,11 +68,12 @@ class TimmEncoder(Encoder):
         self.geometry = self._cut.geometry
         self.model: Any = _pruned(_create(name, self._cut.options), self._cut.index, self._cut.norm)
         self.model.to(memory_format=torch.channels_last)
-        mean, std = (torch.tensor(self.model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
-        imagenet_mean, imagenet_std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+        own = self.model.pretrained_cfg
+        values = (IMAGENET_MEAN, IMAGENET_STD, own["mean"], own["std"])
+        mean, std, own_mean, own_std = (torch.tensor(value)[:, None, None] for value in values)
         # From ImageNet's normalisation to the model's own; they are no weights, so not in the state
-        self.register_buffer("_scale", imagenet_std / std, persistent=False)
-        self.register_buffer("_offset", (imagenet_mean - mean) / std, persistent=False)
+        self.register_buffer("_scale", std / own_std, persistent=False)
+        self.register_buffer("_offset", (mean - own_mean) / own_std, persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return _feature_map(self.model, self._prepared(pictures), self._cut.index, self._cut.norm)
@@ -184,24 +186,24 @@ def _find_cut(name: str, layer: str) -> _Cut:
     index = _layer_index(name, layer, [str(entry["module"]) for entry in model.feature_info], strides)
     of_blocks = len(set(strides)) == 1  # every block gives a map, and the last normalisation suits all
     before = index - (LEARNED_BLOCKS if of_blocks else 1)
-    earlier = _pruned(deepcopy(model), before, False).state_dict() if before >= 0 else {}
     native = cast(tuple[int, int], tuple(int(side) for side in model.pretrained_cfg["input_size"][1:]))
     try:
+        earlier = _pruned(deepcopy(model), before, False).state_dict() if before >= 0 else {}
         norm = of_blocks and _runs(model, native, index, norm=True)
-        multiple = _multiple(model, name, options, native, (strides[index], max(strides)), index, norm)
+        multiples = (strides[index], max(strides))
+        multiple = next((many for many in multiples if _takes(model, name, options, many, index, norm)), None)
         many = multiple or 1
         size = (-(-native[0] // many) * many, -(-native[1] // many) * many)
         _pruned(model, index, norm)
         geometry = trace_geometry(lambda pictures: _feature_map(model, pictures, index, norm), *size)
         learned = _modules_of(model, model.state_dict().keys() - earlier.keys(), norm)
         channels, separable = _follow(model, learned, size, index, norm)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except _REFUSALS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"[global_params] backbone = timm:{name}: where its feature maps' positions lie cannot be found ({reason})"
         ) from error
-    fixed = native if multiple is None else None
-    return _Cut(index, options, norm, channels, geometry, fixed, multiple or 1, learned, separable)
+    return _Cut(index, options, norm, channels, geometry, None if multiple else native, many, learned, separable)
 
 
 def _without_memory(name: str) -> tuple[Any, dict[str, bool]]:
@@ -220,10 +222,13 @@ def _without_memory(name: str) -> tuple[Any, dict[str, bool]]:
     for options in _ANY_SIZE:
         try:
             with torch.device("meta"):
-                return _create(name, options), options
+                model = _create(name, options)
         except TypeError:  # an option of other families
             continue
-    raise UserError(f"[global_params] backbone = timm:{name}: the model cannot be made")
+        if hasattr(model, "forward_intermediates") and hasattr(model, "prune_intermediate_layers"):
+            return model, options
+        break
+    raise UserError(f"[global_params] backbone = timm:{name}: this model gives no feature maps")
 
 
 def _layer_index(name: str, layer: str, modules: Sequence[str], strides: Sequence[int]) -> int:
@@ -246,31 +251,21 @@ def _runs(model: Any, size: tuple[int, int], index: int, norm: bool) -> bool:
     try:
         with torch.no_grad():
             _feature_map(model, torch.zeros(1, 3, *size, device=device), index, norm)
-    except (ValueError, RuntimeError, AssertionError, IndexError):
+    except _REFUSALS:
         return False
     return True
 
 
-def _multiple(
-    model: Any,
-    name: str,
-    options: Mapping[str, bool],
-    native: tuple[int, int],
-    candidates: Sequence[int],
-    index: int,
-    norm: bool,
-) -> int | None:
-    """The first of the candidates whose multiples, in pixels, a model takes as sides; None if it takes native alone."""
-    for many in candidates:
-        larger = (native[0] // many * many + 2 * many, native[1] // many * many + 3 * many)
-        if not _runs(model, larger, index, norm):
-            continue
-        # Some that are made for one size look positions up in a table, which only numbers find too short
-        if options or not model.pretrained_cfg.get("fixed_input_size"):
-            return many
-        if _runs(_create(name, options), larger, index, norm):
-            return many
-    return None
+def _takes(model: Any, name: str, options: Mapping[str, bool], many: int, index: int, norm: bool) -> bool:
+    """Whether a model takes pictures whose sides are any multiples of many pixels."""
+    rows, columns = (side // many * many for side in model.pretrained_cfg["input_size"][1:])
+    larger = (rows + 2 * many, columns + 3 * many)
+    if not _runs(model, larger, index, norm):
+        return False
+    if options or not model.pretrained_cfg.get("fixed_input_size"):
+        return True
+    # Some that are made for one size look positions up in a table, which only numbers find too short
+    return _runs(_create(name, options), larger, index, norm)
 
 
 def _modules_of(model: nn.Module, keys: Set[str], norm: bool) -> tuple[str, ...]:
