@@ -29,7 +29,7 @@ from patchnetvlad.extraction import describe_list
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, blended, train_codec
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.store.feature_cache import CacheStatistics
@@ -96,7 +96,8 @@ class StoredDatabase:
                 codes = [self._codec.encode(rows) for rows in thinned.descriptors]
                 self._kept[index] = codes, PatchFeatures((), thinned.grids)
             codes, without = self._kept[index]
-            features = PatchFeatures(tuple(map(self._codec.decode, codes)), without.grids)
+            rows = map(self._codec.decode, codes)
+            features = PatchFeatures(tuple(map(blended, rows, without.grids)), without.grids)
         return (features.round_as("reference") if self._rounded else features).to(device)
 
     def round_references(self) -> None:

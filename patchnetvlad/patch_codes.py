@@ -4,6 +4,9 @@ The dimensions are dealt out to N groups so that the products of their variances
 of optimised product quantisation: WPCA has decorrelated the dimensions already, so a permutation is left of its
 rotation and decoding costs no product). In each group a descriptor is replaced by the nearest of 256 centroids, which
 takes one byte.
+
+Windows that overlap have descriptors that are alike, and the errors of their codes are not: `blended` takes a part of
+the error away by a weighted mean over neighbours.
 """
 
 import hashlib
@@ -19,9 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchnetvlad.faiss_library import faiss
+from patchnetvlad.patch_grid import PatchGrid
 
 CENTROIDS = 256  # in each group: one byte
 SAMPLE_ROWS = 1 << 16  # descriptors that training makes use of, 256 for each centroid
+
+NEIGHBOUR_SHARE = 0.4  # of wholly overlapping patches in a decoded one; docs/scale.md has what it was chosen by
 
 _ITERATIONS = 25
 _SEED = 20210621
@@ -81,6 +87,25 @@ class PatchCodec:
             len(codes), self.groups.size
         )
         return F.normalize(rows.index_select(1, self._order), dim=1)
+
+
+def blended(rows: Tensor, grid: PatchGrid) -> Tensor:
+    """Decoded unit rows P×D of a grid's patches, nearer to what was coded: unit rows again.
+
+    The next patch along either axis counts as much as it overlaps the patch, times NEIGHBOUR_SHARE, and a diagonal one
+    the square of that; where patches do not overlap nothing changes.
+    """
+    share = NEIGHBOUR_SHARE * max(0, grid.patch_size - grid.stride) / grid.patch_size
+    if share == 0 or len(rows) == 0:
+        return rows
+    field = rows.reshape(grid.rows, grid.columns, -1)
+    for axis in (0, 1):
+        length = field.shape[axis]
+        mean = field.clone()
+        mean.narrow(axis, 1, length - 1).add_(field.narrow(axis, 0, length - 1), alpha=share)
+        mean.narrow(axis, 0, length - 1).add_(field.narrow(axis, 1, length - 1), alpha=share)
+        field = mean
+    return F.normalize(field.reshape(rows.shape), dim=1)
 
 
 def train_codec(sample: Tensor, num_bytes: int) -> PatchCodec:

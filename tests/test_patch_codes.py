@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchnetvlad.config_values import code_bytes
-from patchnetvlad.patch_codes import PatchCodec, _balanced_groups, train_codec
+from patchnetvlad.patch_codes import NEIGHBOUR_SHARE, PatchCodec, _balanced_groups, blended, train_codec
+from patchnetvlad.patch_grid import PatchGrid
 
 
 def unit_rows(count: int, dims: int, seed: int = 0, decay: float = 0.0) -> torch.Tensor:
@@ -109,6 +110,38 @@ def test_impossible_numbers_of_bytes(num_bytes):
 def test_nothing_to_learn_from():
     with pytest.raises(ValueError, match="learn from"):
         train_codec(torch.empty(0, 16), 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3))
+def test_blending_is_a_weighted_mean_of_neighbours(height, width, patch_size, stride):
+    grid = PatchGrid(height, width, patch_size, stride)
+    rows = unit_rows(len(grid), 5, height * 10 + width)
+    share = NEIGHBOUR_SHARE * max(0, patch_size - stride) / patch_size
+    places = [divmod(index, max(1, grid.columns)) for index in range(len(grid))]
+    expected = torch.zeros_like(rows)
+    for index, (row, column) in enumerate(places):
+        for other, (other_row, other_column) in enumerate(places):
+            away = max(abs(row - other_row), abs(column - other_column))
+            if away <= 1:
+                expected[index] += share ** (abs(row - other_row) + abs(column - other_column)) * rows[other]
+    torch.testing.assert_close(blended(rows, grid), F.normalize(expected, dim=1), atol=1e-5, rtol=0)
+
+
+def test_patches_that_do_not_overlap_are_left_alone():
+    rows = unit_rows(4, 5)
+    assert torch.equal(blended(rows, PatchGrid(4, 4, 2, 2)), rows)
+
+
+def test_blending_brings_overlapping_patches_nearer_to_what_was_coded():
+    """Window means of a random field, as patch descriptors are."""
+    field = torch.randn(1, 32, 23, 23, generator=torch.Generator().manual_seed(0))
+    grid = PatchGrid(23, 23, 4)
+    rows = F.normalize(F.avg_pool2d(field, 4, 1)[0].flatten(1).T, dim=1)
+    codec = train_codec(unit_rows(1500, 32, 1), 3)
+    decoded = codec.decode(codec.encode(rows))
+    before, after = (float((some * rows).sum(1).mean()) for some in (decoded, blended(decoded, grid)))
+    assert after > before + 0.05
 
 
 def test_names_of_storage_types():

@@ -18,6 +18,7 @@ import torch
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList
+from patchnetvlad.patch_codes import blended
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
 from patchnetvlad.store.feature_blocks import BlockReader
@@ -158,6 +159,8 @@ class FeatureStore:
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
         descriptors = tuple(self._codec.decode(StoredArray(array, scales), device) for array, scales in stored)
+        if self.coded:
+            descriptors = tuple(map(blended, descriptors, picture.grids))
         if device.type != "cpu":
             return PatchFeatures(descriptors, picture.grids)
         if self._rounded and self.coded:
