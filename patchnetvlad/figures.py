@@ -98,7 +98,7 @@ def _empty_figure(
     widest = max(map(len, entries), default=0) * size * 0.52 / 72 + 0.4  # inches, of one legend entry
     columns = max(1, min(len(entries), int(width // widest)))
     rows = -(-len(entries) // columns)
-    title_height = (1 + rows) * line + 0.14
+    title_height = (1 + rows + bool(matched.meaning)) * line + 0.14
     height = width / total + title_height
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
@@ -118,6 +118,11 @@ def _empty_figure(
         colour = SCALE_COLOURS[number % len(SCALE_COLOURS)]
         figure.add_artist(Line2D([left, left + 0.16 / width], [middle, middle], color=colour, linewidth=2.5))
         figure.text(left + 0.22 / width, middle, entry, va="center_baseline", fontsize=size)
+    if matched.meaning:
+        middle = 1 - (0.05 + line * (1.6 + rows)) / height
+        figure.text(
+            0.05 / width, middle, f"score: {matched.meaning}", va="center_baseline", fontsize=size, color="#505050"
+        )
     return figure, axes
 
 

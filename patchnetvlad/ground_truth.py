@@ -10,7 +10,6 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, writing
@@ -47,6 +46,8 @@ class GroundTruth:
         """
         if len(self.utm_query) == 0 or len(self.utm_database) == 0:
             return [np.empty(0, dtype=np.int64) for _ in self.utm_query]
+        from scipy.spatial import KDTree  # commands start and answer about arguments without it
+
         magnitude = max(np.abs(self.utm_query).max(), np.abs(self.utm_database).max(), self.radius)
         limit = self.radius + 4 * np.finfo(np.float64).eps * magnitude
         near = KDTree(self.utm_database).query_ball_point(self.utm_query, limit * (1 + 1e-9), return_sorted=True)

@@ -17,7 +17,7 @@ class MatchedPair:
     """What a figure shows: both pictures, as files' own pixels, and how their patches match.
 
     grids: one for each patch size, in pixels of the resized pictures; size: (height, width) they were resized to, or
-    None when they kept their own; names: what to call them in the figure.
+    None when they kept their own; names: what to call them in the figure; meaning: of a score, in a few words.
     """
 
     query: Image.Image
@@ -27,6 +27,7 @@ class MatchedPair:
     pair: PairScore
     size: tuple[int, int] | None = None
     names: tuple[str, str] = ("query", "reference")
+    meaning: str = ""
 
     def points(self, scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Centres of the matched patches of one patch size, M×2 (x, y) in pixels of each picture as it is."""

@@ -115,10 +115,13 @@ def with_wpca(path: Path, num_pcs: int) -> Path:
     return path.with_name(f"{path.name.removesuffix('.pth.tar')}_WPCA{num_pcs}.pth.tar")
 
 
-def check_new_checkpoint(path: Path, num_pcs: int, overwrite: bool) -> None:
-    """Raises UserError for a checkpoint to be written that would replace a file, or whose name tells a wrong size."""
+def check_new_checkpoint(path: Path, num_pcs: int | None, overwrite: bool) -> None:
+    """Raises UserError for a checkpoint to be written that would replace a file, or whose name tells a wrong size.
+
+    num_pcs: WPCA dimensions, None where they are not known yet.
+    """
     told = re.search(r"WPCA(\d+)(?=\D*$)", path.name)
-    if told is not None and int(told.group(1)) != num_pcs:
+    if told is not None and num_pcs is not None and int(told.group(1)) != num_pcs:
         raise UserError(
             f"{path}: its name says {told.group(1)} dimensions, [global_params] num_pcs {num_pcs} (rename it, or set "
             "num_pcs)"

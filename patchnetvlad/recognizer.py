@@ -90,7 +90,8 @@ class Comparison:
         if all(isinstance(described.source, (str, Path)) for described in (self.query, self.reference)):
             names = list(distinct_names(Path(names[0]), Path(names[1])))
         grids = (self.query.patches.grids, self.reference.patches.grids)
-        return MatchedPair(pictures[0], pictures[1], *grids, self.pair, resized, (names[0], names[1]))
+        meaning = find_matcher(self.config.feature_match.matcher).meaning
+        return MatchedPair(pictures[0], pictures[1], *grids, self.pair, resized, (names[0], names[1]), meaning)
 
     def figure(self, width: float = 10.0, outlines: bool = False) -> "Figure":
         """Both pictures and their matches, width inches wide; a notebook shows what this returns."""

@@ -25,13 +25,14 @@ class Matcher:
     """How the matches of two pictures at one patch size are scored.
 
     one: matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement; many: the same
-    for many pairs together, computed on a device, where that is faster.
+    for many pairs together, computed on a device, where that is faster; meaning: of a score, in a few words for people.
     """
 
     one: Callable[[Matches, PatchGrid, PatchGrid], Score]
     many: Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]] | None = (
         None
     )
+    meaning: str = "larger is better"
 
     def score(
         self,
@@ -53,8 +54,8 @@ Run = Callable[[Callable[[Sequence[PatchFeatures]], Scored], Iterable[Sequence[P
 """How a function is called for every batch of candidates: `map`, or one that shares them among threads."""
 
 MATCHERS: dict[str, Matcher] = {
-    "RANSAC": Matcher(ransac_score, ransac_scores),
-    "spatialApproximator": Matcher(rapid_spatial_score),
+    "RANSAC": Matcher(ransac_score, ransac_scores, "inliers of one homography / patches of the query"),
+    "spatialApproximator": Matcher(rapid_spatial_score, meaning="likeness of all matches' shifts, inliers or not"),
 }
 
 

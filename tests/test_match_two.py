@@ -18,7 +18,7 @@ from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
-from patchnetvlad.reranking import PairScore
+from patchnetvlad.reranking import MATCHERS, PairScore
 
 QUERY, SAME = EXAMPLES / "queries" / "query00_0.jpg", EXAMPLES / "database" / "place00_0.jpg"
 OTHER = EXAMPLES / "database" / "place07_0.jpg"
@@ -133,6 +133,7 @@ def test_figures_for_screen_and_paper(options, tmp_path, matcher, ending):
     content = (tmp_path / f"patchMatchings.{ending}").read_bytes()
     if ending == "svg":
         assert b"inliers of" in content  # text, not outlines of letters
+        assert MATCHERS[matcher].meaning.replace("'", "&apos;").encode() in content.replace(b"'", b"&apos;")
         assert b'width="244.8pt"' in content
     elif ending == "pdf":
         assert content.startswith(b"%PDF") and b"/MediaBox [ 0 0 244.8 " in content

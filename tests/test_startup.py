@@ -60,6 +60,7 @@ def each(beginning: list[str], *cases: Case) -> list[Case]:
 
 EXAMPLES, ABSENT = str(ROOT / "example_images"), "nowhere/absent"
 LISTS = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
+BUNDLED = str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")
 FEATURES = ["--query_input_features_dir", EXAMPLES, "--index_input_features_dir", EXAMPLES]
 LISTED = ["--dataset_file_path", "example_imageNames_query.txt"]
 CONFIGURED = [
@@ -180,6 +181,7 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         ["--global_path", ABSENT, "--patches_path", ABSENT, "--output_path", "made/both.pth.tar"],
         ([], f"{ABSENT}: no such file"),
         (["--num_pcs", "0"], "--num_pcs"),
+        (["--global_path", BUNDLED, "--patches_path", BUNDLED, "--output_path", BUNDLED], "exists already"),
     ),
     "tools/draw_architecture": each([], (["--root", ABSENT], "README.md")),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),

@@ -8,7 +8,13 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import list_folder, read_image_list
-from patchnetvlad.paths import PUBLISHED_CHECKPOINTS, check_new_checkpoint, download_folder, require_file
+from patchnetvlad.paths import (
+    PUBLISHED_CHECKPOINTS,
+    check_new_checkpoint,
+    download_folder,
+    find_checkpoint,
+    require_file,
+)
 
 
 def download_models(arguments: Sequence[str] | None = None) -> int:
@@ -106,16 +112,25 @@ def combine_models(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--patches_path", required=True, metavar="FILE", help="checkpoint for patches")
     parser.add_argument("--output_path", required=True, metavar="FILE", help="checkpoint to write (.pth.tar)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that name")
     return command_line.run(parser, _combine, arguments)
 
 
 def _combine(args: argparse.Namespace) -> None:
     if args.num_pcs is not None and args.num_pcs < 1:
         raise UserError("--num_pcs must be 1 or more")
-    paths = [require_file(path, "pretrained_models") for path in (args.global_path, args.patches_path)]
+    paths = [
+        find_checkpoint(name, 0) or require_file(name, "pretrained_models")
+        for name in (args.global_path, args.patches_path)
+    ]
+    path = Path(args.output_path)
+    check_new_checkpoint(path, args.num_pcs, args.overwrite)
     from patchnetvlad.checkpoints import join_models, read_checkpoint, write_checkpoint
 
     first, second = map(read_checkpoint, paths)
     model = join_models(first, second, args.num_pcs)
-    write_checkpoint(Path(args.output_path), model, half_precision_wpca=True)
-    print(f"model of {model.output_dims} dimensions in {args.output_path}")
+    check_new_checkpoint(path, model.output_dims, overwrite=True)  # what its name says
+    write_checkpoint(path, model, half_precision_wpca=True)
+    backbones = [f"global_params.backbone={first.backbone}", f"global_params.patch_backbone={second.backbone}"]
+    usage = command_line.how_to_use(path, model.output_dims, "builtin.ini", backbones)
+    print("\n".join([f"model of {model.output_dims} dimensions in {path}", *usage]))
