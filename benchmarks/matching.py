@@ -30,6 +30,7 @@ from patchnetvlad.model_fitting import initialise_pool, picture_batches, sample_
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_rounding import approximate_similarities
 from patchnetvlad.paths import require_file, shipped_folder
+from patchnetvlad.ranking import MOST_A_THREAD
 from patchnetvlad.reranking import MATCHERS, match_pair, rerank
 from patchnetvlad.whitening import WPCAFit, fit_wpca
 from patchnetvlad.workers import Workers
@@ -139,8 +140,8 @@ def whole_times(job: Job, workers: Workers, repeats: int) -> dict[str, float]:
 
     works: dict[str, Callable[[], object]] = {
         "product": products,
-        "8 bits": lambda: rerank(job.rounded_query, job.rounded, weights, matcher, run=workers.map),
-        "float32": lambda: rerank(job.query, job.candidates, weights, matcher, run=workers.map),
+        "8 bits": lambda: rerank(job.rounded_query, job.rounded, weights, matcher, MOST_A_THREAD, workers.map),
+        "float32": lambda: rerank(job.query, job.candidates, weights, matcher, MOST_A_THREAD, workers.map),
     }
     return {name: value / len(job.candidates) for name, value in least_seconds(works, repeats).items()}
 
