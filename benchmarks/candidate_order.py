@@ -87,7 +87,7 @@ def measure(folder: Path, angles: NDArray[np.float64]) -> list[dict[str, float]]
     places = np.linspace(0, 2 * np.pi, PICTURES, endpoint=False)
     database, queries = route_descriptors(places, 2), route_descriptors(angles, 3)
     lists = [write_store(folder / name, rows, 4) for name, rows in (("index", database), ("query", queries))]
-    found = DatabaseIndex(database).search(queries, CANDIDATES).indices
+    neighbours = DatabaseIndex(database).search(queries, CANDIDATES).indices
     picture = len(GRID) * DIMS * 4 / 1e6
     rows = []
     expected = None
@@ -104,9 +104,9 @@ def measure(folder: Path, angles: NDArray[np.float64]) -> list[dict[str, float]]
             expected = rankings.indices
         if not np.array_equal(rankings.indices, expected):
             raise SystemExit(f"the ranking depends on the memory: {capacity} pictures")
-        before = least_recently_used(found.ravel().tolist(), capacity) * picture
+        before = least_recently_used(neighbours.ravel().tolist(), capacity) * picture
         exceeding = CANDIDATES + (QUERIES - 1) * max(0, CANDIDATES - capacity)
-        least = max(len(np.unique(found)), exceeding) * picture
+        least = max(len(np.unique(neighbours)), exceeding) * picture
         rows.append({"pictures": capacity, "before": before, "now": read, "least": least})
     return rows
 

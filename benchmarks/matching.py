@@ -180,7 +180,9 @@ def differing_matches(job: Job) -> int:
             job.query.descriptors, candidate.descriptors, match_pair(job.rounded_query, rounded), strict=True
         ):
             exact = WAYS["float32"].match(Prepared(rows), Prepared(others))
-            pairs = [set(zip(some.query.tolist(), some.reference.tolist(), strict=True)) for some in (eight, exact)]
+            pairs = [
+                set(zip(matches.query.tolist(), matches.reference.tolist(), strict=True)) for matches in (eight, exact)
+            ]
             differing += len(pairs[0] ^ pairs[1])
     return differing
 
@@ -195,16 +197,18 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
             "| preset | 8 bits | float32 | one float32 product | 8 bits / product |",
             "|---|---|---|---|---|",
         ]
-        for preset, result in results.items():
-            times = result[company]
+        for preset, measured in results.items():
+            times = measured[company]
             cells = [f"{1000 * times[name]:.3g}" for name in ("8 bits", "float32", "product")]
             lines.append(f"| {preset} | {' | '.join(cells)} | {times['8 bits'] / times['product']:.2f} |")
         lines.append("")
     lines += ["Of one core, alone; rounding is once a candidate, not a pair:", ""]
-    parts = list(next(iter(results.values()))["parts"])
-    lines += ["| preset | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
-    for preset, result in results.items():
-        lines.append(f"| {preset} | " + " | ".join(f"{1000 * value:.3g}" for value in result["parts"].values()) + " |")
+    stages = list(next(iter(results.values()))["parts"])
+    lines += ["| preset | " + " | ".join(stages) + " |", "|---" * (len(stages) + 1) + "|"]
+    for preset, measured in results.items():
+        lines.append(
+            f"| {preset} | " + " | ".join(f"{1000 * value:.3g}" for value in measured["parts"].values()) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -224,10 +228,10 @@ def main() -> None:
     results = {}
     for preset in args.presets:
         job = make_job(preset, model, fit, args.candidates)
-        result = {"alone": whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
+        times = {"alone": whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
         with busy_process():
-            result["busy"] = whole_times(job, workers, args.repeats)
-        results[preset] = result
+            times["busy"] = whole_times(job, workers, args.repeats)
+        results[preset] = times
         print(f"{preset}: {differing_matches(job)} matches differ from float32", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "matching.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -97,11 +97,11 @@ def soak(folder: Path, moments: int, names: Sequence[str], chance: random.Random
         try:
             FAULTS[fault](stages[name], work, chance)
             finish(stages[name], work)
-            found = stages[name].outcome(work)
+            outcome = stages[name].outcome(work)
             wrong = [
                 key
-                for key in found.keys() | stages[name].expected.keys()
-                if found.get(key) != stages[name].expected.get(key)
+                for key in outcome.keys() | stages[name].expected.keys()
+                if outcome.get(key) != stages[name].expected.get(key)
             ]
             different += [f"moment {moment}, {name} after {fault}: {key}" for key in sorted(wrong)]
         except SoakError as error:
@@ -308,7 +308,7 @@ def _own_truth(folder: Path) -> Path:
 
 def _files(work: Path) -> dict[str, str]:
     """Hash of every file; a manifest's pictures in their order, without its date."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for path in sorted(work.rglob("*")):
         if not path.is_file() or path.suffix in LOGS:
             continue
@@ -318,8 +318,8 @@ def _files(work: Path) -> dict[str, str]:
             records[0].pop("created")
             last = {record["index"]: record for record in records[1:]}
             content = json.dumps([records[0], *(last[index] for index in sorted(last))]).encode()
-        found[str(path.relative_to(work))] = hashlib.sha256(content).hexdigest()
-    return found
+        hashes[str(path.relative_to(work))] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 def _learned(work: Path) -> dict[str, str]:
@@ -327,11 +327,11 @@ def _learned(work: Path) -> dict[str, str]:
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
         path = _newest(work, name)
         state = torch.load(path, weights_only=True)["state_dict"] if path else {}
-        found |= {f"{name} {key}": hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in state.items()}
+        hashes |= {f"{name} {key}": hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in state.items()}
     losses: dict[int, float] = {}
     run = _newest(work, "checkpoint.pth.tar")
     for events in sorted(run.parent.parent.rglob("events.*") if run else []):
@@ -339,12 +339,12 @@ def _learned(work: Path) -> dict[str, str]:
         accumulator.Reload()
         if "Train/Loss" in accumulator.Tags()["scalars"]:
             losses |= {event.step: event.value for event in accumulator.Scalars("Train/Loss")}
-    return found | {f"loss of step {step}": repr(value) for step, value in losses.items()}
+    return hashes | {f"loss of step {step}": repr(value) for step, value in losses.items()}
 
 
 def _newest(work: Path, name: str) -> Path | None:
-    found = sorted(work.glob(f"*/checkpoints/{name}"), key=lambda path: path.stat().st_mtime_ns)
-    return found[-1] if found else None
+    paths = sorted(work.glob(f"*/checkpoints/{name}"), key=lambda path: path.stat().st_mtime_ns)
+    return paths[-1] if paths else None
 
 
 def _import_what_commands_use() -> None:

@@ -125,8 +125,8 @@ def extraction_stages(config: Config, pictures: list[Path], folder: Path) -> dic
         started = time.perf_counter()
         for indices, tensors in image_batches(pictures, 480, 640, batch, 2):
             for position, index in enumerate(indices):
-                one = model.describe(tensors[position : position + 1])
-                writer.write(index, one.global_[0], one.picture(0))
+                single = model.describe(tensors[position : position + 1])
+                writer.write(index, single.global_[0], single.picture(0))
         writer.finish()
         stages["whole"] = (time.perf_counter() - started) / len(pictures)
     exact = model.describe(picture)
@@ -200,16 +200,16 @@ def matching_stages(config: Config, folder: Path) -> dict[str, float]:
         for scale in range(len(query.grids))
     ]
     count, sizes = len(candidates), len(query.grids)
-    found = [match_pair(query, candidate) for candidate in candidates]
+    float32_matches = [match_pair(query, candidate) for candidate in candidates]
     differing = 0
     for candidate, eight, exact in zip(
-        candidates, [match_pair(rounded_query, one) for one in rounded], found, strict=True
+        candidates, [match_pair(rounded_query, reference) for reference in rounded], float32_matches, strict=True
     ):
         for scale, (first, second) in enumerate(zip(eight, exact, strict=True)):
             differing += check_differences(query.descriptors[scale], candidate.descriptors[scale], first, second)
 
     def score(matcher: str) -> None:
-        for matches in found:
+        for matches in float32_matches:
             MATCHERS[matcher].score(matches, query.grids, query.grids, torch.device("cpu"))
 
     stages = {
@@ -252,8 +252,8 @@ def plain_pair(query: PatchFeatures, reference: PatchFeatures, matcher: str) -> 
         matched = [(i, int(j)) for i, j in enumerate(forward) if backward[j] == i]
         indices, centers = grid.indices(), grid.centers()
         if matcher == "RANSAC":
-            one, other = zip(*matched, strict=True)
-            points = centers[list(other)].numpy(), centers[list(one)].numpy()
+            query_rows, reference_rows = zip(*matched, strict=True)
+            points = centers[list(reference_rows)].numpy(), centers[list(query_rows)].numpy()
             _, mask = cv2.findHomography(*points, cv2.RANSAC, 1.5 * grid.pitch_pixels)
             scores.append(float(mask.sum()) / len(grid))
             continue

@@ -100,7 +100,7 @@ def recalls_with_wpca(model: PlaceModel, root: Path, dimensions: Sequence[int]) 
     samples = describe(model, paths)
     cities = read_cities(root, HELD_OUT)
     known = {side.source: describe(model, side.paths) for city in cities for side in (city.queries, city.database)}
-    found = np.zeros((len(WHITENING), len(dimensions), len(N_VALUES)), np.float32)
+    recalls = np.zeros((len(WHITENING), len(dimensions), len(N_VALUES)), np.float32)
     for row, whitening in enumerate(WHITENING):
         for column, num_pcs in enumerate(dimensions):
             fit = fit_wpca(samples, num_pcs, whitening)
@@ -108,9 +108,9 @@ def recalls_with_wpca(model: PlaceModel, root: Path, dimensions: Sequence[int]) 
             def look_up(paths: Sequence[Path], numbers: Sequence[int], label: str, fit: WPCAFit = fit) -> Rows:
                 return projected(known[paths[0].parent.parent], fit)
 
-            result = validate(look_up, cities, 25.0, N_VALUES, ONE_PROCESS.device)
-            found[row, column] = [result.total[n] for n in N_VALUES]
-    return found
+            validation = validate(look_up, cities, 25.0, N_VALUES, ONE_PROCESS.device)
+            recalls[row, column] = [validation.total[n] for n in N_VALUES]
+    return recalls
 
 
 def draw(axes: Axes, x: Sequence[float], runs: Rows, color: str, label: str) -> None:

@@ -101,14 +101,14 @@ def read_clusters(path: Path, num_clusters: int, channels: int) -> Clusters:
         ) from error
     centroids, descriptors = arrays
     if centroids.shape != (num_clusters, channels):
-        found = "×".join(map(str, centroids.shape))
+        shape = "×".join(map(str, centroids.shape))
         raise UserError(
-            f"{path}: centroids are {found}, the model needs {num_clusters}×{channels} ([train] num_clusters × the "
+            f"{path}: centroids are {shape}, the model needs {num_clusters}×{channels} ([train] num_clusters × the "
             "encoder's channels)"
         )
     if descriptors.ndim != 2 or descriptors.shape[1] != channels or not len(descriptors):
-        found = "×".join(map(str, descriptors.shape))
-        raise UserError(f"{path}: descriptors are {found}, expected rows of {channels} numbers")
+        shape = "×".join(map(str, descriptors.shape))
+        raise UserError(f"{path}: descriptors are {shape}, expected rows of {channels} numbers")
     if not (np.isfinite(centroids).all() and np.isfinite(descriptors).all()):
         raise UserError(f"{path}: holds NaN or infinite values (damaged?)")
     return Clusters(centroids, descriptors)

@@ -24,7 +24,7 @@ class PatchFeatures:
     @property
     def nbytes(self) -> int:
         """What the descriptors take in memory."""
-        rounded = sum(part.levels.nbytes + part.scale.nbytes + part.norm.nbytes for part in self.rounded)
+        rounded = sum(patches.levels.nbytes + patches.scale.nbytes + patches.norm.nbytes for patches in self.rounded)
         return sum(rows.nbytes for rows in self.descriptors) + rounded
 
     def round_as(self, role: Role) -> "PatchFeatures":
@@ -33,9 +33,9 @@ class PatchFeatures:
 
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on another device, where there are no 8-bit descriptors."""
-        if all(some.device == device for some in self.descriptors):
+        if all(rows.device == device for rows in self.descriptors):
             return self
-        return PatchFeatures(tuple(some.to(device) for some in self.descriptors), self.grids)
+        return PatchFeatures(tuple(rows.to(device) for rows in self.descriptors), self.grids)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class Processes:
             return rows
         whole = np.empty_like(rows)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = torch.from_numpy(rows[start : start + _ROWS_AT_ONCE]).to(self.device)
-            whole[start : start + _ROWS_AT_ONCE] = self.sum(part).cpu().numpy()
+            block = torch.from_numpy(rows[start : start + _ROWS_AT_ONCE]).to(self.device)
+            whole[start : start + _ROWS_AT_ONCE] = self.sum(block).cpu().numpy()
         return whole
 
     def gathered(self, value: T) -> list[T]:

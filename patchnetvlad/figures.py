@@ -35,18 +35,18 @@ def match_figure(matched: MatchedPair, score: float, width: float = 10.0, outlin
         axes.imshow(np.asarray(picture), extent=(left, left + wide, 1.0, 0.0), interpolation="antialiased")
     axes.set_xlim(0, offset + widths[1])
     axes.set_ylim(1, 0)
-    counts = [int(result.inliers.sum()) for result in matched.pair.scores]
+    counts = [int(scale_score.inliers.sum()) for scale_score in matched.pair.scores]
     shrink = min(1.0, width / 8)
     stroke = min(1.1, max(0.3, _INK * width / max(1, sum(counts)))) * shrink
     dot = 2.2 * stroke + 1.2 * shrink
-    for scale, result in enumerate(matched.pair.scores):
+    for scale, scale_score in enumerate(matched.pair.scores):
         colour = SCALE_COLOURS[scale % len(SCALE_COLOURS)]
         # Pixel x has its centre at x + ½ of the picture's width in pixels
         ends = [
             (points + 0.5) / picture.height + (left, 0.0)
             for points, picture, left in zip(matched.points(scale), pictures, (0.0, offset), strict=True)
         ]
-        inliers = result.inliers.cpu().numpy()
+        inliers = scale_score.inliers.cpu().numpy()
         lines = np.stack(ends, axis=1)  # M×2×2
         axes.add_collection(
             LineCollection(list(lines[~inliers]), colors=OUTLIER_COLOUR, linewidths=0.35, alpha=0.3, zorder=2)
@@ -127,9 +127,9 @@ def _empty_figure(
 
 
 def _entry(matched: MatchedPair, scale: int) -> str:
-    result, side = matched.pair.scores[scale], matched.query_grids[scale].patch_size
+    score, side = matched.pair.scores[scale], matched.query_grids[scale].patch_size
     matches = len(matched.pair.matches[scale])
-    return f"{side}×{side}: {int(result.inliers.sum())} inliers of {matches} matches, score {result.value:.4g}"
+    return f"{side}×{side}: {int(score.inliers.sum())} inliers of {matches} matches, score {score.value:.4g}"
 
 
 def _rectangles(centers: NDArray[np.float64], sides: NDArray[np.float64]) -> list[NDArray[np.float64]]:

@@ -60,8 +60,8 @@ def four_point_homographies(source: Quads, target: Quads) -> Tensor:
             ],
             dim=-1,
         )
-        part = point[..., :, None] * line[..., None, :]
-        total = part if total is None else total.add_(part)
+        term = point[..., :, None] * line[..., None, :]
+        total = term if total is None else total.add_(term)
     assert total is not None
     return total / torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
 
@@ -74,8 +74,8 @@ def refine_homographies(source: Tensor, target: Tensor, weight: Tensor, start: T
     """
     x, y = source.double().unbind(dim=2)
     weights = weight.double().repeat(1, 2)  # B×2M
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    point = torch.stack([x, y, one], dim=2)  # B×M×3
+    ones, zeros = torch.ones_like(x), torch.zeros_like(x)
+    point = torch.stack([x, y, ones], dim=2)  # B×M×3
     wanted = torch.cat(target.double().unbind(dim=2), dim=1)  # B×2M, all u and then all v
     damping = 1e-9 * torch.eye(8, dtype=torch.float64, device=source.device)
     matrix = start.double() / start.double()[:, 2:, 2:]
@@ -84,7 +84,7 @@ def refine_homographies(source: Tensor, target: Tensor, weight: Tensor, start: T
         depth = projected[..., 2:]
         across, down = (projected[..., :2] / depth).unbind(dim=2)
         unit = point / depth
-        none = torch.stack([zero] * 3, dim=2)
+        none = torch.stack([zeros] * 3, dim=2)
         jacobian = torch.cat(
             [
                 torch.cat([unit, none, -across[..., None] * unit[..., :2]], dim=2),

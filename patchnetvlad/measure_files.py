@@ -99,10 +99,10 @@ def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -
         "radius": np.array(protocol.radius),
         "unit": np.array(protocol.unit),
     }
-    for name, part in judged.items():
-        arrays |= {f"{name}/hits": part.hits, f"{name}/num_matches": part.num_matches}
-        if part.scores is not None:
-            arrays[f"{name}/scores"] = part.scores
+    for name, method in judged.items():
+        arrays |= {f"{name}/hits": method.hits, f"{name}/num_matches": method.num_matches}
+        if method.scores is not None:
+            arrays[f"{name}/scores"] = method.scores
     with writing(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its options
 
@@ -165,7 +165,7 @@ def _by_n(measured: Measures, values: Sequence[float | tuple[float, float]]) -> 
 
 def _plain(value: float | tuple[float, float]) -> object:
     if isinstance(value, tuple):
-        return [_plain(part) for part in value]
+        return [_plain(number) for number in value]
     return None if math.isnan(value) else value
 
 

@@ -71,20 +71,20 @@ def judge(
     )
 
 
-def join(parts: Sequence[Judged]) -> Judged:
+def join(datasets: Sequence[Judged]) -> Judged:
     """Several datasets, such as cities, as one; shorter lists of predictions are filled with misses."""
-    width = max(part.hits.shape[1] for part in parts)
-    scores = [part.scores for part in parts if part.scores is not None]
+    width = max(dataset.hits.shape[1] for dataset in datasets)
+    scores = [dataset.scores for dataset in datasets if dataset.scores is not None]
     return Judged(
-        np.concatenate([np.pad(part.hits, ((0, 0), (0, width - part.hits.shape[1]))) for part in parts]),
-        np.concatenate([part.num_matches for part in parts]),
-        np.concatenate(scores) if len(scores) == len(parts) else None,
+        np.concatenate([np.pad(dataset.hits, ((0, 0), (0, width - dataset.hits.shape[1]))) for dataset in datasets]),
+        np.concatenate([dataset.num_matches for dataset in datasets]),
+        np.concatenate(scores) if len(scores) == len(datasets) else None,
     )
 
 
 def measure(judged: Judged, n_values: Sequence[int]) -> Measures:
     """Every figure of one method's rankings."""
-    found = found_within(judged.hits, n_values)
+    recalled = found_within(judged.hits, n_values)
     has_match = judged.num_matches > 0
     precision = np.stack([average_precision(judged.hits, judged.num_matches, n) for n in n_values], axis=1)
     curve = None
@@ -92,8 +92,8 @@ def measure(judged: Judged, n_values: Sequence[int]) -> Measures:
         curve = precision_recall(judged.scores, judged.hits[:, 0], has_match)
     return Measures(
         recall_of_hits(judged.hits, judged.num_matches, n_values),
-        _intervals(found),
-        _intervals(found[has_match]),
+        _intervals(recalled),
+        _intervals(recalled[has_match]),
         tuple(precision[has_match].mean(axis=0).tolist()) if has_match.any() else (float("nan"),) * len(n_values),
         curve,
     )
@@ -114,9 +114,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
-def _intervals(found: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
-    """Of the share of n queries found, for each of the m columns of n×m."""
-    return tuple(wilson_interval(int(count), len(found)) for count in found.sum(axis=0))
+def _intervals(recalled: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
+    """Of the share of n queries that are recalled, for each of the m columns of n×m."""
+    return tuple(wilson_interval(int(count), len(recalled)) for count in recalled.sum(axis=0))
 
 
 def average_precision(hits: NDArray[np.bool_], num_matches: NDArray[np.int64], n: int) -> NDArray[np.float64]:

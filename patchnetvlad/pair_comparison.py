@@ -31,22 +31,22 @@ class MatchedPair:
 
     def points(self, scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Centres of the matched patches of one patch size, M×2 (x, y) in pixels of each picture as it is."""
-        found = self.pair.matches[scale]
+        matches = self.pair.matches[scale]
         ends = (
-            (self.query_grids[scale].centers()[found.query.cpu()], self.query),
-            (self.reference_grids[scale].centers()[found.reference.cpu()], self.reference),
+            (self.query_grids[scale].centers()[matches.query.cpu()], self.query),
+            (self.reference_grids[scale].centers()[matches.reference.cpu()], self.reference),
         )
         query, reference = ((points.double().numpy() + 0.5) * self._factor(picture) - 0.5 for points, picture in ends)
         return query, reference
 
     def homography(self, scale: int) -> NDArray[np.float64] | None:
         """3×3 from pixels of the reference to pixels of the query, each as it is; None where the matcher has none."""
-        found = self.pair.scores[scale].homography
-        if found is None:
+        between_resized = self.pair.scores[scale].homography
+        if between_resized is None:
             return None
         to_query, to_reference = (self._from_resized(picture) for picture in (self.query, self.reference))
-        result = to_query @ found.double().numpy() @ np.linalg.inv(to_reference)
-        return result / result[2, 2] if result[2, 2] else result
+        homography = to_query @ between_resized.double().numpy() @ np.linalg.inv(to_reference)
+        return homography / homography[2, 2] if homography[2, 2] else homography
 
     def patch_sides(self, scale: int, picture: Image.Image) -> NDArray[np.float64]:
         """Width and height of a patch of one size in pixels of a picture as it is."""
@@ -64,9 +64,9 @@ class MatchedPair:
 
 def distinct_names(first: Path, second: Path) -> tuple[str, str]:
     """The names of two files, with as many of their folders as it takes to tell them apart."""
-    parts = first.absolute().parts, second.absolute().parts
-    for count in range(1, max(map(len, parts))):
-        names = [Path(*path[-count:]).as_posix() for path in parts]
+    segments = first.absolute().parts, second.absolute().parts
+    for count in range(1, max(map(len, segments))):
+        names = [Path(*path[-count:]).as_posix() for path in segments]
         if names[0] != names[1]:
             return names[0], names[1]
     return first.name, second.name

@@ -25,8 +25,8 @@ def window_sums(values: Tensor, size: int, stride: int, dim: int) -> Tensor:
     remaining = size
     while True:
         if remaining & 1:
-            part = block.narrow(dim, offset, length)
-            total = part if total is None else total + part
+            sums = block.narrow(dim, offset, length)
+            total = sums if total is None else total + sums
             offset += width
         remaining >>= 1
         if not remaining:

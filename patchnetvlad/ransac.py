@@ -49,8 +49,8 @@ def ransac_scores(
     device: torch.device,
 ) -> list[Score]:
     """`ransac_score` of many pairs, whose homographies are sought together on a device."""
-    scores = [Score(0.0, torch.zeros(len(found), dtype=torch.bool)) for found in matches]
-    able = [index for index, found in enumerate(matches) if len(found) >= SAMPLE]
+    scores = [Score(0.0, torch.zeros(len(pair_matches), dtype=torch.bool)) for pair_matches in matches]
+    able = [index for index, pair_matches in enumerate(matches) if len(pair_matches) >= SAMPLE]
     if not able:
         return scores
     source, target = (
@@ -61,7 +61,7 @@ def ransac_scores(
         for grids, side in ((reference_grids, "reference"), (query_grids, "query"))
     )  # B×M×2 in pitches of the query
     counts = torch.tensor([len(matches[index]) for index in able], device=device)
-    inliers, homographies = (found.cpu() for found in consensus(source, target, counts, TOLERANCE))
+    inliers, homographies = (tensor.cpu() for tensor in consensus(source, target, counts, TOLERANCE))
     for index, mask, homography in zip(able, inliers, homographies, strict=True):
         mask = mask[: len(matches[index])].clone()
         if not mask.any():
@@ -155,8 +155,8 @@ class _Residuals(NamedTuple):
         """B×n×3×3 → B×n, how many matches each explains."""
         numbers = CACHE_NUMBERS if models.device.type == "cpu" else DEVICE_NUMBERS
         step = max(1, numbers // (self.depth.shape[0] * self.depth.shape[2]))
-        parts = [part.sum(dim=2) for part in map(self.explained, models.split(step, dim=1))]
-        return torch.cat(parts, dim=1)
+        counts = [explained.sum(dim=2) for explained in map(self.explained, models.split(step, dim=1))]
+        return torch.cat(counts, dim=1)
 
 
 def _possible_models(source: Tensor, target: Tensor, samples: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,8 +214,8 @@ def _sample_positions(drawn: NDArray[np.int32], wanted: int) -> NDArray[np.int64
     # From each beginning, in steps of four, the first recurrent place with the same remainder; -1: none
     order = np.argsort(places % SAMPLE, kind="stable")
     keys = places[order] + len(drawn) * (places[order] % SAMPLE)
-    found = np.searchsorted(keys, begins + len(drawn) * (begins % SAMPLE))
-    following = np.append(order, -1)[found]
+    insertions = np.searchsorted(keys, begins + len(drawn) * (begins % SAMPLE))
+    following = np.append(order, -1)[insertions]
     following[places[following] % SAMPLE != begins % SAMPLE] = -1
     chain, links = [], following.tolist()
     place = links[-1]
@@ -226,9 +226,9 @@ def _sample_positions(drawn: NDArray[np.int32], wanted: int) -> NDArray[np.int64
     samples = (np.append(places[chain], len(drawn)) - starts) // SAMPLE + 1  # with the recurrent one that is last
     last = samples.cumsum()
     within = np.arange(last[-1]) - np.repeat(last - samples, samples)
-    result: NDArray[np.int64] = np.repeat(starts, samples) + SAMPLE * within + np.arange(SAMPLE)[:, None]
-    result[:, last[:-1] - 1] = positions[:, chain]
-    return result[:, :wanted]
+    sampled: NDArray[np.int64] = np.repeat(starts, samples) + SAMPLE * within + np.arange(SAMPLE)[:, None]
+    sampled[:, last[:-1] - 1] = positions[:, chain]
+    return sampled[:, :wanted]
 
 
 def _recurrent(drawn: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -52,11 +52,11 @@ def recall_of_hits(hits: NDArray[np.bool_], num_matches: NDArray[np.int64], n_va
     """Recall@N from which predictions nQ×k are true matches and how many matches each query has in all (nQ,)."""
     num_queries, num_candidates = hits.shape
     num_without_match = int((num_matches == 0).sum())
-    found = found_within(hits, n_values).sum(axis=0).tolist()
+    recalled = found_within(hits, n_values).sum(axis=0).tolist()
     return Recall(
         tuple(n_values),
-        tuple(_fraction(count, num_queries) for count in found),
-        tuple(_fraction(count, num_queries - num_without_match) for count in found),
+        tuple(_fraction(count, num_queries) for count in recalled),
+        tuple(_fraction(count, num_queries - num_without_match) for count in recalled),
         num_queries,
         num_without_match,
         num_candidates,
@@ -108,8 +108,8 @@ def constant_shift(
         return None
     first = int((ends - starts).argmax())
     frames = round(float(np.median(between[first : ends[first]])))
-    found = [float((np.abs(between - shift) <= radius).sum()) / len(query) for shift in (0, frames)]
-    return Shift(frames, *found)
+    recalls = [float((np.abs(between - shift) <= radius).sum()) / len(query) for shift in (0, frames)]
+    return Shift(frames, *recalls)
 
 
 def _fraction(count: int, total: int) -> float:

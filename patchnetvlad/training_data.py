@@ -110,14 +110,14 @@ def read_cities(
     if "seq" in task and (sequence_length < 3 or sequence_length % 2 == 0):
         raise UserError(f"sequence length {sequence_length}: expected an odd number of 3 or more")
     lengths = [sequence_length if side == "seq" else 1 for side in task.split("2")]
-    found = []
+    city_pictures = []
     for city in cities:
         queries, database = (
             _picture_set(read_side(root, city, side, subtask), length, subtask, include_panoramas)
             for side, length in zip(SIDES, lengths, strict=True)
         )
-        found.append(CityPictures(city, queries, database))
-    return tuple(found)
+        city_pictures.append(CityPictures(city, queries, database))
+    return tuple(city_pictures)
 
 
 def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: bool) -> PictureSet:
@@ -240,7 +240,7 @@ def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negat
             raise UserError(f"{city.queries.source}: training learns from single pictures (task im2im)")
         positives_here = city.positives(positive_radius)
         near_here = city.positives(negative_radius)
-        used = [row for row, found in enumerate(positives_here) if len(found)]
+        used = [row for row, rows in enumerate(positives_here) if len(rows)]
         if not used:
             raise UserError(
                 f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "

@@ -50,8 +50,8 @@ def validate(
         queries, database = (
             describe(side.paths, range(len(side)), f"Validating: {city.name}") for side in (city.queries, city.database)
         )
-        found = DatabaseIndex(database, device=device).search(queries, max(n_values))
-        recalls[city.name] = recall_at(found.indices, city.positives(radius), n_values)
+        neighbours = DatabaseIndex(database, device=device).search(queries, max(n_values))
+        recalls[city.name] = recall_at(neighbours.indices, city.positives(radius), n_values)
     counts = [recall.num_queries - recall.num_without_match for recall in recalls.values()]
     total = {
         n: sum(count * recall.with_match[place] for count, recall in zip(counts, recalls.values(), strict=True))

@@ -193,15 +193,15 @@ def _dual_components(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     num_samples, dims = samples.shape
     gram = np.zeros((num_samples, num_samples))
-    for part in _columns(dims):
-        centred = samples[:, part].astype(np.float64) - mean[part]
+    for columns in _columns(dims):
+        centred = samples[:, columns].astype(np.float64) - mean[columns]
         gram += centred @ centred.T
     gram /= num_samples - 1
     total = float(np.trace(gram))
     values, vectors = _largest(gram, num_pcs)
     directions = np.empty((dims, num_pcs))
-    for part in _columns(dims):
-        directions[part] = (samples[:, part].astype(np.float64) - mean[part]).T @ vectors
+    for columns in _columns(dims):
+        directions[columns] = (samples[:, columns].astype(np.float64) - mean[columns]).T @ vectors
     directions /= np.maximum(np.linalg.norm(directions, axis=0), EPSILON)  # they have length sqrt(λ·(n−1))
     return values, directions, total
 

@@ -48,8 +48,8 @@ class House:
 def read_house(readme: Path) -> House:
     """The rows and annexes in the README's section Architecture; raises UserError when there is none."""
     text = read_text(readme, "the README")
-    _, found, section = text.partition("\n## Architecture\n")
-    if not found:
+    _, heading, section = text.partition("\n## Architecture\n")
+    if not heading:
         raise UserError(f"{readme}: has no section Architecture (not the README of a checkout?)")
     section = section.partition("\n## ")[0]
     rows, formulas = [], set()
@@ -78,20 +78,20 @@ def violations(house: House, imports: Mapping[str, frozenset[str]]) -> list[str]
     rooms = {module: _room(module, row_of) for module in imports if module and module not in _folders(imports)}
     method = [module for module, room in rooms.items() if room in row_of]
     strangers = {room for room in rooms.values() if room not in row_of and room.rstrip("/") not in house.annexes}
-    found = [f"{room}: not in the README's table" for room in sorted(strangers)]
+    differences = [f"{room}: not in the README's table" for room in sorted(strangers)]
     gone = [room for room in (*row_of, *(f"{annex}/" for annex in house.annexes)) if room not in rooms.values()]
-    found += [f"{room}: in the README's table, but there is no such module" for room in gone]
+    differences += [f"{room}: in the README's table, but there is no such module" for room in gone]
     for module in method:
         for other in sorted(imports[module]):
             room = _room(other, row_of)
             if room.rstrip("/") in house.annexes:
-                found.append(f"{module}: imports {other}, which is an annex")
+                differences.append(f"{module}: imports {other}, which is an annex")
             elif row_of.get(room, -1) > row_of[rooms[module]]:
-                found.append(f"{module}: imports {other}, a later row")
+                differences.append(f"{module}: imports {other}, a later row")
     ground = set(house.rows[0].modules) - {"errors"} if house.rows else set()
     for module in sorted(house.formulas & set(method)):
-        found += [f"{module}: a formula that imports {other}" for other in sorted(imports[module] & ground)]
-    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(imports)]
+        differences += [f"{module}: a formula that imports {other}" for other in sorted(imports[module] & ground)]
+    return differences + [f"circle: {' -> '.join(circle)}" for circle in circles(imports)]
 
 
 def _room(module: str, row_of: Mapping[str, int]) -> str:
@@ -107,11 +107,11 @@ def _folders(imports: Mapping[str, frozenset[str]]) -> set[str]:
 def circles(imports: Mapping[str, frozenset[str]]) -> list[Sequence[str]]:
     """Modules that import each other in a circle, each circle once, from its first module round to it."""
     done: set[str] = set()
-    found: list[Sequence[str]] = []
+    closed: list[Sequence[str]] = []
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         if module in path:
-            found.append((*path[path.index(module) :], module))
+            closed.append((*path[path.index(module) :], module))
         elif module not in done:
             for other in sorted(imports.get(module, ())):
                 visit(other, (*path, module))
@@ -119,12 +119,12 @@ def circles(imports: Mapping[str, frozenset[str]]) -> list[Sequence[str]]:
 
     for module in sorted(imports):
         visit(module, ())
-    return found
+    return closed
 
 
 def _dotted(path: Path) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    segments = path.with_suffix("").parts
+    return ".".join(segments[:-1] if segments[-1] == "__init__" else segments)
 
 
 def _imported(tree: ast.Module, modules: Mapping[str, Path]) -> Iterator[str]:

@@ -38,13 +38,13 @@ def draw_house(house: House, imports: Mapping[str, frozenset[str]], path: Path) 
     axes.axis("off")
     boxes: dict[str, _Box] = {}
     top = 0.15
-    for number, (row, parts) in enumerate(zip(house.rows, lines, strict=True)):
-        deep = len(parts) * _ROW_HEIGHT
+    for number, (row, row_lines) in enumerate(zip(house.rows, lines, strict=True)):
+        row_height = len(row_lines) * _ROW_HEIGHT
         if number % 2 == 0:
-            axes.axhspan(top, top + deep, color="#f6f7f9", zorder=0)
-        axes.text(0.2, top + deep / 2, row.name, va="center", size=13, weight="bold", color=_INK)
-        for part in parts:
-            boxes |= _placed(part, top + _ROW_HEIGHT / 2)
+            axes.axhspan(top, top + row_height, color="#f6f7f9", zorder=0)
+        axes.text(0.2, top + row_height / 2, row.name, va="center", size=13, weight="bold", color=_INK)
+        for modules in row_lines:
+            boxes |= _placed(modules, top + _ROW_HEIGHT / 2)
             top += _ROW_HEIGHT
     boxes |= _placed([f"{annex}/" for annex in house.annexes], top + _ROW_HEIGHT / 2)
     axes.text(0.2, top + _ROW_HEIGHT / 2, "annexes", va="center", size=13, weight="bold", color=_INK)
@@ -61,8 +61,8 @@ def draw_house(house: House, imports: Mapping[str, frozenset[str]], path: Path) 
 def _used(name: str, imports: Mapping[str, frozenset[str]]) -> set[str]:
     """What a module imports, or all modules of a folder together; another folder's modules count as that folder."""
     own = [used for module, used in imports.items() if module == name or module.startswith(f"{name.rstrip('/')}.")]
-    found = {f"{used.partition('.')[0]}/" if "." in used else used for used in set().union(*own)}
-    return found - {name}
+    imported = {f"{used.partition('.')[0]}/" if "." in used else used for used in set().union(*own)}
+    return imported - {name}
 
 
 def _wrapped(modules: tuple[str, ...]) -> list[list[str]]:

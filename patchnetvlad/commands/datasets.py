@@ -143,18 +143,18 @@ def _measure(args: argparse.Namespace) -> None:
     if args.results:
         named = {_name(given): _path(given) for given in args.results}
         whole = joined(list(named.values()), args.n_values)
-        parts = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
+        per_dataset = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
     else:
-        whole, parts = _measured_predictions(args), {}
-    if parts:
-        print(_JOINED.format(len(parts), ", ".join(parts)))
+        whole, per_dataset = _measured_predictions(args), {}
+    if per_dataset:
+        print(_JOINED.format(len(per_dataset), ", ".join(per_dataset)))
     print("\n".join(measure_lines(*whole, details=True)))
-    for name, part in parts.items():
-        print("\n".join(["", name, *measure_lines(*part)]))
+    for name, measured in per_dataset.items():
+        print("\n".join(["", name, *measure_lines(*measured)]))
     if args.json:
         record = measure_record(*whole)
-        if parts:
-            record["parts"] = {name: measure_record(*part) for name, part in parts.items()}
+        if per_dataset:
+            record["parts"] = {name: measure_record(*measured) for name, measured in per_dataset.items()}
         write_json(args.json, record)
 
 
@@ -202,7 +202,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     except _Enough:
         return 0
     _tell(done, work)
-    return int(any(one.passed is False for one in done.comparisons))
+    return int(any(comparison.passed is False for comparison in done.comparisons))
 
 
 def _tell(done: Reproduction, work: Path) -> None:
@@ -217,9 +217,14 @@ def _tell(done: Reproduction, work: Path) -> None:
     print(f"{done.seconds:.0f} s; results in {work / 'results'}")
     record = measure_record(done.protocol, done.measures)
     record["known"] = [
-        {"stage": one.known.stage, "source": one.known.source, "n": one.n, "known": one.known.recalls[one.n]}
-        | {"measured": one.measured, "passed": one.passed}
-        for one in done.comparisons
+        {
+            "stage": comparison.known.stage,
+            "source": comparison.known.source,
+            "n": comparison.n,
+            "known": comparison.known.recalls[comparison.n],
+        }
+        | {"measured": comparison.measured, "passed": comparison.passed}
+        for comparison in done.comparisons
     ]
     write_json(work / "results" / "reproduction.json", record)
 
@@ -289,11 +294,11 @@ def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     if not comparisons:
         return ["no known result to compare with"]
     lines = [f"{'':<14}{'N':>4}{'known':>8}{'measured':>10}{'':>8}  source"]
-    for one in comparisons:
-        verdict = {True: "passed", False: "FAILED", None: ""}[one.passed]
-        band = f" ({_band(one.known.band)})" if one.known.band else ""
+    for comparison in comparisons:
+        known, verdict = comparison.known, {True: "passed", False: "FAILED", None: ""}[comparison.passed]
+        band = f" ({_band(known.band)})" if known.band else ""
         lines.append(
-            f"{one.known.stage:<14}{one.n:>4}{one.known.recalls[one.n]:8.1f}{one.measured:10.1f}{verdict:>8}  "
-            f"{one.known.source}{band}"
+            f"{known.stage:<14}{comparison.n:>4}{known.recalls[comparison.n]:8.1f}{comparison.measured:10.1f}"
+            f"{verdict:>8}  {known.source}{band}"
         )
     return lines

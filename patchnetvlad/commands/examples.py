@@ -24,21 +24,21 @@ def demo(arguments: Sequence[str] | None = None) -> int:
 def _demo(args: argparse.Namespace) -> int:
     output, examples = Path(args.output_dir), shipped_folder("example_images")
     shared = ["--config_path", "builtin.ini", "--device", "cpu" if args.nocuda else args.device]
-    lists = {part: f"example_imageNames_{part}.txt" for part in ("query", "index")}
+    lists = {side: f"example_imageNames_{side}.txt" for side in ("query", "index")}
     steps: list[tuple[Callable[[Sequence[str]], int], list[str]]] = [
         (
             feature_extract,
             ["--dataset_file_path", listed, "--dataset_root_dir", str(examples)]
-            + ["--output_features_dir", str(output / "features" / part)],
+            + ["--output_features_dir", str(output / "features" / side)],
         )
-        for part, listed in lists.items()
+        for side, listed in lists.items()
     ]
     steps.append(
         (
             feature_match,
             ["--dataset_root_dir", str(examples), "--ground_truth_path", "example.npz"]
-            + [word for part in lists for word in (f"--{part}_file_path", lists[part])]
-            + [f"--{part}_input_features_dir={output / 'features' / part}" for part in lists]
+            + [word for side in lists for word in (f"--{side}_file_path", lists[side])]
+            + [f"--{side}_input_features_dir={output / 'features' / side}" for side in lists]
             + ["--result_save_folder", str(output / "results")],
         )
     )

@@ -25,8 +25,8 @@ def kapture_folders(
     Coordinates are the cameras' places (3). The benchmarks keep most query poses to themselves: such queries stay in
     the list and there is no ground truth, or, with only_posed, they are left out and counted.
     """
-    database, notes = _kapture_part(root, mappings, True)
-    asked, query_notes = _kapture_part(root, queries, only_posed)
+    database, notes = _kapture_side(root, mappings, True)
+    asked, query_notes = _kapture_side(root, queries, only_posed)
     return [Dataset(name, asked, database, 5 if radius is None else radius, notes=(*notes, *query_notes))]
 
 
@@ -37,20 +37,20 @@ def pose_files(
 
     images: the folder below the root that the names start from.
     """
-    parts = []
+    sides = []
     for given in (queries, database):
         poses = read_poses(root / given if (root / given).exists() else Path(given))
         if not poses:
             raise UserError(f"{given}: holds no pose")
-        parts.append(_pictures({(Path(images) / name).as_posix(): pose for name, pose in poses.items()}))
-    return [Dataset(name, parts[0], parts[1], 5 if radius is None else radius, "model units")]
+        sides.append(_pictures({(Path(images) / name).as_posix(): pose for name, pose in poses.items()}))
+    return [Dataset(name, sides[0], sides[1], 5 if radius is None else radius, "model units")]
 
 
-def _kapture_part(root: Path, folders: Sequence[str], only_posed: bool) -> tuple[Pictures, tuple[str, ...]]:
+def _kapture_side(root: Path, folders: Sequence[str], only_posed: bool) -> tuple[Pictures, tuple[str, ...]]:
     poses: dict[str, Pose | None] = {}
     for folder in folders:
-        found = read_kapture(root / folder)
-        poses |= {(Path(folder) / _RECORDS / name).as_posix(): pose for name, pose in found.items()}
+        folder_poses = read_kapture(root / folder)
+        poses |= {(Path(folder) / _RECORDS / name).as_posix(): pose for name, pose in folder_poses.items()}
     without = [name for name, pose in poses.items() if pose is None]
     if not without:
         return _pictures({name: pose for name, pose in poses.items() if pose is not None}), ()

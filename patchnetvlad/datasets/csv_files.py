@@ -57,8 +57,8 @@ def csv_tables(
     if moved:
         notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
     count = len(names[0])
-    parts = Pictures(tuple(names[0]), utm[:count]), Pictures(tuple(names[1]), utm[count:])
-    return [Dataset(name, *parts, limit, zone=zone, notes=tuple(notes))]
+    pictures = Pictures(tuple(names[0]), utm[:count]), Pictures(tuple(names[1]), utm[count:])
+    return [Dataset(name, *pictures, limit, zone=zone, notes=tuple(notes))]
 
 
 def pairs(
@@ -77,27 +77,27 @@ def pairs(
     picture's place in the database, counted from 0; interpolate places queries between two of the file in proportion.
     Other queries are an error, or are left out and counted.
     """
-    parts = [listed_below(root, folder) for folder in (queries, database)]
+    listed = [listed_below(root, folder) for folder in (queries, database)]
     table = read_table(pairs_csv)
     asked, shown = (
         _rows_of(table, column, folder, names)
-        for column, folder, names in zip(("query", "database"), (queries, database), parts, strict=True)
+        for column, folder, names in zip(("query", "database"), (queries, database), listed, strict=True)
     )
     order = np.argsort(asked)
     asked, shown = asked[order], shown[order].astype(np.float64)
-    rows = np.arange(len(parts[0])) if interpolate else asked
+    rows = np.arange(len(listed[0])) if interpolate else asked
     rows = rows[(rows >= asked[0]) & (rows <= asked[-1])]
-    without = [parts[0][row] for row in np.setdiff1d(np.arange(len(parts[0])), rows)]
+    without = [listed[0][row] for row in np.setdiff1d(np.arange(len(listed[0])), rows)]
     notes: tuple[str, ...] = ()
     if without:
-        message = f"{len(without)} of {len(parts[0])} queries have no place by {pairs_csv}: {some_of(without)}"
+        message = f"{len(without)} of {len(listed[0])} queries have no place by {pairs_csv}: {some_of(without)}"
         if incomplete != "leave_out":
             raise UserError(
                 f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
             )
         notes = (f"left out: {message}",)
-    places = [np.interp(rows, asked, shown), np.arange(len(parts[1]), dtype=np.float64)]
-    names = [[parts[0][row] for row in rows], parts[1]]
+    places = [np.interp(rows, asked, shown), np.arange(len(listed[1]), dtype=np.float64)]
+    names = [[listed[0][row] for row in rows], listed[1]]
     placed = [
         Pictures(tuple(side_names), np.stack([place, np.zeros_like(place)], axis=1))
         for side_names, place in zip(names, places, strict=True)
@@ -109,16 +109,16 @@ def _rows_of(table: Table, column: str, folder: str, names: Sequence[str]) -> ND
     """Places in a list of the pictures that a column names; a query may stand there once."""
     row_of = {name: row for row, name in enumerate(names)}
     cells = table.unique(column) if column == "query" else table.text(column)
-    found = [row_of.get(cell, row_of.get((PurePosixPath(folder) / cell).as_posix(), -1)) for cell in cells]
-    if not found:
+    rows = [row_of.get(cell, row_of.get((PurePosixPath(folder) / cell).as_posix(), -1)) for cell in cells]
+    if not rows:
         raise UserError(f"{table.path}: names no pair")
-    if -1 in found:
-        place = found.index(-1)
+    if -1 in rows:
+        place = rows.index(-1)
         raise UserError(
             f"{table.path}: line {table.lines[place]}: {column} {cells[place]} is no picture of {folder} (names are "
             "relative to ROOT or to that folder)"
         )
-    return np.array(found, dtype=np.int64)
+    return np.array(rows, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,15 +78,15 @@ class DatasetFiles:
 
 
 def check_names(dataset: Dataset) -> None:
-    """Raises UserError for an empty part and for a picture that one list holds twice."""
-    for part, pictures in (("query", dataset.queries), ("database", dataset.database)):
+    """Raises UserError where queries or database are empty, and for a picture that one list holds twice."""
+    for side, pictures in (("query", dataset.queries), ("database", dataset.database)):
         if not len(pictures):
-            raise UserError(f"{dataset.name}: no {part} picture found (is the dataset's folder right?)")
+            raise UserError(f"{dataset.name}: no {side} picture found (is the dataset's folder right?)")
         seen: set[str] = set()
         twice = [name for name in pictures.names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
         if twice:
             named = some_of(twice, _NAMED)
-            raise UserError(f"{dataset.name}: {len(twice)} {part} pictures are listed twice (duplicate keys?): {named}")
+            raise UserError(f"{dataset.name}: {len(twice)} {side} pictures are listed twice (duplicate keys?): {named}")
 
 
 def check_pictures(
@@ -100,7 +100,7 @@ def check_pictures(
     """
     notes: list[str] = []
     absent: list[str] = []
-    parts = []
+    sides = []
     for pictures, block in ((dataset.queries, 1), (dataset.database, dataset.panorama_cutouts)):
         listed = tqdm(pictures.names, f"Looking for pictures of {dataset.name}", unit="img", disable=not progress)
         names = [_find(root, name) for name in listed]
@@ -108,14 +108,14 @@ def check_pictures(
         if renamed:
             notes.append(f"{renamed} pictures have another extension than the one listed, and are listed under theirs")
         absent += [old for new, old in zip(names, pictures.names, strict=True) if new is None]
-        found = Pictures(
+        with_file_names = Pictures(
             tuple(new or old for new, old in zip(names, pictures.names, strict=True)), pictures.coordinates
         )
         present = np.array([name is not None for name in names], dtype=bool)
         kept = _whole_blocks(present, block)
         if (broken := int(present.sum() - kept.sum())) > 0:
             notes.append(f"left out: {broken} cut-outs at hand of panoramas that are not complete")
-        parts.append(found.keep(np.flatnonzero(kept)))
+        sides.append(with_file_names.keep(np.flatnonzero(kept)))
     if absent:
         total = len(dataset.queries) + len(dataset.database)
         where = ""
@@ -123,12 +123,12 @@ def check_pictures(
             write_text(report, (f"{name}\n" for name in absent))
             where = f"; all are named in {report}"
         message = f"{len(absent)} of {total} listed pictures are absent below {root}: {some_of(absent, _NAMED)}{where}"
-        enough = all(len(part) for part in parts)
+        enough = all(len(side) for side in sides)
         if not leave_out or not enough:
             hint = "; --incomplete leave_out goes on without them" if enough else ", too few are left (another root?)"
             raise UserError(f"{dataset.name}: {message}{hint}")
         notes.append(f"left out: {message}")
-    return replace(dataset, queries=parts[0], database=parts[1]).noted(*notes)
+    return replace(dataset, queries=sides[0], database=sides[1]).noted(*notes)
 
 
 def with_matches_only(dataset: Dataset) -> Dataset:

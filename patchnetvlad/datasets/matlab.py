@@ -56,13 +56,13 @@ def tokyo247(root: Path, mat: Path | None) -> list[Dataset]:
 def find_mat(root: Path, name: str) -> Path:
     """The struct's file below the root, in the folder of datasets or beside it; raises UserError naming the places."""
     places = [root / name, root / "datasets" / name, root.parent / name, root.parent / "datasets" / name]
-    found = next((path for path in places if path.is_file()), None) or next(iter(sorted(root.glob(f"*/{name}"))), None)
-    if found is None:
+    file = next((path for path in places if path.is_file()), None) or next(iter(sorted(root.glob(f"*/{name}"))), None)
+    if file is None:
         raise UserError(
             f"{name}: not found in {', '.join(sorted({str(path.parent) for path in places}))} (it is part of NetVLAD's "
             "dataset specifications; name its place with --mat)"
         )
-    return found
+    return file
 
 
 def from_struct(
@@ -73,7 +73,7 @@ def from_struct(
     which = "".join(np.asarray(fields["whichSet"]).astype(str).ravel().tolist()).strip()
     if expected_set is not None and which.lower() != expected_set:
         raise UserError(f"{path}: whichSet is {which!r}, expected {expected_set!r} (the file of another split?)")
-    parts = {}
+    pictures = {}
     for key, coordinates_key, count_key, folder in (
         ("qImageFns", "utmQ", "numQueries", query_folder),
         ("dbImageFns", "utmDb", "numImages", database_folder),
@@ -83,12 +83,12 @@ def from_struct(
         count = _number(path, count_key, fields[count_key])
         if count != len(names):
             raise UserError(f"{path}: {count_key} is {count:g} but {key} has {len(names)} names")
-        parts[key] = Pictures(tuple((folder / file).as_posix() for file in names), coordinates)
+        pictures[key] = Pictures(tuple((folder / file).as_posix() for file in names), coordinates)
     radius = _number(path, "posDistThr", fields["posDistThr"])
     squared = _number(path, "posDistSqThr", fields["posDistSqThr"])
     if not np.isclose(squared, radius**2):
         raise UserError(f"{path}: posDistSqThr is {squared:g}, not the square of posDistThr, {radius:g}")
-    return Dataset(name, parts["qImageFns"], parts["dbImageFns"], radius, zone=zone)
+    return Dataset(name, pictures["qImageFns"], pictures["dbImageFns"], radius, zone=zone)
 
 
 def _read_struct(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -99,8 +99,8 @@ def _read_struct(path: Path) -> dict[str, NDArray[np.generic]]:
     except (OSError, ValueError, NotImplementedError, TypeError, IndexError, zlib.error, MatReadError) as error:
         raise UserError(f"{path}: not a MATLAB file that can be read ({error}; version 7.3 is not read)") from error
     if "dbStruct" not in content:
-        found = ", ".join(key for key in content if not key.startswith("__")) or "nothing"
-        raise UserError(f"{path}: holds no dbStruct: found {found} (another .mat file?)")
+        variables = ", ".join(key for key in content if not key.startswith("__")) or "nothing"
+        raise UserError(f"{path}: holds no dbStruct: found {variables} (another .mat file?)")
     struct = content["dbStruct"]
     if struct.dtype.names is None:  # saved as an object
         raise UserError(f"{path}: dbStruct is no struct with fields {', '.join(FIELDS)}")

@@ -42,9 +42,9 @@ def nordland(
     seasons must then have the same frames.
     """
     base = "nordland/" if (root / "nordland" / queries).is_dir() else ""
-    parts = [listed_below(root, base + season) for season in (queries, database)]
-    dataset = _by_frames("nordland", parts, 10 if radius is None else radius)
-    numbers = [_frame_numbers(names) for names in parts]
+    listed = [listed_below(root, base + season) for season in (queries, database)]
+    dataset = _by_frames("nordland", listed, 10 if radius is None else radius)
+    numbers = [_frame_numbers(names) for names in listed]
     only = [np.setdiff1d(numbers[0], numbers[1]), np.setdiff1d(numbers[1], numbers[0])]
     for season, other, missing in ((queries, database, only[0]), (database, queries, only[1])):
         if len(missing):
@@ -58,13 +58,13 @@ def nordland(
             dataset = dataset.noted(message)
     if not published:
         return [dataset]
-    rows = np.arange(len(parts[0]))
+    rows = np.arange(len(listed[0]))
     coordinates = np.stack([rows, rows], axis=1)
     return [
         Dataset(
             "nordland",
-            Pictures(tuple(parts[0]), coordinates),
-            Pictures(tuple(parts[1]), coordinates),
+            Pictures(tuple(listed[0]), coordinates),
+            Pictures(tuple(listed[1]), coordinates),
             dataset.radius,
             "steps of (i, i)",
             notes=(f"as published: row i has (i, i), so {dataset.radius:g} is {int(dataset.radius / 2**0.5)} frames",),
@@ -79,14 +79,14 @@ def frames(
 
     Frame N of the queries shows the place of frame N + offset of the database.
     """
-    parts = [listed_below(root, folder) for folder in (queries, database)]
-    return [_by_frames(name, parts, 2 if radius is None else radius, offset)]
+    listed = [listed_below(root, folder) for folder in (queries, database)]
+    return [_by_frames(name, listed, 2 if radius is None else radius, offset)]
 
 
 def folders(root: Path, queries: str, database: str, name: str = "dataset") -> list[Dataset]:
     """Two folders of pictures without positions."""
-    parts = [Pictures(tuple(listed_below(root, folder))) for folder in (queries, database)]
-    return [Dataset(name, parts[0], parts[1], 0)]
+    sides = [Pictures(tuple(listed_below(root, folder))) for folder in (queries, database)]
+    return [Dataset(name, sides[0], sides[1], 0)]
 
 
 def kind_of_positions(root: Path, queries: str, database: str) -> tuple[str, str]:
@@ -105,11 +105,11 @@ def at_names(
     root: Path, queries: str, database: str, radius: float | None = None, name: str = "dataset"
 ) -> list[Dataset]:
     """Folders of pictures named @easting@northing@…; zones, where they follow, become one."""
-    parts = [listed_below(root, folder) for folder in (queries, database)]
-    read = [[_at_position(file) for file in names] for names in parts]
+    listed = [listed_below(root, folder) for folder in (queries, database)]
+    read = [[_at_position(file) for file in names] for names in listed]
     bad = [
         file
-        for names, positions in zip(parts, read, strict=True)
+        for names, positions in zip(listed, read, strict=True)
         for file, position in zip(names, positions, strict=True)
         if position is None
     ]
@@ -133,7 +133,7 @@ def at_names(
             raise UserError(
                 f"{root}: names of several zones ({some_of(sorted(map(str, set(zones))))}) and some without"
             )
-    pictures = _split(parts, utm)
+    pictures = _split(listed, utm)
     return [Dataset(name, *pictures, 25 if radius is None else radius, zone=zone, notes=tuple(notes))]
 
 
@@ -147,17 +147,18 @@ def exif(
     progress: bool = False,
 ) -> list[Dataset]:
     """Folders of pictures with GPS positions in their EXIF; those without are an error, or are left out and counted."""
-    parts = [listed_below(root, folder) for folder in (queries, database)]
+    listed = [listed_below(root, folder) for folder in (queries, database)]
     read = [
-        [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)] for names in parts
+        [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)]
+        for names in listed
     ]
     bad = [
         file
-        for names, positions in zip(parts, read, strict=True)
+        for names, positions in zip(listed, read, strict=True)
         for file, position in zip(names, positions, strict=True)
         if position is None
     ]
-    total = sum(map(len, parts))
+    total = sum(map(len, listed))
     if bad and (incomplete != "leave_out" or len(bad) == total):
         hint = "" if len(bad) == total else "; --incomplete leave_out goes on without them"
         raise UserError(
@@ -165,7 +166,7 @@ def exif(
         )
     kept = [
         [file for file, position in zip(names, positions, strict=True) if position is not None]
-        for names, positions in zip(parts, read, strict=True)
+        for names, positions in zip(listed, read, strict=True)
     ]
     geographic = [
         np.array([position for position in positions if position is not None], dtype=np.float64).reshape(-1, 2)
@@ -184,8 +185,8 @@ def from_geographic(
     zone: Zone | None = None,
 ) -> Dataset:
     """A dataset from names and latitudes and longitudes of queries and database, in one UTM zone."""
-    for part_names, positions in zip(names, geographic, strict=True):
-        check_geographic(positions, part_names, where)
+    for side_names, positions in zip(names, geographic, strict=True):
+        check_geographic(positions, side_names, where)
     if all(map(len, geographic)) and look_swapped(geographic[0], geographic[1]):
         raise UserError(f"{where}: queries and database lie apart, unless latitude and longitude of one are swapped")
     everything = np.concatenate(list(geographic))
@@ -199,20 +200,20 @@ def from_geographic(
     return Dataset(name, *_split(names, to_utm(everything, chosen)), radius, zone=chosen, notes=tuple(notes))
 
 
-def _by_frames(name: str, parts: Sequence[Sequence[str]], radius: float, offset: int = 0) -> Dataset:
-    query, database_numbers = map(_frame_numbers, parts)
-    places = (query + offset, database_numbers)
+def _by_frames(name: str, listed: Sequence[Sequence[str]], radius: float, offset: int = 0) -> Dataset:
+    query_numbers, database_numbers = map(_frame_numbers, listed)
+    places = (query_numbers + offset, database_numbers)
     coordinates = [np.stack([numbers, np.zeros_like(numbers)], axis=1) for numbers in places]
-    queries, database = (Pictures(tuple(names), rows) for names, rows in zip(parts, coordinates, strict=True))
+    queries, database = (Pictures(tuple(names), rows) for names, rows in zip(listed, coordinates, strict=True))
     return Dataset(name, queries, database, radius, "frames")
 
 
 def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
-    found = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
-    without = [name for name, numbers in zip(names, found, strict=True) if not numbers]
+    digits = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
+    without = [name for name, numbers in zip(names, digits, strict=True) if not numbers]
     if without:
         raise UserError(f"{len(without)} pictures have no frame number in their name: {some_of(without)}")
-    numbers = np.array([int(numbers[-1]) for numbers in found], dtype=np.int64)
+    numbers = np.array([int(numbers[-1]) for numbers in digits], dtype=np.int64)
     _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     if (counts > 1).any():
         example = names[first[np.flatnonzero(counts > 1)[0]]]
@@ -260,6 +261,6 @@ def _gps(path: Path) -> tuple[float, float] | None:
     return position if np.isfinite(position).all() else None
 
 
-def _degrees(parts: Sequence[float]) -> float:
-    degrees, minutes, seconds = (float(part) for part in parts)
+def _degrees(angle: Sequence[float]) -> float:
+    degrees, minutes, seconds = (float(number) for number in angle)
     return degrees + minutes / 60 + seconds / 3600

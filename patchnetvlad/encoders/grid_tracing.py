@@ -45,10 +45,10 @@ def trace_geometry(run: Callable[[Tensor], Tensor], height: int, width: int) -> 
     pixels = EncoderGeometry(stride=1, receptive_field=1, padding=0)
     with torch.no_grad(), _Tracing(picture, _Grid(pixels, pixels)) as tracing:
         feature_map = run(picture)
-    found = tracing.grid_of(feature_map)
-    if found is None or feature_map.ndim != 4:
+    grid = tracing.grid_of(feature_map)
+    if grid is None or feature_map.ndim != 4:
         raise ValueError("its output does not follow from the picture by windows")
-    geometry = max(found, key=lambda axis: axis.receptive_field)
+    geometry = max(grid, key=lambda axis: axis.receptive_field)
     if geometry.first_center < 0:
         raise ValueError(f"the first position would lie outside the picture, at {geometry.first_center:g} pixels")
     for size, count in zip((height, width), feature_map.shape[2:], strict=True):

@@ -270,13 +270,13 @@ def _takes(model: Any, name: str, options: Mapping[str, bool], many: int, index:
 
 def _modules_of(model: nn.Module, keys: Set[str], norm: bool) -> tuple[str, ...]:
     """The largest modules all of whose parameters and buffers are among the keys, in order; with norm, the last too."""
-    found: list[str] = []
+    module_names: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{key}" for key in module.state_dict()}
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in module_names)
         if name and own and not inside and (own <= keys or (norm and name == "norm")):
-            found.append(name)
-    return tuple(found)
+            module_names.append(name)
+    return tuple(module_names)
 
 
 def _follow(model: Any, learned: Sequence[str], size: tuple[int, int], index: int, norm: bool) -> tuple[int, bool]:

@@ -59,12 +59,12 @@ def write_msls(
         city = make_city(
             rendered.places, (database_views,), (query_views,), rendered.seed, look_alikes=0, scale=size[0] / 10
         )
-        part = "test" if rendered.name in MSLS_CITIES["test"] else "train_val"
-        folder = root / part / rendered.name
+        split = "test" if rendered.name in MSLS_CITIES["test"] else "train_val"
+        folder = root / split / rendered.name
         database = [_by_night(view) if _drive(view) == NIGHT_DRIVE else view for view in city.database]
         for side, views in (("query", city.queries), ("database", database)):
             extra = [_panorama(view) for view in database[::PANORAMA_EVERY]] if side == "database" and panoramas else []
-            _write_side(folder / side, rendered.name, city, (*views, *extra), len(extra), size, part == "test")
+            _write_side(folder / side, rendered.name, city, (*views, *extra), len(extra), size, split == "test")
             count += len(views) + len(extra)
     return count
 

@@ -347,14 +347,14 @@ def _composite(frame: Array, plane: _Plane, projection: Array, light: Array) -> 
     halving[:2, 2] = (2**level - 1) / 2
     shift = np.array([[1.0, 0, -left], [0, 1, -top], [0, 0, 1]])
     matrix = shift @ homography @ halving
-    part = cv2.warpPerspective(plane.levels[level], matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
+    warped = cv2.warpPerspective(plane.levels[level], matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
     if not before.all():  # The part behind the camera would show upside down beyond the horizon.
         inverse = np.linalg.inv(matrix)[2]
         rays = inverse[0] * np.arange(right - left)[None] + inverse[1] * np.arange(bottom - top)[:, None] + inverse[2]
-        part[rays <= 0] = 0
+        warped[rays <= 0] = 0
     window = frame[top:bottom, left:right]
-    window *= 1 - part[..., 3:].astype(np.float32) / 255
-    window += part[..., :3] * light.astype(np.float32)
+    window *= 1 - warped[..., 3:].astype(np.float32) / 255
+    window += warped[..., :3] * light.astype(np.float32)
 
 
 def render_place(

@@ -42,11 +42,11 @@ def parse_zone(text: str, where: str) -> Zone:
     The letter S is taken as the southern hemisphere: band S (32° to 40° north) must be given as N.
     Raises UserError, naming where the text came from.
     """
-    found = re.fullmatch(r"\s*(\d{1,2})\s*([C-HJ-NP-Xc-hj-np-x])\s*", text)
-    if not found or not 1 <= int(found[1]) <= 60:
+    match = re.fullmatch(r"\s*(\d{1,2})\s*([C-HJ-NP-Xc-hj-np-x])\s*", text)
+    if not match or not 1 <= int(match[1]) <= 60:
         raise UserError(f"{where}: UTM zone {text!r}: expected a number 1 to 60 and N or S, such as 17N")
-    letter = found[2].upper()
-    return Zone(int(found[1]), letter < "N" or letter == "S")
+    letter = match[2].upper()
+    return Zone(int(match[1]), letter < "N" or letter == "S")
 
 
 def band_zone(number: int, band: str, where: str) -> Zone:

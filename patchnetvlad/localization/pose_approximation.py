@@ -66,17 +66,17 @@ def approximate_poses(
     top_k = 1 is the pose of the best match, as in the paper. Descriptors (nQ×D, M×D, unit vectors) are needed by
     barycentric and similarity weights. None where no match has a pose.
     """
-    found: list[Pose | None] = []
+    approximated: list[Pose | None] = []
     for row, ranking in enumerate(predictions.tolist()):
         placed = [index for index in ranking if index >= 0 and database[index] is not None][:top_k]
         poses = [pose for pose in (database[index] for index in placed) if pose is not None]
         if len(poses) < 2:
-            found.append(poses[0] if poses else None)
+            approximated.append(poses[0] if poses else None)
             continue
         if query_descriptors is None or database_descriptors is None:
             query, matches = np.empty(0), np.empty((len(placed), 0))
         else:
             query = query_descriptors[row].astype(np.float64)
             matches = database_descriptors[placed].astype(np.float64)
-        found.append(mean_pose(poses, weighting(query, matches)))
-    return found
+        approximated.append(mean_pose(poses, weighting(query, matches)))
+    return approximated

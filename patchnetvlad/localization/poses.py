@@ -97,11 +97,11 @@ def by_condition(names: Sequence[str], pattern: str = r"^([^/]+)/") -> dict[str,
             raise re.error("no group", pattern)
     except re.error as error:
         raise UserError(f"--condition_pattern {pattern}: expected a regular expression with one group") from error
-    found: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for name in names:
         match = expression.search(name)
-        found.setdefault(match[1] if match and match[1] else "(none)", []).append(name)
-    return dict(sorted(found.items()))
+        grouped.setdefault(match[1] if match and match[1] else "(none)", []).append(name)
+    return dict(sorted(grouped.items()))
 
 
 def record_name(name: str) -> str:
@@ -144,12 +144,12 @@ def read_kapture(folder: Path) -> dict[str, Pose | None]:
         for number, fields in _kapture_rows(sensors / "trajectories.txt", 9):
             if all(fields[2:]):  # a pose may be known in part only
                 _place(placed, rigs, fields[0], fields[1], _pose(sensors / "trajectories.txt", number, fields[2:]))
-    found: dict[str, Pose | None] = {}
+    poses: dict[str, Pose | None] = {}
     for number, (timestamp, device, name) in _kapture_rows(sensors / "records_camera.txt", 3):
-        if name in found:
+        if name in poses:
             raise UserError(f"{sensors / 'records_camera.txt'}: line {number}: {name} appears a second time")
-        found[name] = placed.get((timestamp, device))
-    return found
+        poses[name] = placed.get((timestamp, device))
+    return poses
 
 
 def write_submission(
@@ -202,19 +202,19 @@ def _read_colmap_text(path: Path) -> dict[str, Pose]:
 def _read_colmap_binary(path: Path) -> dict[str, Pose]:
     poses: dict[str, Pose] = {}
     with told(path, "cannot be read"):
-        data = path.read_bytes()
+        content = path.read_bytes()
     try:
-        (count,) = struct.unpack_from("<Q", data)
+        (count,) = struct.unpack_from("<Q", content)
         place = 8
         for number in range(count):
-            _, *values, _ = _COLMAP_POSE.unpack_from(data, place)
-            end = data.index(b"\0", place + _COLMAP_POSE.size)
-            name = data[place + _COLMAP_POSE.size : end].decode("utf-8")
-            (points,) = struct.unpack_from("<Q", data, end + 1)
+            _, *values, _ = _COLMAP_POSE.unpack_from(content, place)
+            end = content.index(b"\0", place + _COLMAP_POSE.size)
+            name = content[place + _COLMAP_POSE.size : end].decode("utf-8")
+            (points,) = struct.unpack_from("<Q", content, end + 1)
             place = end + 9 + 24 * points  # x, y and the point's number
             _add(poses, path, number + 1, name, values)
-        if place != len(data):
-            raise ValueError(f"{place} bytes expected, {len(data)} found")
+        if place != len(content):
+            raise ValueError(f"{place} bytes expected, {len(content)} found")
     except (struct.error, ValueError) as error:
         raise UserError(f"{path}: not COLMAP's images.bin, or damaged ({error})") from error
     return poses

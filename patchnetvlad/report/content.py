@@ -120,13 +120,13 @@ def candidates(content: ReportContent) -> list[list[list[Shown]]]:
     """The best candidates of each query in each stage."""
     place = {row: position for position, row in enumerate(content.used_rows)}
     positives = [set(rows.tolist()) for rows in content.positives] if content.positives is not None else None
-    result: list[list[list[Shown]]] = []
+    by_query: list[list[list[Shown]]] = []
     for row in range(len(content.queries)):
         stages: list[list[Shown]] = []
         for stage, indices in content.stages.items():
-            found = [int(index) for index in indices[row, :CANDIDATES_SHOWN] if index >= 0]
-            scores: list[float | None] = [number(score) for score in content.scores[stage][row, : len(found)]]
-            scores += [None] * (len(found) - len(scores))
+            best = [int(index) for index in indices[row, :CANDIDATES_SHOWN] if index >= 0]
+            scores: list[float | None] = [number(score) for score in content.scores[stage][row, : len(best)]]
+            scores += [None] * (len(best) - len(scores))
             stages.append(
                 [
                     (
@@ -135,11 +135,11 @@ def candidates(content: ReportContent) -> list[list[list[Shown]]]:
                         None if positives is None else int(index in positives[row]),
                         content.distance(row, index),
                     )
-                    for index, score in zip(found, scores, strict=True)
+                    for index, score in zip(best, scores, strict=True)
                 ]
             )
-        result.append(stages)
-    return result
+        by_query.append(stages)
+    return by_query
 
 
 def examples(content: ReportContent) -> list[Shown | None]:
@@ -203,21 +203,21 @@ def drawn_matches(
 ) -> tuple[DrawnMatches, ...]:
     """A compared pair for a page: all inliers, and some of the outliers."""
     drawn = []
-    for result, found, query_grid, reference_grid in zip(
+    for score, matches, query_grid, reference_grid in zip(
         pair.scores, pair.matches, query_grids, reference_grids, strict=True
     ):
-        inliers = result.inliers.cpu().numpy()
+        inliers = score.inliers.cpu().numpy()
         outliers = np.flatnonzero(~inliers)
         if len(outliers) > _OUTLIERS_SHOWN:
             outliers = outliers[np.linspace(0, len(outliers) - 1, _OUTLIERS_SHOWN).astype(int)]
         kept = np.concatenate([np.flatnonzero(inliers), outliers])
         shares = [
             grid.centers()[indices.cpu()].numpy() / _extent(grid)
-            for grid, indices in ((query_grid, found.query), (reference_grid, found.reference))
+            for grid, indices in ((query_grid, matches.query), (reference_grid, matches.reference))
         ]
         positions = np.concatenate(shares, axis=1)[kept] if len(kept) else np.zeros((0, 4))
         quantised = (positions.clip(0, 1) * 255).round().astype(np.uint8)
-        drawn.append(DrawnMatches(query_grid.patch_size, result.value, len(inliers), int(inliers.sum()), quantised))
+        drawn.append(DrawnMatches(query_grid.patch_size, score.value, len(inliers), int(inliers.sum()), quantised))
     return tuple(drawn)
 
 

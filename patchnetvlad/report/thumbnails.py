@@ -26,15 +26,15 @@ def thumbnails(
     budget: characters of all together, kept by the choice of their size (the smallest has 64 pixels).
     """
 
-    def make(item: tuple[Path, int]) -> tuple[str | None, float]:
-        return _thumbnail(*item, exif_rotation)
+    def make(path_and_side: tuple[Path, int]) -> tuple[str | None, float]:
+        return _thumbnail(*path_and_side, exif_rotation)
 
     with ThreadPoolExecutor(4) as pool:
         chosen = np.unique(np.linspace(0, len(paths) - 1, min(_SAMPLE, len(paths))).round().astype(int))
         side = SIDES[-1]
         for candidate in SIDES:
             sample = list(pool.map(make, [(paths[index], candidate) for index in chosen]))
-            expected = sum(len(data or "") for data, _ in sample) / max(1, len(sample)) * len(paths)
+            expected = sum(len(webp or "") for webp, _ in sample) / max(1, len(sample)) * len(paths)
             if expected <= budget:
                 side = candidate
                 break
