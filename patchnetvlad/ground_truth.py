@@ -215,10 +215,10 @@ def _coordinates(path: Path, key: str, values: NDArray[np.generic]) -> NDArray[n
             f"{path}: {key}: expected numbers, one row a picture, 2 or more columns, not {_describe(values)}"
         )
     coordinates = values.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
-    if len(bad):
+    not_finite = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if len(not_finite):
         raise UserError(
-            f"{path}: {key}: {len(bad)} rows hold NaN or infinity, the first is row {bad[0]} "
+            f"{path}: {key}: {len(not_finite)} rows hold NaN or infinity, the first is row {not_finite[0]} "
             "(pictures without a position?)"
         )
     return coordinates

@@ -334,8 +334,8 @@ def _with_memory(work: Callable[[sqlite3.Connection], R]) -> R | None:
     return None
 
 
-def _announce_check(count: int, before: int, each: float, workers: int) -> None:
-    seconds = count * each
+def _announce_check(count: int, before: int, seconds_each: float, workers: int) -> None:
+    seconds = count * seconds_each
     duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     logger.info(
         "checking %d pictures with %d threads: about %s%s",

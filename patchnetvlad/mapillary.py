@@ -103,8 +103,8 @@ def _city_folder(root: Path, city: str) -> Path:
         raise UserError(f"{root}: holds no folder train_val or test, nor does a folder in it (not the root of MSLS?)")
     parent = base / ("test" if city in MSLS_CITIES["test"] else "train_val")
     if not (parent / city).is_dir():
-        there = ", ".join(sorted(path.name for path in parent.glob("*") if path.is_dir())) or "none"
-        raise UserError(f"{parent / city}: no such folder, for city {city} (cities there: {there}; not downloaded?)")
+        cities = ", ".join(sorted(path.name for path in parent.glob("*") if path.is_dir())) or "none"
+        raise UserError(f"{parent / city}: no such folder, for city {city} (cities there: {cities}; not downloaded?)")
     return parent / city
 
 
@@ -135,9 +135,9 @@ def _check_same_pictures(table: Table, keyed: Table) -> None:
 
 def _labels(details: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
     """Night, sideways, and which rows lack one of the two."""
-    nothing = np.zeros(len(details), dtype=bool)
-    night, night_known = details.known_flags("night") if details.find("night") else (nothing, nothing)
-    sideways, view_known = nothing, nothing
+    nowhere = np.zeros(len(details), dtype=bool)
+    night, night_known = details.known_flags("night") if details.find("night") else (nowhere, nowhere)
+    sideways, view_known = nowhere, nowhere
     if details.find("view_direction"):
         sideways, view_known = details.known_flags("view_direction", _VIEWS)
     return night, sideways, ~(night_known & view_known)

@@ -137,8 +137,12 @@ def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, 
     for (protocol, judged), folder in zip(runs, results, strict=True):
         kinds = [(of_run.radius, of_run.unit, list(by)) for of_run, by in ((protocol, judged), (first, stages))]
         if kinds[0] != kinds[1]:
-            said = [f"a match within {with_unit(radius, unit)}, by {', '.join(by)}" for radius, unit, by in kinds]
-            raise UserError(f"{folder}: {said[0]}; {results[0]}: {said[1]}: only runs of one kind can be joined")
+            descriptions = [
+                f"a match within {with_unit(radius, unit)}, by {', '.join(by)}" for radius, unit, by in kinds
+            ]
+            raise UserError(
+                f"{folder}: {descriptions[0]}; {results[0]}: {descriptions[1]}: only runs of one kind can be joined"
+            )
     whole = Protocol(
         sum(protocol.queries for protocol, _ in runs),
         sum(protocol.database for protocol, _ in runs),

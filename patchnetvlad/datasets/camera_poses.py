@@ -51,13 +51,13 @@ def _kapture_side(root: Path, folders: Sequence[str], only_posed: bool) -> tuple
     for folder in folders:
         folder_poses = read_kapture(root / folder)
         poses |= {(Path(folder) / _RECORDS / name).as_posix(): pose for name, pose in folder_poses.items()}
-    without = [name for name, pose in poses.items() if pose is None]
-    if not without:
+    unposed = [name for name, pose in poses.items() if pose is None]
+    if not unposed:
         return _pictures({name: pose for name, pose in poses.items() if pose is not None}), ()
-    if only_posed and len(without) < len(poses):
-        note = f"left out: {len(without)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+    if only_posed and len(unposed) < len(poses):
+        note = f"left out: {len(unposed)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
         return _pictures({name: pose for name, pose in poses.items() if pose is not None}), (note,)
-    note = f"{len(without)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+    note = f"{len(unposed)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
     if only_posed:
         raise UserError(f"{root}: {note} (are the trajectories of another download?)")
     return Pictures(tuple(poses)), (note,)

@@ -87,10 +87,10 @@ def pairs(
     asked, shown = asked[order], shown[order].astype(np.float64)
     rows = np.arange(len(listed[0])) if interpolate else asked
     rows = rows[(rows >= asked[0]) & (rows <= asked[-1])]
-    without = [listed[0][row] for row in np.setdiff1d(np.arange(len(listed[0])), rows)]
+    unplaced = [listed[0][row] for row in np.setdiff1d(np.arange(len(listed[0])), rows)]
     notes: tuple[str, ...] = ()
-    if without:
-        message = f"{len(without)} of {len(listed[0])} queries have no place by {pairs_csv}: {some_of(without)}"
+    if unplaced:
+        message = f"{len(unplaced)} of {len(listed[0])} queries have no place by {pairs_csv}: {some_of(unplaced)}"
         if incomplete != "leave_out":
             raise UserError(
                 f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
@@ -165,8 +165,8 @@ def _in_metres(sides: Sequence[_Placed], zone: Zone | None, where: str) -> tuple
     if with_zones and len(with_zones) < len(sides):
         raise UserError(f"{where}: only one of them has a column zone: expected it in both or in none")
     if with_zones:
-        given = [parse_zone(text, str(side.path)) for side in sides for text in side.zones or ()]
-        metres, zone, moved = in_one_zone(metres, given, zone)
+        zones = [parse_zone(text, str(side.path)) for side in sides for text in side.zones or ()]
+        metres, zone, moved = in_one_zone(metres, zones, zone)
     _check_utm(metres, [name for side in sides for name in side.names], where, zone)
     return metres, zone, moved
 
@@ -185,9 +185,9 @@ def msls(
     pictures but panoramas, test cities have no coordinates.
     """
     limit = 25 if radius is None else radius
-    wanted = [city for entry in cities for city in MSLS_CITIES.get(entry, (entry,))]
+    chosen = [city for group in cities for city in MSLS_CITIES.get(group, (group,))]
     datasets = []
-    for city in wanted:
+    for city in chosen:
         sides = [read_side(root, city, side, subtask) for side in SIDES]
         queries, database = (_msls_pictures(root, side, include_panoramas) for side in sides)
         notes = [note for side in sides for note in _msls_notes(side, subtask, include_panoramas)]
@@ -203,8 +203,8 @@ def _msls_pictures(root: Path, side: CitySide, include_panoramas: bool) -> Pictu
 
 
 def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[str]:
-    name, others = side.folder.name, int((~side.selected).sum())
-    notes = [f"{name}: {others} of {len(side.keys)} pictures are not in subtask {subtask}"] if others else []
+    name, outside = side.folder.name, int((~side.selected).sum())
+    notes = [f"{name}: {outside} of {len(side.keys)} pictures are not in subtask {subtask}"] if outside else []
     panoramas = int((side.selected & side.panorama).sum())
     return notes + ([f"{name}: {panoramas} panoramas left out"] if panoramas and not include_panoramas else [])
 
@@ -226,8 +226,8 @@ def _existing(root: Path, file: str) -> Path:
 def _check_utm(utm: NDArray[np.float64], names: Sequence[str], where: str, zone: Zone | None) -> None:
     if zone is None:
         return  # any metric coordinates
-    bad = (np.abs(utm[:, 0] - 500_000) > 2_300_000) | (np.abs(utm[:, 1]) > 10_100_000)
-    if bad.any():
-        rows = np.flatnonzero(bad).tolist()
+    impossible = (np.abs(utm[:, 0] - 500_000) > 2_300_000) | (np.abs(utm[:, 1]) > 10_100_000)
+    if impossible.any():
+        rows = np.flatnonzero(impossible).tolist()
         examples = some_of([f"{names[row]} ({utm[row, 0]:g}, {utm[row, 1]:g})" for row in rows])
-        raise UserError(f"{where}: {int(bad.sum())} positions cannot be UTM metres of zone {zone}: {examples}")
+        raise UserError(f"{where}: {int(impossible.sum())} positions cannot be UTM metres of zone {zone}: {examples}")

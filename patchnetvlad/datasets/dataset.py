@@ -173,16 +173,16 @@ def summary(dataset: Dataset) -> list[str]:
     if truth is None:
         lines.append("  no coordinates of all pictures: lists only, no ground truth")
     else:
-        without = sum(len(rows) == 0 for rows in truth.positives())
-        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {without} queries have none")
-        everything = np.concatenate([truth.utm_query, truth.utm_database])
+        unmatched = sum(len(rows) == 0 for rows in truth.positives())
+        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {unmatched} queries have none")
+        coordinates = np.concatenate([truth.utm_query, truth.utm_database])
         extent = ", ".join(
-            f"{low:.1f} to {high:.1f}" for low, high in zip(everything.min(0), everything.max(0), strict=True)
+            f"{low:.1f} to {high:.1f}" for low, high in zip(coordinates.min(0), coordinates.max(0), strict=True)
         )
         lines.append(
             f"  coordinates: {extent} ({dataset.unit})" + (f", UTM zone {dataset.zone}" if dataset.zone else "")
         )
-        if without == len(dataset.queries):
+        if unmatched == len(dataset.queries):
             lines.append("  warning: no query has a match (coordinates of different origin or unit?)")
     return lines + [f"  note: {note}" for note in dataset.notes]
 

@@ -106,29 +106,29 @@ def at_names(
 ) -> list[Dataset]:
     """Folders of pictures named @easting@northing@…; zones, where they follow, become one."""
     listed = [listed_below(root, folder) for folder in (queries, database)]
-    read = [[_at_position(file) for file in names] for names in listed]
-    bad = [
+    parsed = [[_at_position(file) for file in names] for names in listed]
+    unpositioned = [
         file
-        for names, positions in zip(listed, read, strict=True)
+        for names, positions in zip(listed, parsed, strict=True)
         for file, position in zip(names, positions, strict=True)
         if position is None
     ]
-    if bad:
+    if unpositioned:
         raise UserError(
-            f"{root}: {len(bad)} names carry no @easting@northing@ in metres of UTM (easting 100,000 to 900,000, "
-            f"northing up to 10,000,000; swapped?): {some_of(bad)}"
+            f"{root}: {len(unpositioned)} names carry no @easting@northing@ in metres of UTM (easting 100,000 to "
+            f"900,000, northing up to 10,000,000; swapped?): {some_of(unpositioned)}"
         )
-    everything = [position for positions in read for position in positions if position is not None]
-    utm = np.array([position[:2] for position in everything], dtype=np.float64)
-    given = [position[2] for position in everything]
+    positioned = [position for positions in parsed for position in positions if position is not None]
+    utm = np.array([position[:2] for position in positioned], dtype=np.float64)
+    their_zones = [position[2] for position in positioned]
     zone, notes = None, []
-    zones = [zone for zone in given if zone is not None]
-    if zones and len(zones) == len(given):
+    zones = [zone for zone in their_zones if zone is not None]
+    if zones and len(zones) == len(their_zones):
         utm, zone, moved = in_one_zone(utm, zones)
         if moved:
             notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
     elif zones:
-        notes.append(f"{len(given) - len(zones)} of {len(given)} names give no zone: no zone is kept")
+        notes.append(f"{len(their_zones) - len(zones)} of {len(their_zones)} names give no zone: no zone is kept")
         if len(set(zones)) > 1:
             raise UserError(
                 f"{root}: names of several zones ({some_of(sorted(map(str, set(zones))))}) and some without"
@@ -148,31 +148,33 @@ def exif(
 ) -> list[Dataset]:
     """Folders of pictures with GPS positions in their EXIF; those without are an error, or are left out and counted."""
     listed = [listed_below(root, folder) for folder in (queries, database)]
-    read = [
+    gps = [
         [_gps(root / file) for file in tqdm(names, "Reading EXIF", unit="img", disable=not progress)]
         for names in listed
     ]
-    bad = [
+    unlocated = [
         file
-        for names, positions in zip(listed, read, strict=True)
+        for names, positions in zip(listed, gps, strict=True)
         for file, position in zip(names, positions, strict=True)
         if position is None
     ]
     total = sum(map(len, listed))
-    if bad and (incomplete != "leave_out" or len(bad) == total):
-        hint = "" if len(bad) == total else "; --incomplete leave_out goes on without them"
+    if unlocated and (incomplete != "leave_out" or len(unlocated) == total):
+        hint = "" if len(unlocated) == total else "; --incomplete leave_out goes on without them"
         raise UserError(
-            f"{root}: {len(bad)} of {total} pictures carry no GPS position in their EXIF: {some_of(bad)}{hint}"
+            f"{root}: {len(unlocated)} of {total} pictures carry no GPS position in their EXIF: {some_of(unlocated)}{hint}"
         )
     kept = [
         [file for file, position in zip(names, positions, strict=True) if position is not None]
-        for names, positions in zip(listed, read, strict=True)
+        for names, positions in zip(listed, gps, strict=True)
     ]
     geographic = [
         np.array([position for position in positions if position is not None], dtype=np.float64).reshape(-1, 2)
-        for positions in read
+        for positions in gps
     ]
-    notes = (f"left out: {len(bad)} of {total} pictures without a GPS position: {some_of(bad)}",) if bad else ()
+    notes = []
+    if unlocated:
+        notes.append(f"left out: {len(unlocated)} of {total} pictures without a GPS position: {some_of(unlocated)}")
     return [from_geographic(name, kept, geographic, 25 if radius is None else radius, str(root)).noted(*notes)]
 
 
@@ -189,15 +191,15 @@ def from_geographic(
         check_geographic(positions, side_names, where)
     if all(map(len, geographic)) and look_swapped(geographic[0], geographic[1]):
         raise UserError(f"{where}: queries and database lie apart, unless latitude and longitude of one are swapped")
-    everything = np.concatenate(list(geographic))
-    if not len(everything):
+    all_positions = np.concatenate(list(geographic))
+    if not len(all_positions):
         raise UserError(f"{where}: no picture has a position")
-    chosen = zone or common_zone(everything)
+    chosen = zone or common_zone(all_positions)
     notes = []
-    outside = outside_zone(everything, chosen)
+    outside = outside_zone(all_positions, chosen)
     if outside:
         notes.append(f"{outside} positions of a neighbouring zone are expressed in zone {chosen}")
-    return Dataset(name, *_split(names, to_utm(everything, chosen)), radius, zone=chosen, notes=tuple(notes))
+    return Dataset(name, *_split(names, to_utm(all_positions, chosen)), radius, zone=chosen, notes=tuple(notes))
 
 
 def _by_frames(name: str, listed: Sequence[Sequence[str]], radius: float, offset: int = 0) -> Dataset:
@@ -210,9 +212,9 @@ def _by_frames(name: str, listed: Sequence[Sequence[str]], radius: float, offset
 
 def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
     digits = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
-    without = [name for name, numbers in zip(names, digits, strict=True) if not numbers]
-    if without:
-        raise UserError(f"{len(without)} pictures have no frame number in their name: {some_of(without)}")
+    unnumbered = [name for name, numbers in zip(names, digits, strict=True) if not numbers]
+    if unnumbered:
+        raise UserError(f"{len(unnumbered)} pictures have no frame number in their name: {some_of(unnumbered)}")
     numbers = np.array([int(numbers[-1]) for numbers in digits], dtype=np.int64)
     _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     if (counts > 1).any():

@@ -17,8 +17,8 @@ class HalfSize(Encoder):
         super().__init__()
         self.encoder = encoder
         self.channels = encoder.channels
-        seen = encoder.geometry
-        self.geometry = EncoderGeometry(2 * seen.stride, 2 * seen.receptive_field, 2 * seen.padding)
+        of_halved = encoder.geometry
+        self.geometry = EncoderGeometry(2 * of_halved.stride, 2 * of_halved.receptive_field, 2 * of_halved.padding)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return cast(Tensor, self.encoder(F.avg_pool2d(pictures, 2)))

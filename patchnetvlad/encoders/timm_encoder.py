@@ -182,8 +182,8 @@ def _find_cut(name: str, layer: str) -> _Cut:
     if not name:
         raise UserError("[global_params] backbone = timm: expected timm:NAME or timm:NAME:LAYER")
     model, options = _without_memory(name)
-    strides = [int(entry["reduction"]) for entry in model.feature_info]
-    index = _layer_index(name, layer, [str(entry["module"]) for entry in model.feature_info], strides)
+    strides = [int(stage["reduction"]) for stage in model.feature_info]
+    index = _layer_index(name, layer, [str(stage["module"]) for stage in model.feature_info], strides)
     of_blocks = len(set(strides)) == 1  # every block gives a map, and the last normalisation suits all
     before = index - (LEARNED_BLOCKS if of_blocks else 1)
     native = cast(tuple[int, int], tuple(int(side) for side in model.pretrained_cfg["input_size"][1:]))
@@ -214,7 +214,7 @@ def _without_memory(name: str) -> tuple[Any, dict[str, bool]]:
         near = difflib.get_close_matches(architecture, timm.list_models(), 3)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise UserError(f"[global_params] backbone = timm:{name}: timm has no model of that name{hint}")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    tags = [pretrained.partition(".")[2] for pretrained in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise UserError(
             f"[global_params] backbone = timm:{name}: timm has no such weights, only {', '.join(tags) or 'none'}"

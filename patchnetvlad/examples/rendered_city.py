@@ -146,8 +146,8 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     geometry = city_geometry(city, size)
     write_text(pictures / "geometry.json", json.dumps(geometry, indent=1) + "\n")
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
-    for kind, views in (("index", city.database), ("query", city.queries)):
-        write_text(lists / f"{name}_imageNames_{kind}.txt", (f"{view.name}\n" for view in views))
+    for side, views in (("index", city.database), ("query", city.queries)):
+        write_text(lists / f"{name}_imageNames_{side}.txt", (f"{view.name}\n" for view in views))
     sides = (city.queries, city.database)
     query, database = (np.array([(view.east, view.north) for view in views]) for views in sides)
     names = ([view.name for view in city.queries], [view.name for view in city.database])

@@ -107,13 +107,13 @@ def in_one_zone(
 def check_geographic(geographic: NDArray[np.float64], names: Sequence[str], where: str) -> None:
     """Raises UserError, naming the pictures, for latitudes and longitudes N×2 that cannot be."""
     latitude, longitude = geographic.T
-    bad = ~np.isfinite(geographic).all(axis=1) | (np.abs(latitude) > 90) | (np.abs(longitude) > 180)
-    if bad.any():
-        swapped = (np.abs(latitude[bad]) > 90).all() and (np.abs(longitude[bad]) <= 90).all()
+    impossible = ~np.isfinite(geographic).all(axis=1) | (np.abs(latitude) > 90) | (np.abs(longitude) > 180)
+    if impossible.any():
+        swapped = (np.abs(latitude[impossible]) > 90).all() and (np.abs(longitude[impossible]) <= 90).all()
         cause = "latitude and longitude swapped?" if swapped else "not degrees, or no position?"
         raise UserError(
-            f"{where}: {int(bad.sum())} of {len(names)} positions are out of range, latitude −90 to 90 and longitude "
-            f"−180 to 180 ({cause}): {_examples(names, bad, geographic)}"
+            f"{where}: {int(impossible.sum())} of {len(names)} positions are out of range, latitude −90 to 90 and "
+            f"longitude −180 to 180 ({cause}): {_examples(names, impossible, geographic)}"
         )
     nowhere = (latitude == 0) & (longitude == 0)
     if nowhere.any():
