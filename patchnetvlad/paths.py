@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ PUBLISHED_CHECKPOINTS = {  # local name: name on the hub
     for num_pcs in (128, 512, 4096)
 }
 
+_WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _PACKAGE = Path(__file__).resolve().parent
 _OLD_LAYOUT = "patchnetvlad"  # folder that held the data folders in the published release
 _ADVICE = {
@@ -108,6 +110,19 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
         f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
         f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
     )
+
+
+def package_weights(package: str) -> Path:
+    """The one file of weights in an installed Python package; raises UserError for none or several."""
+    spec = find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        raise UserError("no such package is installed")
+    files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if file.suffix in _WEIGHT_FILES]
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"expected one file of weights in it, found {found}")
+    return files[0]
 
 
 def with_wpca(path: Path, num_pcs: int) -> Path:

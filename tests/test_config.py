@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchnetvlad import paths
-from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config import CHANGES, Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import config_text, load_config, record_config, recorded_config
 from patchnetvlad.paths import shipped_folder
@@ -344,7 +344,7 @@ def configurations(draw: st.DrawFn) -> Config:
             imageresizew=draw(sizes),
             patchweights2use=tuple(draw(st.lists(weight, **each).filter(any))),
             rerank_top=draw(st.none() | counts),
-            index=draw(texts),
+            index=draw(st.sampled_from(["Flat", "IVF16,PQ4x4fs"]) | texts.map("{}.json".format)),
             cache_gb=draw(weight),
         ),
         GlobalParams(
@@ -353,9 +353,11 @@ def configurations(draw: st.DrawFn) -> Config:
             patch_sizes=patch_sizes,
             strides=tuple(draw(st.lists(counts, **each))),
             vladv2=draw(st.booleans()),
+            backbone=draw(st.sampled_from(["vgg16", "dinov2", "timm:a.b:c", "half:half:timm:a"])),
         ),
         TrainConfig(
             lr=draw(st.floats(0, 1e300, exclude_min=True)),
+            augmentation=tuple(draw(st.lists(st.sampled_from(CHANGES), unique=True))),
             whitening=draw(st.floats(0, 1).map(abs)),
             pretrained=draw(texts.filter(lambda text: text.lower() not in ("imagenet", "none"))),
             imageresizeh=draw(sizes),

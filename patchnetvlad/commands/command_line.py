@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from patchnetvlad import __version__
 from patchnetvlad.config import Config
+from patchnetvlad.downloads import download_text, published_bytes, ways_out
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config, recorded_config
 from patchnetvlad.paths import in_checkout, require_file
@@ -149,6 +150,25 @@ def how_to_use(checkpoint: Path, num_pcs: int, config_path: str, overrides: Sequ
     options = ["--config_path", config_path, *(word for change in changes for word in ("--set", change))]
     lines = "; ".join(f"{key.partition('.')[2]} = {value}" for key, value in keys.items())
     return [f"to use it, in an INI's [global_params]: {lines}", f"or as options: {shlex.join(options)}"]
+
+
+def require_checkpoint(config: Config) -> None:
+    """Refuse a configuration whose checkpoint is nowhere; ask on a terminal before a published one is fetched."""
+    path = config.require_checkpoint()
+    if path.exists() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    named = download_text(path.name, published_bytes(path.name, path.parent))
+    if not agreed(f"{named} is not at hand. Fetch it into {path.parent}?"):
+        raise UserError(f"{path.name}: not at hand, and not to be fetched; {ways_out(path.parent)}")
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal, yes being what is meant by nothing; raises UserError where nobody is there."""
+    print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("", "y", "yes")
+    except EOFError as error:
+        raise UserError("there is nobody to ask") from error
 
 
 def folder(name: str | Path, option: str) -> Path:

@@ -34,7 +34,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
         raise UserError(f"--output_path {path}: must end in {', '.join(_ENDINGS)}")
     if min(size.imageresizeh, size.imageresizew) <= 0:
         raise UserError("[feature_extract] imageresizeh, imageresizew: a size is needed (with --dynamic_size too)")
-    config.require_checkpoint()
+    command_line.require_checkpoint(config)
     from patchnetvlad.export import onnx_model
     from patchnetvlad.weights import load_model
 

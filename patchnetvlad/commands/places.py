@@ -239,11 +239,13 @@ def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Locate
     features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
     config = command_line.configuration(args, features)
     config.check_matching()
+    config.check_own_candidates("single pictures (give the results of feature_match)")
+    config.check_one_gpu("locating")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
     pictures = [_picture(path, root) for path in args.picture]
     truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], database.names)
-    config.require_checkpoint()
+    command_line.require_checkpoint(config)
     from patchnetvlad.localization.locating import locate_pictures
 
     device = command_line.device(args)

@@ -65,6 +65,7 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
+    config.require_pretrained()
     places = _sources(args)
     resumed = _checkpoint(args.resume_path) if args.resume_path else None
     from patchnetvlad.distributed import processes
@@ -121,6 +122,8 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
 
 def _add_pca(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
+    config.check_projecting()
+    config.check_one_process("fitting")
     places = _sources(args)
     resumed, num_pcs = _checkpoint(args.resume_path), config.global_params.num_pcs
     check_new_checkpoint(with_wpca(resumed, num_pcs), num_pcs, args.overwrite)
