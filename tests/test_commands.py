@@ -146,7 +146,7 @@ def test_features_without_a_manifest_are_held_against_their_pictures(small_model
     np.save(unlabelled / "index/globalfeats.npy", np.roll(rows, 1, axis=0))
     assert match(small_model, unlabelled, tmp_path / "results") == 2
     line = failure(capsys)
-    assert "is not the descriptor of database/place03_1.jpg, which stands in row 12" in line and "another order" in line
+    assert "is not the descriptor of database/place04_0.jpg, which stands in row 12" in line and "another order" in line
     np.save(unlabelled / "index/globalfeats.npy", np.roll(rows, 1, axis=1))
     assert match(small_model, unlabelled, tmp_path / "results") == 2
     line = failure(capsys)

@@ -168,6 +168,12 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--resume_path", ABSENT], f"{ABSENT}"),
         (["--nEpochs", "0"], "--nEpochs"),
     ),
+    "tools/make_training_csv": each(
+        [*LISTS, "--ground_truth_path", "example.npz", "--part", "train", "--out_file", "made/table.csv"],
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--ground_truth_path", "pitts30k_val.npz"], "tools/make_dataset.py pitts30k PICTURES --split val"),
+        (["--part", "test"], "'test'"),
+    ),
     "add_pca": each(
         [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
         *CONFIGURED,

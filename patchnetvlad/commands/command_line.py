@@ -22,7 +22,7 @@ from patchnetvlad.config import Config
 from patchnetvlad.downloads import download_text, published_bytes, ways_out
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config, recorded_config
-from patchnetvlad.paths import in_checkout, require_file
+from patchnetvlad.paths import command_name, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +109,7 @@ def run(
 
 def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run a command as part of another, and print how it is run alone; its exit status."""
-    installed = f"patchnetvlad-{Path(script).stem.replace('_', '-')}"
-    print(f"\n$ {f'python {script}' if in_checkout() else installed} {shlex.join(arguments)}", flush=True)
+    print(f"\n$ {command_name(script)} {shlex.join(arguments)}", flush=True)
     return command(arguments)
 
 
@@ -171,11 +170,12 @@ def agreed(question: str) -> bool:
         raise UserError("there is nobody to ask") from error
 
 
-def folder(name: str | Path, option: str) -> Path:
-    """A folder that must exist; the empty name is the current one."""
+def folder(name: str | Path, option: str, maker: str | None = None) -> Path:
+    """A folder that must exist; the empty name is the current one. maker: the script that makes such folders."""
     path = Path(name)
     if not path.is_dir():
-        raise UserError(f"{option} {name}: no such folder")
+        advice = f" ({command_name(maker)} makes it)" if maker else ""
+        raise UserError(f"{option} {name}: no such folder{advice}")
     return path
 
 

@@ -92,7 +92,7 @@ def _build_index(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     listed = require_file(args.index_file_path, "dataset_imagenames")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
     if path.suffix != BUILT_INDEX:
         raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
@@ -177,8 +177,10 @@ def _match(args: argparse.Namespace) -> None:
         if truth is None and given is not None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
-    query_features = command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
-    index_features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    query_features, index_features = (
+        command_line.folder(given, f"--{part}_input_features_dir", "feature_extract.py")
+        for part, given in (("query", args.query_input_features_dir), ("index", args.index_input_features_dir))
+    )
     config = command_line.configuration(args, index_features)
     config.check_matching()
     config.check_one_process("matching")

@@ -236,7 +236,7 @@ def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
 def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
     if args.index_file_path is None or args.index_input_features_dir is None:
         raise UserError("--picture: needs --index_file_path and --index_input_features_dir, the database")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     config = command_line.configuration(args, features)
     config.check_matching()
     config.check_own_candidates("single pictures (give the results of feature_match)")

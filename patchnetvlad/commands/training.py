@@ -146,6 +146,39 @@ def _add_pca(args: argparse.Namespace) -> None:
     print("\n".join([f"checkpoint in {written}", *_how_to_use(config, written, num_pcs)]))
 
 
+def make_training_csv(arguments: Sequence[str] | None = None) -> int:
+    """Turn lists and ground truth into a table to train on."""
+    parser = Parser(
+        "Write the lists and ground truth of a dataset, published ones or those of make_dataset.py, as a table for "
+        "--dataset_csv of train.py and add_pca.py.",
+        "make_training_csv.py",
+    )
+    parser.add_argument("--query_file_path", required=True, metavar="LIST", help="list of query pictures")
+    parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
+    parser.add_argument("--ground_truth_path", required=True, metavar="NPZ", help="where they were taken, in metres")
+    parser.add_argument(
+        "--part", required=True, choices=["train", "val"], help="to learn from, or to be judged by while learning"
+    )
+    parser.add_argument("--city", metavar="NAME", help="without it, the name of the ground truth")
+    parser.add_argument("--out_file", required=True, metavar="CSV", help="table to write")
+    return command_line.run(parser, _make_csv, arguments)
+
+
+def _make_csv(args: argparse.Namespace) -> None:
+    # The table has the lists' names as they are: where their pictures are does not matter here
+    queries, database = (
+        read_image_list(require_file(name, "dataset_imagenames"), Path())
+        for name in (args.query_file_path, args.index_file_path)
+    )
+    path = require_file(args.ground_truth_path, "dataset_gt_files")
+    from patchnetvlad.ground_truth import read_ground_truth
+    from patchnetvlad.training_csv import write_training_csv
+
+    truth = read_ground_truth(path, queries.names, database.names)
+    write_training_csv(Path(args.out_file), args.part, args.city or path.stem, queries, database, truth)
+    print(f"{len(queries)} queries and {len(database)} database pictures in {args.out_file}")
+
+
 def _checkpoint(name: str) -> Path:
     """The checkpoint of --resume_path, with or without its .pth.tar."""
     return find_checkpoint(name, 0) or require_file(name, "pretrained_models")
