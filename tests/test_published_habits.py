@@ -1,4 +1,4 @@
-"""The habits of the published code: its quick start as typed, weights asked for on a terminal, Pittsburgh to train on."""
+"""The habits of the published code: its quick start, weights asked for on a terminal, Pittsburgh to train on."""
 
 import hashlib
 import io
@@ -226,12 +226,19 @@ class Terminal:
     """A terminal in place of the process's own, on which somebody has typed an answer already."""
 
     def __init__(self, patch: pytest.MonkeyPatch, answer: str) -> None:
-        self._person, slave = pty.openpty()
+        self._person, terminal = pty.openpty()
         os.write(self._person, answer.encode())
-        reading, self.shown = os.fdopen(slave, "r"), io.StringIO()
+        self._reading, self.shown = os.fdopen(terminal, "r"), io.StringIO()
         self.shown.isatty = lambda: True  # type: ignore[method-assign]
-        patch.setattr(sys, "stdin", reading)
+        patch.setattr(sys, "stdin", self._reading)
         patch.setattr(sys, "stderr", self.shown)
+
+    def __enter__(self) -> io.StringIO:
+        return self.shown
+
+    def __exit__(self, *error: object) -> None:
+        self._reading.close()
+        os.close(self._person)
 
 
 @pytest.fixture
@@ -252,17 +259,19 @@ NAME = "mapillary_WPCA128.pth.tar"
 def test_a_terminal_is_asked_once_with_the_size(
     offered: Path, monkeypatch: pytest.MonkeyPatch, answer: str, fetched: bool
 ) -> None:
-    terminal = Terminal(monkeypatch, answer)
-    assert match_two(["--config_path", "storage.ini", "--nocuda"]) == 2
-    shown = terminal.shown.getvalue()
+    with Terminal(monkeypatch, answer) as terminal:
+        assert match_two(["--config_path", "storage.ini", "--nocuda"]) == 2
+        again = match_two(["--config_path", "storage.ini", "--nocuda"]) if fetched else 2
+    shown = terminal.getvalue()
     assert shown.count(f"{NAME} (3 MB) is not at hand. Fetch it into {offered}? [Y/n]") == 1
+    assert shown.count("[Y/n]") == 1 and again == 2
     assert (offered / NAME).exists() == fetched
     if fetched:  # and only then read, which it cannot be
         assert "cannot be read as a checkpoint" in shown or "is not a torch checkpoint" in shown
-        assert match_two(["--config_path", "storage.ini", "--nocuda"]) == 2
-        assert terminal.shown.getvalue().count("[Y/n]") == 1
     elif answer == "n\n":
         assert "not to be fetched; ways out" in shown
+    else:
+        assert "there is nobody to ask" in shown
 
 
 def test_without_a_terminal_weights_are_fetched_and_said(
@@ -280,10 +289,10 @@ def test_without_a_terminal_weights_are_fetched_and_said(
 def test_permission_is_asked_for_where_it_is_wished(
     offered: Path, monkeypatch: pytest.MonkeyPatch, answer: str, fetched: bool
 ) -> None:
-    terminal = Terminal(monkeypatch, answer)
-    assert download_models(["--models", NAME]) == 0  # asks for nothing: to fetch is what it was called for
-    assert "[Y/n]" not in terminal.shown.getvalue()
-    (offered / NAME).unlink()
-    assert download_models(["--ask_for_permission", "--models", NAME]) == 0
-    assert terminal.shown.getvalue().count(f"Fetch {NAME}? [Y/n]") == 1
+    with Terminal(monkeypatch, answer) as terminal:
+        assert download_models(["--models", NAME]) == 0  # asks for nothing: to fetch is what it was called for
+        assert "[Y/n]" not in terminal.getvalue()
+        (offered / NAME).unlink()
+        assert download_models(["--ask_for_permission", "--models", NAME]) == 0
+    assert terminal.getvalue().count(f"Fetch {NAME}? [Y/n]") == 1
     assert (offered / NAME).exists() == fetched
