@@ -131,8 +131,8 @@ def test_the_quick_start_runs_as_typed_or_names_what_is_missing(
         assert maker
     assert typed(QUICK_START["match"], "-q", PITTS=pitts) == 2
     assert "pitts30k_query: no such folder (python feature_extract.py makes it)" in failure(capsys)
-    where = ["--lists_dir", "dataset_imagenames", "--ground_truth_dir", "dataset_gt_files", "-q"]
-    assert typed(maker[1], *where, PICTURES=pitts) == 0
+    where = ["--lists_dir", "dataset_imagenames", "--ground_truth_dir", "dataset_gt_files"]
+    assert typed(maker[1], *where, PICTURES=pitts) == 0, capsys.readouterr().err
     for step in ("index", "query", "match"):
         assert typed(QUICK_START[step], "-q", PITTS=pitts) == 0
     recalls = Path("patchnetvlad/results/pitts30k/recalls.txt").read_text()
@@ -198,8 +198,8 @@ def test_pittsburgh_is_trained_on_as_the_page_says(checkout: Path, capsys: pytes
     small += ["--set", "train.imageresizew=160", "--set", "train.imageresizeh=120", "-q"]
     for part in ("train", "val"):
         make, convert = (line.replace("${part}", part).replace("$part", part) for line in making)
-        where = ["--lists_dir", "dataset_imagenames", "--ground_truth_dir", "dataset_gt_files", "-q"]
-        assert typed(make, *where, PITTS=pitts) == 0
+        where = ["--lists_dir", "dataset_imagenames", "--ground_truth_dir", "dataset_gt_files"]
+        assert typed(make, *where, PITTS=pitts) == 0, capsys.readouterr().err
         assert typed(convert) == 0
         rows = Path(f"pitts30k_{part}.csv").read_text().splitlines()
         assert rows[0] == "image,easting,northing,role,city"
