@@ -148,20 +148,20 @@ def test_starting_weights_are_named_as_checkpoints_are(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in ("mine_WPCA64.pth.tar", "best.pth.tar", "weights.safetensors"):
         (tmp_path / name).touch()
-    for given, found in (
+    for source, found in (
         ("mine_WPCA", "mine_WPCA64.pth.tar"),
         ("mine_WPCA64", "mine_WPCA64.pth.tar"),
         ("mine_WPCA64.pth.tar", "mine_WPCA64.pth.tar"),
         ("best", "best.pth.tar"),
         ("weights.safetensors", "weights.safetensors"),
     ):
-        config = Config(global_params=GlobalParams(num_pcs=64), train=TrainConfig(pretrained=given))
+        config = Config(global_params=GlobalParams(num_pcs=64), train=TrainConfig(pretrained=source))
         assert config.require_pretrained() == tmp_path / found
-    for given in ("imagenet", "none"):
-        assert Config(train=TrainConfig(pretrained=given)).require_pretrained() is None
-    for given in ("worst", "package:absent_package"):
-        with pytest.raises(UserError, match=f"{given}: no such"):
-            Config(train=TrainConfig(pretrained=given)).require_pretrained()
+    for source in ("imagenet", "none"):
+        assert Config(train=TrainConfig(pretrained=source)).require_pretrained() is None
+    for source in ("worst", "package:absent_package"):
+        with pytest.raises(UserError, match=f"{source}: no such"):
+            Config(train=TrainConfig(pretrained=source)).require_pretrained()
 
 
 def test_published_checkpoint_is_named_where_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
