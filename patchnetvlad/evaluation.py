@@ -129,11 +129,7 @@ def open_run(
     find_matcher(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
-    for form in (FORMATS[name] for name in formats):
-        form.check(queries.source, form.names(queries), ())
-        form.check(database.source, (), form.names(database))
-    if city_file is not None:
-        check_new_city(city_file, queries.names, database.names)
+    _check_names(queries, database, formats, city_file)
     truth = _ground_truth(sources, config, queries, database)
     given = _given_candidates(config, queries, database)
     if config.describes_on_demand:
@@ -163,6 +159,15 @@ def open_run(
         if given is None:
             database_features = with_built_index(config, database, database_features)
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
+
+
+def _check_names(queries: ImageList, database: ImageList, formats: Sequence[str], city_file: Path | None) -> None:
+    """Raises UserError for names that the files to be written cannot hold."""
+    for form in (FORMATS[name] for name in formats):
+        form.check(queries.source, form.names(queries), ())
+        form.check(database.source, (), form.names(database))
+    if city_file is not None:
+        check_new_city(city_file, queries.names, database.names)
 
 
 @contextmanager
