@@ -29,8 +29,9 @@ from patchnetvlad.ini import load_config
 from patchnetvlad.matching import Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
+from patchnetvlad.ranking import add_matcher
 from patchnetvlad.ransac import TOLERANCE
-from patchnetvlad.reranking import MATCHERS, Matcher
+from patchnetvlad.reranking import Matcher
 from patchnetvlad.result_files import RERANKING, RETRIEVAL
 from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.feature_writer import FeatureWriter
@@ -142,7 +143,7 @@ def measure(config: Config, root: Path) -> dict:
             how = "described in bfloat16" if form == ROUGH else form
             row = {"stage": f"rapid spatial, {how}", "recalls": recalls(evaluation, RERANKING)}
             rows.append(row | {"megabytes": round(megabytes.get(form, megabytes["float32"]), 2)})
-        MATCHERS["OpenCV"] = Matcher(opencv_score)
+        add_matcher("OpenCV", Matcher(opencv_score))
         ransac, opencv = (run(config, root, work, "float32", matcher) for matcher in ("RANSAC", "OpenCV"))
         rows.append({"stage": "RANSAC, float32", "recalls": recalls(ransac, RERANKING)})
         rows.append({"stage": "RANSAC of OpenCV, float32", "recalls": recalls(opencv, RERANKING)})
