@@ -162,7 +162,8 @@ def exif(
     if unlocated and (incomplete != "leave_out" or len(unlocated) == total):
         hint = "" if len(unlocated) == total else "; --incomplete leave_out goes on without them"
         raise UserError(
-            f"{root}: {len(unlocated)} of {total} pictures carry no GPS position in their EXIF: {some_of(unlocated)}{hint}"
+            f"{root}: {len(unlocated)} of {total} pictures carry no GPS position in their EXIF: {some_of(unlocated)}"
+            f"{hint}"
         )
     kept = [
         [file for file, position in zip(names, positions, strict=True) if position is not None]
