@@ -156,8 +156,8 @@ def plain_pair(query: PatchFeatures, reference: PatchFeatures, matcher: str) -> 
         matched = [(i, int(j)) for i, j in enumerate(forward) if backward[j] == i]
         indices, centers = grid.indices(), grid.centers()
         if matcher == "RANSAC":
-            one, other = zip(*matched, strict=True)
-            points = centers[list(other)].numpy(), centers[list(one)].numpy()
+            query_rows, reference_rows = zip(*matched, strict=True)
+            points = centers[list(reference_rows)].numpy(), centers[list(query_rows)].numpy()
             _, mask = cv2.findHomography(*points, cv2.RANSAC, 1.5 * grid.pitch_pixels)
             scores.append(float(mask.sum()) / len(grid))
             continue
@@ -223,7 +223,9 @@ def differing_matches(job: Job) -> int:
             job.query.descriptors, candidate.descriptors, match_pair(job.rounded_query, rounded), strict=True
         ):
             exact = WAYS["float32"].match(Prepared(rows), Prepared(others))
-            pairs = [set(zip(some.query.tolist(), some.reference.tolist(), strict=True)) for some in (eight, exact)]
+            pairs = [
+                set(zip(matches.query.tolist(), matches.reference.tolist(), strict=True)) for matches in (eight, exact)
+            ]
             differing += len(pairs[0] ^ pairs[1])
     return differing
 
@@ -233,16 +235,18 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = []
     for company in COMPANIES:
         lines += [f"{company}:", "", "| preset | " + " | ".join(WHOLES) + " | fastest / product |", "|---" * 6 + "|"]
-        for preset, result in results.items():
-            times = result[company]
+        for preset, measured in results.items():
+            times = measured[company]
             cells = " | ".join(f"{1000 * times[name]:.3g}" for name in WHOLES)
             lines.append(f"| {preset} | {cells} | {fastest(times) / times['product']:.2f} |")
         lines.append("")
     lines += ["Of one core, alone; rounding is once a candidate, not a pair:", ""]
-    parts = list(next(iter(results.values()))["parts"])
-    lines += ["| preset | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
-    for preset, result in results.items():
-        lines.append(f"| {preset} | " + " | ".join(f"{1000 * value:.3g}" for value in result["parts"].values()) + " |")
+    stages = list(next(iter(results.values()))["parts"])
+    lines += ["| preset | " + " | ".join(stages) + " |", "|---" * (len(stages) + 1) + "|"]
+    for preset, measured in results.items():
+        lines.append(
+            f"| {preset} | " + " | ".join(f"{1000 * value:.3g}" for value in measured["parts"].values()) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -258,7 +262,7 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     for axes, company in zip(figure.subplots(1, 2, sharey=True), COMPANIES, strict=True):
         for place, (name, colour) in enumerate(zip(WHOLES, ("#3b6ea8", "#5aa469", "#c44e52", "#9aa0a6"), strict=True)):
             positions = np.arange(len(results)) + 0.2 * (place - 1.5)
-            times = [1000 * result[company][name] for result in results.values()]
+            times = [1000 * measured[company][name] for measured in results.values()]
             bars = axes.bar(positions, times, 0.2, color=colour, label=LABELS[name])
             axes.bar_label(bars, [f"{value:.3g}" for value in times], fontsize=7)
         axes.set_xticks(range(len(results)), list(results))
@@ -285,10 +289,10 @@ def main() -> None:
     results = {}
     for preset in args.presets:
         job = make_job(preset, model, fit, args.candidates)
-        result = {COMPANIES[0]: whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
+        times = {COMPANIES[0]: whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
         with busy_process():
-            result[COMPANIES[1]] = whole_times(job, workers, args.repeats)
-        results[preset] = result
+            times[COMPANIES[1]] = whole_times(job, workers, args.repeats)
+        results[preset] = times
         print(f"{preset}: {differing_matches(job)} matches differ from float32", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "matching.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -65,15 +65,15 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
     """Write the features of both lists in every dtype; returns MB of patch descriptors a picture."""
     model, checkpoint = load_model(config)
     megabytes = {}
-    for part in PARTS:
-        pictures = read_image_list(root / f"{root.name}_imageNames_{part}.txt", root)
+    for side in PARTS:
+        pictures = read_image_list(root / f"{root.name}_imageNames_{side}.txt", root)
         describe_list(
-            model, checkpoint, described_as(config, "float32"), pictures, work / "float32" / part, progress=True
+            model, checkpoint, described_as(config, "float32"), pictures, work / "float32" / side, progress=True
         )
         for dtype in DTYPES:
-            folder = work / dtype / part
+            folder = work / dtype / side
             if dtype != "float32":
-                with FeatureStore.open(work / "float32" / part, pictures) as store:
+                with FeatureStore.open(work / "float32" / side, pictures) as store:
                     header = store_header(model, checkpoint, described_as(config, dtype))
                     with FeatureWriter(folder, pictures, header) as writer:
                         for index in range(len(pictures)):
@@ -82,7 +82,7 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
             size = sum(path.stat().st_size for path in folder.glob("patchfeats_*"))
             megabytes[dtype] = size / len(pictures) / 1e6
         rough = described_as(config, ROUGH)
-        describe_list(*load_model(rough), rough, pictures, work / ROUGH / part, progress=True)
+        describe_list(*load_model(rough), rough, pictures, work / ROUGH / side, progress=True)
     return megabytes
 
 
@@ -102,8 +102,8 @@ def least_cosine(root: Path, work: Path) -> float:
 
 def run(config: Config, root: Path, work: Path, dtype: str, matcher: str) -> Evaluation:
     config = replace(config, feature_match=replace(config.feature_match, matcher=matcher))
-    lists = [root / f"{root.name}_imageNames_{part}.txt" for part in PARTS]
-    folders = [work / dtype / part for part in PARTS]
+    lists = [root / f"{root.name}_imageNames_{side}.txt" for side in PARTS]
+    folders = [work / dtype / side for side in PARTS]
     sources = Sources(root, lists[0], lists[1], folders[0], folders[1], root / f"{root.name}.npz")
     with open_run(described_as(config, dtype), sources, torch.device("cpu")) as opened:
         return evaluate(opened, progress=True)
@@ -122,9 +122,15 @@ def agreement(first: Evaluation, second: Evaluation) -> dict[str, float]:
     correlations = []
     for rows in range(len(same)):
         order = [
-            np.argsort(one.rankings.scores.indices[rows]) for one in (first, second) if one.rankings.scores is not None
+            np.argsort(evaluation.rankings.scores.indices[rows])
+            for evaluation in (first, second)
+            if evaluation.rankings.scores is not None
         ]
-        fused = [one.rankings.scores.fused[rows] for one in (first, second) if one.rankings.scores is not None]
+        fused = [
+            evaluation.rankings.scores.fused[rows]
+            for evaluation in (first, second)
+            if evaluation.rankings.scores is not None
+        ]
         correlations.append(float(spearmanr(fused[0][order[0]], fused[1][order[1]]).statistic))
     return {
         "same_first": round(100 * float(same.mean()), 1),
@@ -154,18 +160,18 @@ def measure(config: Config, root: Path) -> dict:
 
 def table(results: dict) -> str:
     lines = []
-    for name, found in results.items():
-        lines += [f"{name}, {found['queries']} queries:", ""]
+    for name, measured in results.items():
+        lines += [f"{name}, {measured['queries']} queries:", ""]
         lines += ["| how | MB a picture | Recall@1 | @5 | @10 |", "|---|---|---|---|---|"]
-        for row in found["rows"]:
+        for row in measured["rows"]:
             values = " | ".join(f"{value:.1f}" for value in row["recalls"])
             lines.append(f"| {row['stage']} | {row.get('megabytes', '')} | {values} |")
-        agree = found["ransac_agreement"]
+        agree = measured["ransac_agreement"]
         lines += [
             "",
             f"RANSAC here and OpenCV's name the same best picture for {agree['same_first']} % of the queries; the mean "
             f"rank correlation of their candidates is {agree['rank_correlation']}. Patches described in bfloat16 have "
-            f"a cosine of {found['bfloat16_cosine']} to those in float32, the least of the patch sizes' medians.",
+            f"a cosine of {measured['bfloat16_cosine']} to those in float32, the least of the patch sizes' medians.",
             "",
         ]
     return "\n".join(lines)

@@ -114,8 +114,8 @@ def extraction_stages(config: Config, pictures: list[Path], folder: Path) -> dic
         started = time.perf_counter()
         for indices, tensors in image_batches(pictures, 480, 640, batch, 2):
             for position, index in enumerate(indices):
-                one = model.describe(tensors[position : position + 1])
-                writer.write(index, one.global_[0], one.picture(0))
+                single = model.describe(tensors[position : position + 1])
+                writer.write(index, single.global_[0], single.picture(0))
         writer.finish()
         stages["whole"] = (time.perf_counter() - started) / len(pictures)
     exact = model.describe(picture)

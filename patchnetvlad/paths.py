@@ -101,9 +101,9 @@ def _advice(name: Path, kind: Kind) -> str:
         return shipped if kind in name.parts else ""
     maker = command_name("tools/make_dataset.py")
     for beginning, arguments in _MADE_BY:
-        found = beginning.match(name.name)
-        if found:
-            return f"lists and ground truth are not shipped; made by: {maker} {found.expand(arguments)}"
+        match = beginning.match(name.name)
+        if match:
+            return f"lists and ground truth are not shipped; made by: {maker} {match.expand(arguments)}"
     return f"{maker} makes lists and ground truth, of public datasets and of your own pictures"
 
 
@@ -113,8 +113,8 @@ def find_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> Path
     The name is the file's without its end, which is the number of WPCA dimensions (nothing for 0) and ``.pth.tar``, or
     it is the whole file name. Searched as ``find_file`` says.
     """
-    found = (find_file(form, "pretrained_models", beside) for form in _checkpoint_names(name, num_pcs))
-    return next((path for path in found if path is not None), None)
+    paths = (find_file(form, "pretrained_models", beside) for form in _checkpoint_names(name, num_pcs))
+    return next((path for path in paths if path is not None), None)
 
 
 def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> Path:
@@ -143,8 +143,8 @@ def package_weights(package: str) -> Path:
         raise UserError("no such package is installed")
     files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if file.suffix in _WEIGHT_FILES]
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"expected one file of weights in it, found {found}")
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"expected one file of weights in it, found {names}")
     return files[0]
 
 

@@ -75,7 +75,7 @@ class Comparison:
         return f"{names}: score {self.score:.5f}, {inliers} of {matches} matches agree"
 
     def _inliers(self) -> list[int]:
-        return [int(result.inliers.sum()) for result in self.pair.scores]
+        return [int(score.inliers.sum()) for score in self.pair.scores]
 
     def matched(self) -> MatchedPair:
         """Both pictures, read again where they were files, and their matches. Raises UserError without pictures."""
@@ -106,18 +106,18 @@ class Comparison:
         reference to the query, null where the matcher has none.
         """
         matched, scales = self.matched(), []
-        for scale, (result, weight) in enumerate(
+        for scale, (score, weight) in enumerate(
             zip(self.pair.scores, self.config.feature_match.patchweights2use, strict=True)
         ):
             homography = matched.homography(scale)
             query, reference = (points.round(2).tolist() for points in matched.points(scale))
-            inliers = result.inliers.tolist()
+            inliers = score.inliers.tolist()
             scales.append(
                 {
                     "patch_size": matched.query_grids[scale].patch_size,
                     "stride": matched.query_grids[scale].stride,
                     "weight": weight,
-                    "score": result.value,
+                    "score": score.value,
                     "query_patches": len(matched.query_grids[scale]),
                     "num_matches": len(inliers),
                     "num_inliers": sum(inliers),
@@ -314,7 +314,7 @@ class PlaceDatabase:
         """stored and opened: of `PlaceRecognizer.open_database`."""
         self.recognizer = recognizer
         self.pictures = list(pictures) if stored is None else pictures
-        self._names = pictures.names if isinstance(pictures, _Stored) else [one.name for one in self.pictures]
+        self._names = pictures.names if isinstance(pictures, _Stored) else [picture.name for picture in self.pictures]
         self.positions = positions
         if positions is not None and len(positions) != len(pictures):
             raise ValueError(f"{len(positions)} positions for {len(pictures)} pictures")

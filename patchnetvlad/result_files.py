@@ -183,7 +183,7 @@ def read_pairs(path: Path) -> list[Ranking]:
     Kapture pairs are ordered by score, equal ones and hloc pairs by line; a pair counts once. A leading ./ of names
     is dropped. Raises UserError naming the line that fits neither format.
     """
-    found: dict[str, list[tuple[float, str]]] = {}
+    pairs_of: dict[str, list[tuple[float, str]]] = {}
     kapture: bool | None = None
     columns = 0
     for number, line in read_lines(path):
@@ -204,10 +204,10 @@ def read_pairs(path: Path) -> list[Ranking]:
             raise UserError(
                 f"{path}: line {number}: {line[:80]!r}: expected {expected} (not a Kapture or hloc pairs file?)"
             )
-        found.setdefault(_plain(query), []).append((-score, _plain(name)))
+        pairs_of.setdefault(_plain(query), []).append((-score, _plain(name)))
     return [
         Ranking(query, tuple(dict.fromkeys(name for _, name in sorted(pairs, key=lambda pair: pair[0]))))
-        for query, pairs in found.items()
+        for query, pairs in pairs_of.items()
     ]
 
 
@@ -226,8 +226,8 @@ def read_predictions(path: Path, query_names: Sequence[str], database_names: Seq
     if empty:
         raise UserError(f"{path}: no prediction for {_examples(empty)} (predictions for another query list?)")
     indices = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
-    for row, found in zip(indices, rows, strict=True):
-        row[: len(found)] = found
+    for row, database_rows in zip(indices, rows, strict=True):
+        row[: len(database_rows)] = database_rows
     ranks = np.arange(1, indices.shape[1] + 1, dtype=np.float32)
     return Candidates(indices, np.where(indices >= 0, 1 / ranks, np.float32(-np.inf)))
 

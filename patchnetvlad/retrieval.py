@@ -64,14 +64,14 @@ class DatabaseIndex:
         wanted = min(k * panorama_cutouts, len(self._database))
         if wanted == 0 or len(queries) == 0:
             empty = (len(queries), wanted)
-            found = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
+            candidates = Candidates(np.full(empty, -1, dtype=np.int64), np.full(empty, -np.inf, dtype=np.float32))
         elif self._approximate is not None:
-            found = _ranked(queries, self._database, self._approximate.search(queries, wanted), wanted)
+            candidates = _ranked(queries, self._database, self._approximate.search(queries, wanted), wanted)
         else:
             assert self._fast is not None  # there is a database
             doubt = _ROUNDING * 2 * max(self._largest, _largest_square(queries))
-            found = _exact(queries, self._database, wanted, self._fast, doubt)
-        return best_cutout_per_panorama(found, panorama_cutouts, k)
+            candidates = _exact(queries, self._database, wanted, self._fast, doubt)
+        return best_cutout_per_panorama(candidates, panorama_cutouts, k)
 
 
 def exact_rows(queries: Float32Rows, database: Float32Rows, k: int) -> NDArray[np.int64]:
@@ -94,12 +94,12 @@ def best_cutout_per_panorama(candidates: Candidates, panorama_cutouts: int, k: i
     indices = np.full_like(candidates.indices, -1)
     scores = np.full_like(candidates.scores, -np.inf)
     widest = 0
-    for row, (found, found_scores) in enumerate(zip(candidates.indices, candidates.scores, strict=True)):
-        valid = np.flatnonzero(found >= 0)
-        _, first = np.unique(found[valid] // panorama_cutouts, return_index=True)
+    for row, (ranked, ranked_scores) in enumerate(zip(candidates.indices, candidates.scores, strict=True)):
+        valid = np.flatnonzero(ranked >= 0)
+        _, first = np.unique(ranked[valid] // panorama_cutouts, return_index=True)
         kept = valid[np.sort(first)][:k]
-        indices[row, : len(kept)] = found[kept]
-        scores[row, : len(kept)] = found_scores[kept]
+        indices[row, : len(kept)] = ranked[kept]
+        scores[row, : len(kept)] = ranked_scores[kept]
         widest = max(widest, len(kept))
     return Candidates(indices[:, :widest], scores[:, :widest])
 
@@ -132,11 +132,11 @@ def _exact(queries: Float32Rows, database: Float32Rows, k: int, search: _Search,
         width = k + _MARGIN
         while len(undecided):
             width = min(width, len(database))
-            distances, found = search(chunk[undecided], width)
+            distances, nearest = search(chunk[undecided], width)
             decided = distances[:, -1] - distances[:, k - 1] > doubt
             if width == len(database):
                 decided[:] = True
-            for row, neighbours in zip(undecided[decided], found[decided], strict=True):
+            for row, neighbours in zip(undecided[decided], nearest[decided], strict=True):
                 difference = database[neighbours] - chunk[row]
                 exact = np.einsum("nd,nd->n", difference, difference)
                 order = np.lexsort((neighbours, exact))[:k]
@@ -150,8 +150,8 @@ def _faiss_search(database: Float32Rows) -> _Search:
     rows = np.ascontiguousarray(database, dtype=np.float32)  # descriptors as they are stored stay on disk
 
     def search(queries: Float32Rows, count: int) -> tuple[Float32Rows, NDArray[np.int64]]:
-        distances, found = faiss.knn(queries, rows, count)
-        return distances, found
+        distances, nearest = faiss.knn(queries, rows, count)
+        return distances, nearest
 
     return search
 

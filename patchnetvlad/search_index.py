@@ -69,14 +69,14 @@ class SearchIndex:
 
     def __init__(self, record: IndexRecord, shards: Sequence[faiss.Index]) -> None:
         self.record = record
-        self._parts = list(shards)  # faiss keeps pointers to them only
-        if len(self._parts) == 1:
-            self._index = self._parts[0]
+        self._shards = list(shards)  # faiss keeps pointers to them only
+        if len(self._shards) == 1:
+            self._index = self._shards[0]
         else:
             self._index = faiss.IndexShards(record.num_dims)
             self._index.successive_ids = True  # rows are counted on from shard to shard
-            for part in self._parts:
-                self._index.add_shard(part)
+            for shard in self._shards:
+                self._index.add_shard(shard)
         self._set(record.parameters)
 
     def search(self, queries: Float32Rows, count: int) -> NDArray[np.int64]:
@@ -97,29 +97,29 @@ class SearchIndex:
         best = replace(self.record, widening=_WIDEST, neighbours=neighbours)
         for parameters in self._efforts():
             best = replace(best, parameters=parameters)
-            found = self._measure(best, queries, trials, nearest)
-            best = replace(best, recall=found)
-            if found >= recall:
+            reached = self._measure(best, queries, trials, nearest)
+            best = replace(best, recall=reached)
+            if reached >= recall:
                 break
         for widening in (1, 2, 4, 8):
             narrower = replace(best, widening=widening)
-            found = self._measure(narrower, queries, trials, nearest)
-            if found >= min(recall, best.recall):
-                best = replace(narrower, recall=found)
+            reached = self._measure(narrower, queries, trials, nearest)
+            if reached >= min(recall, best.recall):
+                best = replace(narrower, recall=reached)
                 break
-        return SearchIndex(best, self._parts)
+        return SearchIndex(best, self._shards)
 
     def _measure(
         self, record: IndexRecord, queries: Float32Rows, trials: NDArray[np.int64], nearest: NDArray[np.int64]
     ) -> float:
         """Share of the nearest rows that a search finds before the exact comparison puts them in order."""
-        found = SearchIndex(record, self._parts).search(queries, nearest.shape[1] + 1)
-        hits = sum(len(np.intersect1d(*rows)) for rows in zip(found, nearest, strict=True))
+        neighbours = SearchIndex(record, self._shards).search(queries, nearest.shape[1] + 1)
+        hits = sum(len(np.intersect1d(*rows)) for rows in zip(neighbours, nearest, strict=True))
         return hits / nearest.size
 
     def _efforts(self) -> Iterator[dict[str, int]]:
         space = faiss.ParameterSpace()
-        space.initialize(self._parts[0])
+        space.initialize(self._shards[0])
         for position in range(space.parameter_ranges.size()):
             offered = space.parameter_ranges.at(position)
             if offered.name in _EFFORTS:
@@ -130,9 +130,9 @@ class SearchIndex:
 
     def _set(self, parameters: dict[str, int]) -> None:
         space = faiss.ParameterSpace()
-        for part in self._parts:
+        for shard in self._shards:
             for name, value in parameters.items():
-                space.set_index_parameter(part, name, value)
+                space.set_index_parameter(shard, name, value)
 
 
 def default_factory(num_pictures: int, num_dims: int) -> str:
@@ -241,15 +241,15 @@ def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shard
 
 
 def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Index]:
-    parts = []
+    shards = []
     for name, num_bytes in files:
         file = path.with_name(name)
-        found = file.stat().st_size if file.exists() else None
-        if found != num_bytes:
-            what = "is missing" if found is None else f"has {found} bytes, {path.name} says {num_bytes}"
-            raise UserError(f"{file}: {what} (interrupted copy, or part of another index; build the index again)")
-        parts.append(faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY))
-    return parts
+        size = file.stat().st_size if file.exists() else None
+        if size != num_bytes:
+            fault = "is missing" if size is None else f"has {size} bytes, {path.name} says {num_bytes}"
+            raise UserError(f"{file}: {fault} (interrupted copy, or part of another index; build the index again)")
+        shards.append(faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY))
+    return shards
 
 
 def _read_record(path: Path) -> IndexRecord:

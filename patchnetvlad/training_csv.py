@@ -56,28 +56,28 @@ def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, c
             np.arange(len(rows), dtype=np.int64)[:, None],
         )
 
-    def split(part: str) -> tuple[CityPictures, ...]:
-        found = []
+    def cities_for(split: str) -> tuple[CityPictures, ...]:
+        city_pictures = []
         for city in dict.fromkeys(cities):
-            queries, database = side(city, f"{part}_query"), side(city, f"{part}_database")
+            queries, database = side(city, f"{split}_query"), side(city, f"{split}_database")
             if (len(queries) and not len(database)) or (len(database) and not len(queries)):
                 lacking = "database" if len(queries) else "query"
-                raise UserError(f"{path}: city {city} has no picture of role {part}_{lacking}")
+                raise UserError(f"{path}: city {city} has no picture of role {split}_{lacking}")
             if len(queries):
-                found.append(CityPictures(city, queries, database))
-        if complete and not found:
-            raise UserError(f"{path}: no picture has the roles {part}_query and {part}_database")
-        return tuple(found)
+                city_pictures.append(CityPictures(city, queries, database))
+        if complete and not city_pictures:
+            raise UserError(f"{path}: no picture has the roles {split}_query and {split}_database")
+        return tuple(city_pictures)
 
-    return TrainingData(split("train"), split("val"))
+    return TrainingData(cities_for("train"), cities_for("val"))
 
 
 def write_training_csv(
-    path: Path, part: str, city: str, queries: ImageList, database: ImageList, truth: GroundTruth
+    path: Path, split: str, city: str, queries: ImageList, database: ImageList, truth: GroundTruth
 ) -> None:
     """Write the lists and ground truth of a dataset as such a file.
 
-    part: train or val, what its pictures are for; city: what the dataset is called beside others.
+    split: train or val, what its pictures are for; city: what the dataset is called beside others.
     Raises UserError for coordinates other than easting and northing in metres; published ones are taken for these.
     """
     if truth.unit not in ("m", UNKNOWN_UNIT) or truth.utm_query.shape[1] != 2:
@@ -90,7 +90,7 @@ def write_training_csv(
     writer.writerow(("image", "easting", "northing", "role", "city"))
     for pictures, positions, side in ((queries, truth.utm_query, "query"), (database, truth.utm_database, "database")):
         for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True):
-            writer.writerow((name, easting, northing, f"{part}_{side}", city))
+            writer.writerow((name, easting, northing, f"{split}_{side}", city))
     write_text(path, text.getvalue())
 
 

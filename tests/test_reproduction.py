@@ -13,7 +13,7 @@ from patchnetvlad import paths
 from patchnetvlad.commands.datasets import measure, reproduce
 from patchnetvlad.commands.features import feature_match
 from patchnetvlad.datasets import benchmark_files
-from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, Part
+from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, ListPair
 from patchnetvlad.datasets.reproduction import compare
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.measures import judge
@@ -53,8 +53,8 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
         Known("PatchNetVLAD", {1: 0.0, 10: 50.0}, "a band that holds", (0.0, 100.0)),
         Known("PatchNetVLAD", {1: 100.0}, "no band"),
     )
-    parts = tuple(Part(city, city) for city in ("north", "south"))
-    monkeypatch.setitem(BENCHMARKS, "corridor", Benchmark("builtin.ini", parts, known, "nowhere"))
+    list_pairs = tuple(ListPair(city, city) for city in ("north", "south"))
+    monkeypatch.setitem(BENCHMARKS, "corridor", Benchmark("builtin.ini", list_pairs, known, "nowhere"))
     options = ["corridor", "--dataset_root_dir", str(cities), "--output_dir", str(tmp_path), *settings(small_model)]
     assert reproduce([*options, "--estimate_only"]) == 0
     printed = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
     predictions = (tmp_path / "results" / "predictions_msls.txt").read_text().splitlines()
     assert len(predictions) == 18 and len({len(line.split()) for line in predictions}) == 1
     # again: what is described stays, the joined predictions are not doubled; a band that does not hold fails
-    failing = Benchmark("builtin.ini", parts, (Known("NetVLAD", {1: -5.0}, "impossible", (1.0, 1.0)),), "nowhere")
+    failing = Benchmark("builtin.ini", list_pairs, (Known("NetVLAD", {1: -5.0}, "impossible", (1.0, 1.0)),), "nowhere")
     monkeypatch.setitem(BENCHMARKS, "corridor", failing)
     assert reproduce(options) == 1
     assert "FAILED" in capsys.readouterr().out

@@ -186,8 +186,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     work = Path(args.output_dir) if args.output_dir else Path("runs") / args.dataset
     config, files = prepare(args.dataset, root, work, args.config_path, args.overrides)
-    for part in files:
-        print(f"{part.part.lists}: {len(part.queries)} queries, {len(part.database)} database pictures")
+    for pair in files:
+        print(f"{pair.name}: {len(pair.queries)} queries, {len(pair.database)} database pictures")
     from patchnetvlad.datasets.reproduction import reproduce as run_benchmark
 
     def announce(estimate: Estimate) -> None:
@@ -207,11 +207,11 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 def _tell(done: Reproduction, work: Path) -> None:
     """Print what a run gave, and keep it beside its results."""
-    if len(done.parts) > 1:
-        print(_JOINED.format(len(done.parts), ", ".join(done.parts)))
+    if len(done.evaluations) > 1:
+        print(_JOINED.format(len(done.evaluations), ", ".join(done.evaluations)))
     print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
-    if len(done.parts) > 1:
-        for name, evaluation in done.parts.items():
+    if len(done.evaluations) > 1:
+        for name, evaluation in done.evaluations.items():
             print("\n".join(["", name, *evaluation.lines()]))
     print("\n".join(["", *_comparison_lines(done.comparisons)]))
     print(f"{done.seconds:.0f} s; results in {work / 'results'}")

@@ -110,7 +110,10 @@ def _evaluate_poses(args: argparse.Namespace) -> None:
     print(f"{len(estimates)} of {len(queries)} queries have a pose ({args.approximation})")
     if args.query_poses:
         truths = _truths(queries, args.query_poses)
-        scores = {condition: score_poses(estimates, part) for condition, part in _parts(truths, args).items()}
+        scores = {
+            condition: score_poses(estimates, true_poses)
+            for condition, true_poses in _truths_of_conditions(truths, args).items()
+        }
         print("\n".join(_pose_lines(scores)))
         if args.json:
             write_json(args.json, {condition: vars(score) for condition, score in scores.items()})
@@ -126,9 +129,9 @@ def locate(arguments: Sequence[str] | None = None) -> int:
         "single pictures (--picture) against the features of a database.",
         "locate.py",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--results", type=Path, metavar="DIR", help="folder of a matching run with scores.npz")
-    what.add_argument("--picture", nargs="+", type=Path, metavar="PICTURE", help="pictures to locate")
+    queries = parser.add_mutually_exclusive_group(required=True)
+    queries.add_argument("--results", type=Path, metavar="DIR", help="folder of a matching run with scores.npz")
+    queries.add_argument("--picture", nargs="+", type=Path, metavar="PICTURE", help="pictures to locate")
     parser.add_argument(
         "--ground_truth_path", required=True, metavar="NPZ", help="utmDb, and utmQ to score a run; posDistThr"
     )
@@ -164,34 +167,36 @@ def _locate(args: argparse.Namespace) -> None:
 def _read_all(paths: Sequence[Path]) -> dict[str, Pose]:
     poses: dict[str, Pose] = {}
     for path in paths:
-        found = read_poses(path)
-        twice = poses.keys() & found.keys()
+        file_poses = read_poses(path)
+        twice = poses.keys() & file_poses.keys()
         if twice:
             raise UserError(f"{path}: {len(twice)} pictures have a pose elsewhere too, such as {min(twice)}")
-        poses |= found
+        poses |= file_poses
     return poses
 
 
 def _poses_of(pictures: ImageList, poses: Mapping[str, Pose], sources: Sequence[Path]) -> list[Pose | None]:
     """The poses of a list's pictures; at least one must have one."""
-    found = [poses.get(record_name(name), poses.get(name)) for name in pictures.names]
-    if all(pose is None for pose in found):
+    listed_poses = [poses.get(record_name(name), poses.get(name)) for name in pictures.names]
+    if all(pose is None for pose in listed_poses):
         raise UserError(
             f"{pictures.source}: no picture has a pose in {', '.join(map(str, sources))} (names differ, such as "
             f"{pictures.names[0]} and {next(iter(poses), 'none')}?)"
         )
-    return found
+    return listed_poses
 
 
 def _truths(queries: ImageList, sources: Sequence[Path]) -> dict[str, Pose]:
-    found = _poses_of(queries, _read_all(sources), sources)
-    return {record_name(name): pose for name, pose in zip(queries.names, found, strict=True) if pose is not None}
+    poses = _poses_of(queries, _read_all(sources), sources)
+    return {record_name(name): pose for name, pose in zip(queries.names, poses, strict=True) if pose is not None}
 
 
-def _parts(truths: Mapping[str, Pose], args: argparse.Namespace) -> dict[str, dict[str, Pose]]:
+def _truths_of_conditions(truths: Mapping[str, Pose], args: argparse.Namespace) -> dict[str, dict[str, Pose]]:
     conditions = by_condition(list(truths), args.condition_pattern)
-    parts = {condition: {name: truths[name] for name in names} for condition, names in conditions.items()}
-    return {**parts, "all": dict(truths)}
+    return {
+        **{condition: {name: truths[name] for name in names} for condition, names in conditions.items()},
+        "all": dict(truths),
+    }
 
 
 def _weighting(
@@ -265,8 +270,8 @@ def _score_lines(located: Sequence[Located], truth_path: Path, unit: str) -> lis
     lengths = ground_truth_lengths(truth_path)
     if lengths[0] != len(located):
         return [f"{truth_path}: utmQ has {lengths[0]} rows for {len(located)} queries: positions are not scored"]
-    truth = read_ground_truth(truth_path, [one.query for one in located], lengths[1])
-    score = score_positions([one.position for one in located], truth.utm_query)
+    truth = read_ground_truth(truth_path, [estimate.query for estimate in located], lengths[1])
+    score = score_positions([estimate.position for estimate in located], truth.utm_query)
     shares = ", ".join(
         f"{100 * share:.1f} % within {with_unit(limit, unit)}"
         for limit, share in zip(LIMITS, score.within, strict=True)

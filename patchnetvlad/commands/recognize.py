@@ -73,7 +73,7 @@ def _recognize(args: argparse.Namespace) -> int:
     command_line.require_checkpoint(config)
     making = _making(args, root, database, queries)
     output = Path(args.output_dir)
-    lists = {part: output / "lists" / f"{_NAME}_imageNames_{part}.txt" for part in ("query", "index")}
+    lists = {side: output / "lists" / f"{_NAME}_imageNames_{side}.txt" for side in ("query", "index")}
     features = _feature_folders(output / "features", making[0], database, queries)
     truth = output / "lists" / f"{_NAME}.npz"
     truth.unlink(missing_ok=True)
@@ -82,13 +82,13 @@ def _recognize(args: argparse.Namespace) -> int:
     if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *to]):
         return status
     at = ["--dataset_root_dir", str(root)]
-    for part in ("index", "query"):
-        options = [*at, "--dataset_file_path", str(lists[part]), "--output_features_dir", str(features[part])]
+    for side in ("index", "query"):
+        options = [*at, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
         options += ["--overwrite"] if args.overwrite else []
         if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
             return status
-    options = [word for part in lists for word in (f"--{part}_file_path", str(lists[part]))]
-    options += [word for part in lists for word in (f"--{part}_input_features_dir", str(features[part]))]
+    options = [word for side in lists for word in (f"--{side}_file_path", str(lists[side]))]
+    options += [word for side in lists for word in (f"--{side}_input_features_dir", str(features[side]))]
     options += ["--ground_truth_path", str(truth)] if truth.exists() else []
     options += ["--result_save_folder", str(output / "results"), "--report"]
     if status := command_line.run_step("feature_match.py", feature_match, [*shared, *at, *options]):
@@ -105,7 +105,7 @@ def _feature_folders(folder: Path, kind: str, database: str, queries: str) -> di
     """Where a drive's features go; apart where positions from a file may leave pictures out of its list."""
     names = {"index": database.replace("/", "__"), "query": queries.replace("/", "__")}
     partial = {"csv": ("index", "query"), "pairs": ("query",)}.get(kind, ())
-    return {part: folder / (f"{name}_{kind}" if part in partial else name) for part, name in names.items()}
+    return {side: folder / (f"{name}_{kind}" if side in partial else name) for side, name in names.items()}
 
 
 def _common_root(database: Path, queries: Path) -> Path:

@@ -140,8 +140,8 @@ def _add_pca(args: argparse.Namespace) -> None:
         source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
     else:
         sources = [Source(*place) for place in places]
-        data = read_training_data(config, sources)
-        source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
+        training_data = read_training_data(config, sources)
+        source, paths = sources[0].listed, [path for city in training_data.train for path in city.database.paths]
     written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
     print("\n".join([f"checkpoint in {written}", *_how_to_use(config, written, num_pcs)]))
 

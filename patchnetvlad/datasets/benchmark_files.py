@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchnetvlad.config import Config
-from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Part
+from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, ListPair
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList, read_image_list
@@ -15,9 +15,9 @@ from patchnetvlad.paths import find_file, require_file
 
 @dataclass(frozen=True)
 class Files:
-    """Lists and ground truth of one part, found or made."""
+    """A pair of lists with its ground truth, found or made; name: of the lists."""
 
-    part: Part
+    name: str
     queries: ImageList
     database: ImageList
     ground_truth: Path
@@ -34,7 +34,7 @@ def prepare(
     files: list[Files] = []
     try:
         files = _lists(benchmark, root, work)
-        for listed in (pictures for part in files for pictures in (part.queries, part.database)):
+        for listed in (pictures for pair in files for pictures in (pair.queries, pair.database)):
             absent = sum(not path.is_file() for path in listed.paths)
             if absent:
                 raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
@@ -55,29 +55,34 @@ def prepare(
 
 def _lists(benchmark: Benchmark, root: Path, work: Path) -> list[Files]:
     """Lists beside the pictures, among the known ones, or made from the dataset."""
-    found = [_find_part(root, part) for part in benchmark.parts]
-    if all(part is not None for part in found):
-        return [part for part in found if part is not None]
+    at_hand = [_find_pair(root, pair) for pair in benchmark.list_pairs]
+    if all(pair is not None for pair in at_hand):
+        return [pair for pair in at_hand if pair is not None]
     if benchmark.make is None:
         names = "; ".join(
-            f"{part.lists}_imageNames_query.txt, …_index.txt, {part.ground_truth}.npz" for part in benchmark.parts
+            f"{pair.lists}_imageNames_query.txt, …_index.txt, {pair.ground_truth}.npz" for pair in benchmark.list_pairs
         )
         raise UserError(f"{root}: no {names}")
     made = []
-    for part, dataset in zip(benchmark.parts, benchmark.make(root), strict=True):
+    for pair, dataset in zip(benchmark.list_pairs, benchmark.make(root), strict=True):
         _, files = finish(dataset, root, work / "lists", work / "lists")
         if files.ground_truth is None:
             raise UserError(f"{root}: {dataset.name} has no coordinates")
         made.append(
-            Files(part, read_image_list(files.queries, root), read_image_list(files.database, root), files.ground_truth)
+            Files(
+                pair.lists,
+                read_image_list(files.queries, root),
+                read_image_list(files.database, root),
+                files.ground_truth,
+            )
         )
     return made
 
 
-def _find_part(root: Path, part: Part) -> Files | None:
-    names = (f"{part.lists}_imageNames_query.txt", f"{part.lists}_imageNames_index.txt")
+def _find_pair(root: Path, pair: ListPair) -> Files | None:
+    names = (f"{pair.lists}_imageNames_query.txt", f"{pair.lists}_imageNames_index.txt")
     lists = [find_file(name, "dataset_imagenames", root) for name in names]
-    truth = find_file(f"{part.ground_truth}.npz", "dataset_gt_files", root)
+    truth = find_file(f"{pair.ground_truth}.npz", "dataset_gt_files", root)
     if lists[0] is None or lists[1] is None or truth is None:
         return None
-    return Files(part, read_image_list(lists[0], root), read_image_list(lists[1], root), truth)
+    return Files(pair.lists, read_image_list(lists[0], root), read_image_list(lists[1], root), truth)

@@ -24,8 +24,8 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One list pair of a dataset: the names of its lists and ground truth."""
+class ListPair:
+    """Lists of queries and database: the names of both and of their ground truth."""
 
     lists: str
     ground_truth: str
@@ -37,7 +37,7 @@ class Benchmark:
     hand; overrides: of the configuration."""
 
     config: str
-    parts: tuple[Part, ...]
+    list_pairs: tuple[ListPair, ...]
     known: tuple[Known, ...]
     where: str
     overrides: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ _TEST_SETS = "a folder with its lists, its .npz and its pictures, as distributed
 BENCHMARKS: dict[str, Benchmark] = {
     "pitts30k": Benchmark(
         "speed.ini",
-        (Part("pitts30k", "pitts30k_test"),),
+        (ListPair("pitts30k", "pitts30k_test"),),
         (
             Known(RERANKING, {1: 87.09, 5: 94.05, 10: 95.67}, "users, pittsburgh_WPCA512, spatial", (1.0, 1.0)),
             Known(RERANKING, {1: 88.0}, "paper, spatial, 4096 dimensions"),
@@ -59,7 +59,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "tokyo247": Benchmark(
         "performance.ini",
-        (Part("tokyo247", "tokyo247"),),
+        (ListPair("tokyo247", "tokyo247"),),
         (Known(RERANKING, {1: 86.0, 5: 88.6, 10: 90.5}, "paper, multi-scale RANSAC", (2.0, 3.0)),),
         f"the authors of Tokyo 24/7 give it on request; {_NETVLAD_SPECIFICATIONS}",
         ("global_params.resumepath=./pretrained_models/pittsburgh_WPCA", "feature_match.panorama_cutouts=12"),
@@ -67,7 +67,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "msls_val": Benchmark(
         "performance.ini",
-        (Part("mapillarycph", "mapillarycph"), Part("mapillarysf", "mapillarysf")),
+        (ListPair("mapillarycph", "mapillarycph"), ListPair("mapillarysf", "mapillarysf")),
         (
             Known(RETRIEVAL, {1: 71.1, 5: 81.5, 10: 84.3}, "users, Mapillary weights", (1.5, 1.5)),
             Known(RERANKING, {1: 80.8, 5: 86.5, 10: 88.4}, "users, Mapillary weights", (1.5, 1.5)),
@@ -80,7 +80,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "nordland": Benchmark(
         "performance.ini",
-        (Part("nordland", "nordland"),),
+        (ListPair("nordland", "nordland"),),
         (),
         "nrkbeta.no has the journeys; frames cut from them are on the pages of several groups, such as QUT's",
         (),
@@ -88,7 +88,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "corridor": Benchmark(
         "builtin.ini",
-        (Part("corridor", "corridor"),),
+        (ListPair("corridor", "corridor"),),
         (
             Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
@@ -98,7 +98,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "ietower_small": Benchmark(
         "builtin.ini",
-        (Part("ietower_small", "ietower_small"),),
+        (ListPair("ietower_small", "ietower_small"),),
         (
             Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
@@ -107,7 +107,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "sf_toy": Benchmark(
         "builtin.ini",
-        (Part("sf_toy", "sf_toy"),),
+        (ListPair("sf_toy", "sf_toy"),),
         (Known(RETRIEVAL, {1: 50.0, 5: 100.0, 10: 100.0}, "dense RootSIFT + VLAD-64; 4 queries prove nothing"),),
         _TEST_SETS,
     ),

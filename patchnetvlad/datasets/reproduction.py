@@ -50,11 +50,11 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Reproduction:
-    """What a run gave: the measures of all parts joined, per part, and beside the known results."""
+    """What a run gave: the measures of all pairs of lists joined, of each pair, and beside the known results."""
 
     protocol: Protocol
     measures: dict[str, Measures]
-    parts: dict[str, Evaluation]
+    evaluations: dict[str, Evaluation]
     comparisons: tuple[Comparison, ...]
     seconds: float
 
@@ -71,24 +71,24 @@ def reproduce(
 ) -> Reproduction:
     """The whole chain: describe, match, measure, compare. Features and results go below work and finished ones stay.
 
-    announce is called with the estimate before the long part; each part is searched in its own database.
+    announce is called with the estimate before the long part; each pair of lists is searched in its own database.
     """
     started = time.perf_counter()
     config.check_one_process("a reproduction")
-    for listed in (pictures for part in files for pictures in (part.queries, part.database)):
+    for listed in (pictures for pair in files for pictures in (pair.queries, pair.database)):
         require_readable(listed.paths, listed.source, config.global_params.loading_threads, progress)
     model, checkpoint = load_model(config)
     model.to(device)
     announce(estimate(model, checkpoint, config, files))
     evaluations = {}
-    for part in files:
-        name = part.part.lists
+    for pair in files:
+        name = pair.name
         folders = [work / "features" / f"{name}_{side}" for side in ("query", "index")]
-        for pictures, folder in zip((part.queries, part.database), folders, strict=True):
+        for pictures, folder in zip((pair.queries, pair.database), folders, strict=True):
             describe_list(model, checkpoint, config, pictures, folder, progress)
         query_features, index_features = folders
         sources = Sources(
-            root, part.queries.source, part.database.source, query_features, index_features, part.ground_truth
+            root, pair.queries.source, pair.database.source, query_features, index_features, pair.ground_truth
         )
         results = work / "results" / name
         with open_run(config, sources, device, progress) as run:
@@ -100,34 +100,32 @@ def reproduce(
         predictions.unlink(missing_ok=True)
         for evaluation in evaluations.values():
             add_city(evaluation, predictions)
-    protocol, measures = joined(
-        [work / "results" / part.part.lists for part in files], config.feature_match.n_values_all
-    )
+    protocol, measures = joined([work / "results" / pair.name for pair in files], config.feature_match.n_values_all)
     return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
 
 
 def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
     """Known recalls beside those measured; a stage or N that was not measured is passed over."""
-    found = []
-    for result in known:
-        if result.stage not in measures:
+    comparisons = []
+    for known_result in known:
+        if known_result.stage not in measures:
             continue
-        recall = measures[result.stage].recall
+        recall = measures[known_result.stage].recall
         measured = dict(zip(recall.n_values, recall.all_queries, strict=True))
-        for n, value in result.recalls.items():
+        for n, value in known_result.recalls.items():
             if n in measured:
                 ours = 100 * measured[n]
                 passed = None
-                if result.band is not None:
-                    passed = value - result.band[0] <= round(ours, 2) <= value + result.band[1]
-                found.append(Comparison(result, n, ours, passed))
-    return tuple(found)
+                if known_result.band is not None:
+                    passed = value - known_result.band[0] <= round(ours, 2) <= value + known_result.band[1]
+                comparisons.append(Comparison(known_result, n, ours, passed))
+    return tuple(comparisons)
 
 
 def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: Sequence[Files]) -> Estimate:
     """Describe and compare a few pictures, and multiply."""
     size, options = config.feature_extract, config.feature_match
-    listed = [pictures for part in files for pictures in (part.queries, part.database)]
+    listed = [pictures for pair in files for pictures in (pair.queries, pair.database)]
     sample = listed[0].paths[: min(4, len(listed[0]))]
     model.describe(next(image_batches(sample[:1], size.imageresizeh, size.imageresizew, 1, 1))[1].to(model.device))
     started = time.perf_counter()
@@ -135,12 +133,12 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         model.describe(batch.to(model.device))
         for _, batch in image_batches(sample, size.imageresizeh, size.imageresizew, 1, 1)
     ]
-    each = (time.perf_counter() - started) / len(sample)
-    seconds = each * sum(map(len, listed))
+    seconds_each = (time.perf_counter() - started) / len(sample)
+    seconds = seconds_each * sum(map(len, listed))
     pairs = 0
     if described[0].grids:
-        pairs = sum(len(part.queries) * min(options.reranked, len(part.database)) for part in files)
-        patches = [one.picture(0) for one in described]
+        pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
+        patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
         rerank(patches[0], patches * 2, options.patchweights2use, find_matcher(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
@@ -148,7 +146,7 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)
     header = store_header(model, checkpoint, config)
     disk = estimate_bytes(header, map_size, sum(map(len, listed)))
-    vectors = max(4 * model.output_dims * (len(part.queries) + len(part.database)) for part in files)
+    vectors = max(4 * model.output_dims * (len(pair.queries) + len(pair.database)) for pair in files)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     cache = min(cache_bytes(options.cache_gb), disk)
     return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)

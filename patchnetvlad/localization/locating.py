@@ -42,14 +42,14 @@ def locate_run(scores_path: Path, truth_path: Path, truth: GroundTruth) -> list[
     if len(names) != rows:
         raise UserError(f"{scores_path}: its database has {len(names)} pictures, the ground truth {rows} rows")
     check_lists(truth_path, truth, len(truth.utm_query), names)
-    found = []
+    located = []
     for query, indices, fused in zip(queries, scores.indices, scores.fused, strict=True):
         if (indices >= 0).any():
             position = estimate_position(indices, fused, truth.utm_database, truth.radius)
-            found.append(Located(query, position, names[position.best]))
+            located.append(Located(query, position, names[position.best]))
         else:
-            found.append(Located(query, None, ""))
-    return found
+            located.append(Located(query, None, ""))
+    return located
 
 
 def locate_pictures(
@@ -72,8 +72,8 @@ def locate_pictures(
         database_features = with_built_index(config, database_list, database_features)
         rankings = Ranker(options, database_features, device).rank(queries)
     if rankings.scores is None:  # similarities in standard deviations, as fused scores are
-        indices, found = rankings.indices, rankings.retrieved.scores.astype(np.float64)
-        ranked = [(row, _standardized(values, row)) for row, values in zip(indices, found, strict=True)]
+        indices, similarities = rankings.indices, rankings.retrieved.scores.astype(np.float64)
+        ranked = [(row, _standardized(values, row)) for row, values in zip(indices, similarities, strict=True)]
     else:
         ranked = list(zip(rankings.scores.indices, rankings.scores.fused, strict=True))
     positions = [estimate_position(*ranking, database, neighbourhood) for ranking in ranked]
@@ -106,16 +106,18 @@ def position_lines(located: Sequence[Located], zone: Zone | None, unit: str) -> 
 def position_rows(located: Sequence[Located], zone: Zone | None) -> list[dict[str, str]]:
     """One row a query for a table: coordinates, latitude and longitude where the zone is known, radius."""
     rows = []
-    for one in located:
-        row = {"query": one.query}
-        if one.position is not None:
+    for estimate in located:
+        row = {"query": estimate.query}
+        if estimate.position is not None:
             names = ("easting", "northing", "height")
-            row |= {name: f"{value:.2f}" for name, value in zip(names, one.position.coordinates.tolist(), strict=False)}
+            row |= {
+                name: f"{value:.2f}" for name, value in zip(names, estimate.position.coordinates.tolist(), strict=False)
+            }
             if zone is not None:
-                latitude, longitude = to_geographic(one.position.coordinates[None, :2], zone)[0]
+                latitude, longitude = to_geographic(estimate.position.coordinates[None, :2], zone)[0]
                 row |= {"latitude": f"{latitude:.7f}", "longitude": f"{longitude:.7f}"}
-            row |= {"radius": f"{one.position.radius:.2f}", "supporters": str(one.position.supporters)}
-            row["best_match"] = one.best
+            row |= {"radius": f"{estimate.position.radius:.2f}", "supporters": str(estimate.position.supporters)}
+            row["best_match"] = estimate.best
         rows.append(row)
     return rows
 
