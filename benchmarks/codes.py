@@ -20,7 +20,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from recalls import N_VALUES, PARTS, stored_as
+from recalls import N_VALUES, SIDES, described_as
 
 from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_bytes
@@ -122,21 +122,21 @@ class StoredDatabase:
 def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]]) -> dict:
     """Of every form bytes a picture, and for each query the rank of its first true match (0: none)."""
     model, checkpoint = load_model(config)
-    lists = [read_image_list(root / f"{root.name}_imageNames_{part}.txt", root) for part in PARTS]
-    for part, pictures in zip(PARTS, lists, strict=True):
-        describe_list(model, checkpoint, stored_as(config, "float16"), pictures, work / part, progress=True)
+    lists = [read_image_list(root / f"{root.name}_imageNames_{side}.txt", root) for side in SIDES]
+    for side, pictures in zip(SIDES, lists, strict=True):
+        describe_list(model, checkpoint, described_as(config, "float16"), pictures, work / side, progress=True)
     truth = read_ground_truth(root / f"{root.name}.npz", len(lists[0]), len(lists[1])).positives()
-    found = {}
-    queries, database = (FeatureStore.open(work / part, pictures) for part, pictures in zip(PARTS, lists, strict=True))
+    measured = {}
+    queries, database = (FeatureStore.open(work / side, pictures) for side, pictures in zip(SIDES, lists, strict=True))
     with queries, database:
         for name, form in forms:
             source = StoredDatabase(database, form)
             ranker = Ranker(config.feature_match, DescribedPictures(database.global_, source), torch.device("cpu"))
             rankings = ranker.rank(DescribedPictures(queries.global_, queries), progress=True)
             ranks = [first_match(row, set(true)) for row, true in zip(rankings.indices, truth, strict=True)]
-            found[name] = {"bytes": source.picture_bytes(0), "ranks": ranks}
-            print(root.name, name, found[name]["bytes"], [recalled(ranks, n) for n in N_VALUES], flush=True)
-    return found
+            measured[name] = {"bytes": source.picture_bytes(0), "ranks": ranks}
+            print(root.name, name, measured[name]["bytes"], [recalled(ranks, n) for n in N_VALUES], flush=True)
+    return measured
 
 
 def first_match(ranking: NDArray[np.int64], true: set[int]) -> int:
@@ -152,16 +152,16 @@ def recalled(ranks: Sequence[int], n: int) -> int:
 def table(results: dict[str, dict]) -> str:
     """Recalls as Markdown, and how many queries each form has lost and won against the first."""
     lines = []
-    for name, found in results.items():
-        whole = next(iter(found.values()))["ranks"]
+    for name, forms in results.items():
+        whole = next(iter(forms.values()))["ranks"]
         lines += [f"{name}, {len(whole)} queries:", ""]
         lines += ["| stored | kB a picture | Recall@1 | @5 | @10 | queries lost / won @1, @5, @10 |", "|---" * 6 + "|"]
-        for form, values in found.items():
+        for form, values in forms.items():
             ranks = values["ranks"]
             shares = " | ".join(f"{100 * recalled(ranks, n) / len(ranks):.1f}" for n in N_VALUES)
             changes = []
             for n in N_VALUES:
-                before, after = (np.array([0 < rank <= n for rank in some]) for some in (whole, ranks))
+                before, after = (np.array([0 < rank <= n for rank in form_ranks]) for form_ranks in (whole, ranks))
                 changes.append(f"{(before & ~after).sum()} / {(after & ~before).sum()}")
             lines.append(f"| {form} | {values['bytes'] / 1000:.1f} | {shares} | {', '.join(changes)} |")
         lines.append("")
@@ -172,12 +172,12 @@ def plot(results: dict[str, dict], path: Path) -> None:
     """Recall@1, 5 and 10 over kB a picture, one panel for each data set; hollow marks for thinned databases."""
     figure = Figure(figsize=(4.5 * len(results), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    for axes, (name, forms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         for n, colour in zip(N_VALUES, ("#3b6ea8", "#e0a030", "#5aa469"), strict=True):
             for thinned in (False, True):
                 points = [
                     (values["bytes"] / 1000, 100 * recalled(values["ranks"], n) / len(values["ranks"]))
-                    for form, values in found.items()
+                    for form, values in forms.items()
                     if ("@" in form) == thinned
                 ]
                 style = {"markerfacecolor": "none", "linestyle": "none"} if thinned else {"label": f"Recall@{n}"}

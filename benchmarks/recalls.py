@@ -37,7 +37,7 @@ from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
-PARTS = ("query", "index")
+SIDES = ("query", "index")
 DTYPES = ("float32", "float16", "int8")
 ROUGH = "bfloat16"
 N_VALUES = (1, 5, 10)
@@ -65,7 +65,7 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
     """Write the features of both lists in every dtype; returns MB of patch descriptors a picture."""
     model, checkpoint = load_model(config)
     megabytes = {}
-    for side in PARTS:
+    for side in SIDES:
         pictures = read_image_list(root / f"{root.name}_imageNames_{side}.txt", root)
         describe_list(
             model, checkpoint, described_as(config, "float32"), pictures, work / "float32" / side, progress=True
@@ -102,8 +102,8 @@ def least_cosine(root: Path, work: Path) -> float:
 
 def run(config: Config, root: Path, work: Path, dtype: str, matcher: str) -> Evaluation:
     config = replace(config, feature_match=replace(config.feature_match, matcher=matcher))
-    lists = [root / f"{root.name}_imageNames_{side}.txt" for side in PARTS]
-    folders = [work / dtype / side for side in PARTS]
+    lists = [root / f"{root.name}_imageNames_{side}.txt" for side in SIDES]
+    folders = [work / dtype / side for side in SIDES]
     sources = Sources(root, lists[0], lists[1], folders[0], folders[1], root / f"{root.name}.npz")
     with open_run(described_as(config, dtype), sources, torch.device("cpu")) as opened:
         return evaluate(opened, progress=True)
