@@ -219,10 +219,10 @@ def differing_matches(job: Job) -> int:
     """Matches that are not those of float32, over all candidates; 0 or the ways do not agree."""
     differing = 0
     for candidate, rounded in zip(job.candidates, job.rounded, strict=True):
-        for rows, others, eight in zip(
+        for query_rows, reference_rows, eight in zip(
             job.query.descriptors, candidate.descriptors, match_pair(job.rounded_query, rounded), strict=True
         ):
-            exact = WAYS["float32"].match(Prepared(rows), Prepared(others))
+            exact = WAYS["float32"].match(Prepared(query_rows), Prepared(reference_rows))
             pairs = [
                 set(zip(matches.query.tolist(), matches.reference.tolist(), strict=True)) for matches in (eight, exact)
             ]

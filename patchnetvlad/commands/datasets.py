@@ -141,7 +141,7 @@ def _measure(args: argparse.Namespace) -> None:
     if min(args.n_values) < 1:
         raise UserError(f"--n_values {min(args.n_values)}: expected 1 or more")
     if args.results:
-        named = {_name(given): _path(given) for given in args.results}
+        named = {_name(named_path): _path(named_path) for named_path in args.results}
         whole = joined(list(named.values()), args.n_values)
         per_dataset = {name: joined([path], args.n_values) for name, path in named.items()} if len(named) > 1 else {}
     else:
@@ -198,24 +198,24 @@ def _reproduce(args: argparse.Namespace) -> int:
     known = BENCHMARKS[args.dataset].known
     device, progress = command_line.device(args), command_line.progress(args)
     try:
-        done = run_benchmark(config, files, root, known, work, device, progress, announce)
+        reproduction = run_benchmark(config, files, root, known, work, device, progress, announce)
     except _Enough:
         return 0
-    _tell(done, work)
-    return int(any(comparison.passed is False for comparison in done.comparisons))
+    _tell(reproduction, work)
+    return int(any(comparison.passed is False for comparison in reproduction.comparisons))
 
 
-def _tell(done: Reproduction, work: Path) -> None:
+def _tell(reproduction: Reproduction, work: Path) -> None:
     """Print what a run gave, and keep it beside its results."""
-    if len(done.evaluations) > 1:
-        print(_JOINED.format(len(done.evaluations), ", ".join(done.evaluations)))
-    print("\n".join(measure_lines(done.protocol, done.measures, details=True)))
-    if len(done.evaluations) > 1:
-        for name, evaluation in done.evaluations.items():
+    if len(reproduction.evaluations) > 1:
+        print(_JOINED.format(len(reproduction.evaluations), ", ".join(reproduction.evaluations)))
+    print("\n".join(measure_lines(reproduction.protocol, reproduction.measures, details=True)))
+    if len(reproduction.evaluations) > 1:
+        for name, evaluation in reproduction.evaluations.items():
             print("\n".join(["", name, *evaluation.lines()]))
-    print("\n".join(["", *_comparison_lines(done.comparisons)]))
-    print(f"{done.seconds:.0f} s; results in {work / 'results'}")
-    record = measure_record(done.protocol, done.measures)
+    print("\n".join(["", *_comparison_lines(reproduction.comparisons)]))
+    print(f"{reproduction.seconds:.0f} s; results in {work / 'results'}")
+    record = measure_record(reproduction.protocol, reproduction.measures)
     record["known"] = [
         {
             "stage": comparison.known.stage,
@@ -224,7 +224,7 @@ def _tell(done: Reproduction, work: Path) -> None:
             "known": comparison.known.recalls[comparison.n],
         }
         | {"measured": comparison.measured, "passed": comparison.passed}
-        for comparison in done.comparisons
+        for comparison in reproduction.comparisons
     ]
     write_json(work / "results" / "reproduction.json", record)
 
@@ -252,19 +252,19 @@ def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str,
     )
     positives = truth.positives()
     measures = {}
-    for given in args.predictions:
-        predicted = read_predictions(_path(given), queries.names, database.names).indices
-        measures[_name(given)] = measure_judged(judge(predicted, positives), args.n_values)
+    for named_path in args.predictions:
+        predicted = read_predictions(_path(named_path), queries.names, database.names).indices
+        measures[_name(named_path)] = measure_judged(judge(predicted, positives), args.n_values)
     return Protocol(len(queries), len(database), truth.radius, truth.unit), measures
 
 
-def _name(given: str) -> str:
-    name, separator, _ = given.partition("=")
-    return name if separator else Path(given).name
+def _name(named_path: str) -> str:
+    name, separator, _ = named_path.partition("=")
+    return name if separator else Path(named_path).name
 
 
-def _path(given: str) -> Path:
-    return Path(given.partition("=")[2] or given)
+def _path(named_path: str) -> Path:
+    return Path(named_path.partition("=")[2] or named_path)
 
 
 def _estimate_lines(estimate: Estimate, work: Path) -> list[str]:

@@ -324,12 +324,12 @@ def _composite(frame: Array, plane: _Plane, projection: Array, light: Array) -> 
     to_metres = np.array([[1, 0, 0.5], [0, -1, rows - 0.5], [0, 0, plane.scale]]) / plane.scale
     homography = projection @ axes @ to_metres
     grid = np.stack([a.ravel() for a in np.meshgrid(np.linspace(0, columns, 9), np.linspace(0, rows, 9))])
-    seen = homography @ np.vstack([grid, np.ones(81)])
-    before = seen[2] > 0.05
+    projected = homography @ np.vstack([grid, np.ones(81)])
+    before = projected[2] > 0.05
     if not before.any():
         return
     height, width = frame.shape[:2]
-    pixels = seen[:2, before] / seen[2, before]
+    pixels = projected[:2, before] / projected[2, before]
     left, top, right, bottom = 0, 0, width, height
     if before.all():
         left, top = (int(max(0, low)) for low in np.floor(pixels.min(axis=1)) - 1)
@@ -340,7 +340,7 @@ def _composite(frame: Array, plane: _Plane, projection: Array, light: Array) -> 
             return
     inside = (pixels > -0.1 * width).all(axis=0) & (pixels[0] < 1.1 * width) & (pixels[1] < 1.1 * height)
     # A homography gives a texel |determinant| / depth³ pixels; take the level where that comes near 1.
-    depth = seen[2, before][inside] if inside.any() else seen[2, before]
+    depth = projected[2, before][inside] if inside.any() else projected[2, before]
     density = float(np.quantile(np.sqrt(abs(np.linalg.det(homography)) / depth**3), 0.7))
     level = int(np.clip(round(-math.log2(max(density, 1e-9))), 0, len(plane.levels) - 1))
     halving = np.diag([2.0**level, 2.0**level, 1.0])
