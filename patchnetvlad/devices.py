@@ -16,7 +16,7 @@ MATCHING_MEMORY = (
 )
 TRAINING_MEMORY = "[train] batchsize, cachebatchsize, nneg, or imageresizew and imageresizeh"
 
-_WAY_OUT = "ngpu = 1 and one process for each part of the list, with --device cuda:N; torchrun is for train.py"
+_WAY_OUT = "several are for feature_extract.py and feature_match.py with --engine ray; torchrun is for train.py"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's errors of other devices say
 _FLAGS = RLock()  # torch keeps one setting of TF32 for all threads
 
@@ -81,9 +81,14 @@ def check_one_gpu(params: GlobalParams, work: str) -> None:
         raise UserError(f"[global_params] ngpu = {params.ngpu}: {work} uses one GPU ({_WAY_OUT})")
 
 
-def require_one_process(params: GlobalParams, work: str) -> None:
-    """The same, and where torchrun has started several processes, which would all do the same."""
-    check_one_gpu(params, work)
+def refuse_torchrun(work: str) -> None:
+    """Raises UserError where torchrun has started several processes, which would all do the same work."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count != "1":
         raise UserError(f"WORLD_SIZE = {count}: {work} is one process, and torchrun started several ({_WAY_OUT})")
+
+
+def require_one_process(params: GlobalParams, work: str) -> None:
+    """Raises UserError for several GPUs, and for several processes."""
+    check_one_gpu(params, work)
+    refuse_torchrun(work)

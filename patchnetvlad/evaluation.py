@@ -22,7 +22,7 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall, constant_shift
 from patchnetvlad.result_files import (
     FORMATS,
@@ -63,7 +63,7 @@ class Sources:
 @dataclass(frozen=True, eq=False)
 class MatchingRun:
     """What a run compares, opened and found to fit together; given: candidates of another method, in place of the
-    search."""
+    search; model: describes patches when they are asked for, None where they are read."""
 
     config: Config
     queries: ImageList
@@ -73,6 +73,7 @@ class MatchingRun:
     ground_truth: GroundTruth | None
     given: Candidates | None
     device: torch.device
+    model: PlaceModel | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +108,16 @@ class Evaluation:
 
 
 @contextmanager
-def open_run(config: Config, sources: Sources, device: torch.device, progress: bool = False) -> Iterator[MatchingRun]:
+def open_run(
+    config: Config, sources: Sources, device: torch.device, progress: bool = False, shared: bool = False
+) -> Iterator[MatchingRun]:
     """Open lists, features and ground truth; patches can be read as long as the context lasts.
 
-    Raises UserError for whatever does not fit together.
+    shared: the queries will be shared out among several processes. Raises UserError for whatever does not fit together.
     """
     config.check_matching()
-    require_one_process(config.global_params, "matching")
+    if not shared:
+        require_one_process(config.global_params, "matching")
     find_matcher(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
@@ -125,14 +129,13 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
         model = load_model(config)[0].to(device)
         tell_precision(model)
-    memory = cache_bytes(config.feature_match.cache_gb)
+    for_queries, for_database = memory_shares(config.feature_match.cache_gb)
     if config.global_params.pooling == "patchnetvlad":
         source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
-        logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
-    for_queries = memory // _QUERY_SHARE
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", (for_queries + for_database) / 1e9, source)
     with (
         open_features(config, queries, sources.query_features, for_queries, model) as query_features,
-        open_features(config, database, sources.index_features, memory - for_queries, model) as database_features,
+        open_features(config, database, sources.index_features, for_database, model) as database_features,
     ):
         if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
             raise UserError(
@@ -141,7 +144,13 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
             )
         if given is None:
             database_features = with_built_index(config, database, database_features)
-        yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
+        yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device, model)
+
+
+def memory_shares(cache_gb: float | None, workers: int = 1) -> tuple[int, int]:
+    """Bytes for the patches of the queries and of the database; workers: how many share this machine's memory."""
+    memory = cache_bytes(cache_gb) // workers
+    return memory // _QUERY_SHARE, memory - memory // _QUERY_SHARE
 
 
 @contextmanager
@@ -195,11 +204,14 @@ def with_built_index(config: Config, pictures: ImageList, features: DescribedPic
     return replace(features, index=open_index(path, features.global_, pictures.names))
 
 
-def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
-    """Rank the database for every query, and hold the rankings against the ground truth where it is given."""
+def evaluate(run: MatchingRun, progress: bool = False, rerank_all: RerankAll | None = None) -> Evaluation:
+    """Rank the database for every query, and hold the rankings against the ground truth where it is given.
+
+    rerank_all: shares the re-ranking out among several processes.
+    """
     options = run.config.feature_match
     ranker = Ranker(options, run.database_features, run.device)
-    rankings = ranker.rank(run.query_features, run.given, progress=progress)
+    rankings = ranker.rank(run.query_features, run.given, progress=progress, rerank_all=rerank_all)
     stages = {RETRIEVAL: rankings.retrieved.indices}
     if rankings.scores is not None:
         stages[RERANKING] = rankings.indices

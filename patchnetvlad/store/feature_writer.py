@@ -5,7 +5,6 @@ names and are on the disk. Global descriptors are rows of ``globalfeats.npy.part
 ``globalfeats.npy`` when all pictures are there: whoever finds that file may trust all of them.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
