@@ -102,7 +102,8 @@ class GlobalParams:
     resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
     threads: int = setting(4, whole(0))  # threads that load and check pictures; 0: as many as there are cores
     num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
-    ngpu: int = setting(1, whole(0))  # GPUs to use where there are any
+    # GPUs to use where there are any; more than 1 share extraction and matching by Ray, and training by torchrun.
+    ngpu: int = setting(1, whole(0))
     # Sides of the square patches, in positions of the feature map.
     patch_sizes: tuple[int, ...] = setting(
         (2, 5, 8), list_of(whole(1), "different whole numbers of 1 or more", distinct=True)

@@ -83,6 +83,9 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         *WEIGHTS,
         ROOT_ABSENT,
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--engine", "spark"], "'spark'"),
+        (["--address", "auto"], "--address auto: needs --engine ray"),
+        (["--worker_cpus", "0"], "--worker_cpus"),
     ),
     "feature_match": each(
         [*LISTS, *FEATURES],
@@ -95,6 +98,7 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--set", f"feature_match.pred_input_path={ABSENT}"], f"{ABSENT}: no such file"),
         (["--set", f"feature_match.index={ABSENT}.json"], f"{ABSENT}.json: no such file"),
         (["--set", "feature_match.imageresizew=32"], "imageresizew = 32"),
+        (["--address", "auto"], "--address auto: needs --engine ray"),
     ),
     "tools/build_index": each(
         [*LISTS[2:], *FEATURES[2:]],

@@ -58,15 +58,15 @@ def _add_engine_options(parser: Parser, cpus: str) -> None:
         "machine for the time of the run",
     )
     parser.add_argument(
-        "--worker_cpus", type=_positive, metavar="N", help=f"processor cores of each of Ray's workers; default: {cpus}"
+        "--worker_cpus",
+        type=_positive,
+        metavar="N",
+        help=f"cores of each of Ray's workers; default: {cpus}, or an equal share for each GPU",
     )
 
 
-def _ray_options(args: argparse.Namespace, config: Config, cpus: int | None) -> "RayOptions | None":
-    """How Ray is used, None where this process does all; raises UserError for what does not fit together.
-
-    cpus: of each worker where nothing is said.
-    """
+def _ray_options(args: argparse.Namespace, config: Config, whole_machines: bool = False) -> "RayOptions | None":
+    """How Ray is used, None where this process does all; raises UserError for what does not fit together."""
     gpus = config.global_params.ngpu if config.global_params.ngpu > 1 else None
     if args.engine == "process":
         for option, given in (("--address", args.address), ("--worker_cpus", args.worker_cpus)):
@@ -86,7 +86,7 @@ def _ray_options(args: argparse.Namespace, config: Config, cpus: int | None) -> 
     refuse_torchrun(asked)
     from patchnetvlad.engines.ray_cluster import RayOptions
 
-    return RayOptions(args.address, device, gpus, args.worker_cpus or cpus)
+    return RayOptions(args.address, device, gpus, args.worker_cpus, whole_machines)
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ def _extract(args: argparse.Namespace) -> None:
     listed = require_file(args.dataset_file_path, "dataset_imagenames")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     config.require_checkpoint()
-    options = _ray_options(args, config, cpus=1)
+    options = _ray_options(args, config)
     from patchnetvlad.extraction import extract
 
     folder, progress = Path(args.output_features_dir), command_line.progress(args)
@@ -121,7 +121,7 @@ def _extract_with_ray(
 
     with connected(options) as cluster:
         cpu = torch.device("cpu")
-        return extract(config, listed, root.absolute(), folder, cpu, progress, overwrite, with_ray(cluster))
+        return extract(config, listed, root, folder, cpu, progress, overwrite, with_ray(cluster))
 
 
 def build_index(arguments: Sequence[str] | None = None) -> int:
@@ -205,7 +205,7 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
     )
     _add_result_options(parser)
     parser.add_device_options()
-    _add_engine_options(parser, "all of the smallest machine")
+    _add_engine_options(parser, "all of a machine")
     return command_line.run(parser, _match, arguments)
 
 
@@ -253,7 +253,7 @@ def _match(args: argparse.Namespace) -> None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
     if config.feature_match.index.endswith(BUILT_INDEX):
         require_file(config.feature_match.index, "dataset_gt_files", config.path)
-    options = _ray_options(args, config, cpus=None)
+    options = _ray_options(args, config, whole_machines=True)
     from patchnetvlad.evaluation import Sources, add_city
 
     results = Path(args.result_save_folder)

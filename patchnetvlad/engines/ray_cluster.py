@@ -3,14 +3,15 @@
 A part that a lost worker held goes to another one. Nothing runs on a machine whose copy of the package is another.
 """
 
+import io
 import logging
 import os
 import socket
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from itertools import islice
+from typing import Any
 
 import ray
 import ray.cloudpickle
@@ -25,21 +26,34 @@ logger = logging.getLogger(__name__)
 _LOSSES = 5  # of workers or machines that held one part, after which the part is to blame
 _SECONDS = 2.0  # between looks at the head of the cluster
 _PATIENCE = 5.0  # seconds for a head to answer
-_PARTS_AHEAD = 2  # parts handed out for each worker, so that none waits for the next
+_PARTS_AHEAD = 4  # parts handed out for each worker, so that none waits for the next
+_LEAST_AHEAD = 64  # parts handed out whatever the workers are: what waits makes a cluster grow that can
 
 _GO_ON = "what is finished is kept; run the same command again to continue"
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """address: HOST:PORT of a cluster's head, "auto" for the cluster of this machine, None for one of its own that ends
+    """How a run uses Ray.
+
+    address: HOST:PORT of a cluster's head, "auto" for the cluster of this machine, None for one of its own that ends
     with the run; device: auto, cpu or cuda; gpus: so many at a time, None for all there are; cpus: of each worker,
-    None for all of the smallest machine."""
+    None for an equal share for each GPU, or without GPUs for one core, and with whole_machines for all cores.
+    """
 
     address: str | None = None
     device: str = "auto"
     gpus: int | None = None
-    cpus: int | None = 1
+    cpus: int | None = None
+    whole_machines: bool = False
+
+    def worker_cpus(self, machines: Sequence[tuple[int, int]], with_gpu: bool) -> int:
+        """Cores of a worker on machines with these numbers of cores and GPUs, the smallest of which decides."""
+        if self.cpus is not None:
+            return self.cpus
+        if with_gpu:
+            return max(1, min((cores // gpus for cores, gpus in machines if cores and gpus), default=1))
+        return min((cores for cores, _ in machines if cores), default=1) if self.whole_machines else 1
 
 
 class Cluster:
@@ -50,19 +64,16 @@ class Cluster:
         """Raises UserError where the cluster has not got what is asked for."""
         self._where = f"--address {options.address}" if options.address else "this machine"
         self._head: str = ray.get_runtime_context().gcs_address
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources]
+        gpus = sum(count for _, count in machines)
         check_gpus(options, gpus, self._where)
         self.device = "cuda" if gpus and options.device != "cpu" else "cpu"
-        cores = [int(machine.get("CPU", 0)) for machine in machines]
-        self.cpus = options.cpus or min((count for count in cores if count), default=1)
-        counts = [count // self.cpus for count in cores]
-        if self.device == "cuda":
-            on_machines = zip(counts, machines, strict=True)
-            counts = [min(count, int(machine.get("GPU", 0))) for count, machine in on_machines]
+        self.cpus = options.worker_cpus(machines, self.device == "cuda")
+        counts = [cores // self.cpus if self.device == "cpu" else min(cores // self.cpus, on) for cores, on in machines]
         self.workers = min(sum(counts), options.gpus or sum(counts))
         self.most = max(counts, default=0)
-        self._limit = self.workers * (1 if options.gpus else _PARTS_AHEAD)
+        self._limit = options.gpus or max(_LEAST_AHEAD, _PARTS_AHEAD * self.workers)
         if not self.workers:
             raise UserError(
                 f"{self._where}: none of Ray's {len(machines)} machines offers a worker {self.cpus} CPUs"
@@ -83,7 +94,7 @@ class Cluster:
         size = max(multiple, min(most, -(-even // multiple) * multiple))
         return [list(items[first : first + size]) for first in range(0, len(items), size)]
 
-    def answers(self, job: Job, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def answers(self, job: Job, parts: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """What the job makes of each part, with the part's place, in the order in which they are done.
 
         Raises UserError for what a worker refuses, workers with another package, a part that no worker survives,
@@ -93,16 +104,17 @@ class Cluster:
         installed, work = _checked_work()
         options = {"num_cpus": self.cpus, "num_gpus": gpus, "max_retries": _LOSSES, "name": "patchnetvlad"}
         remote = ray.remote(work).options(**options)
-        waiting = deque(enumerate(parts))
+        waiting = enumerate(parts)
         running: dict[ray.ObjectRef, int] = {}
         told: set[str] = set()
         try:
             with self._errors():
                 shared, expected = [ray.put(job)], installed()
-                while waiting or running:
-                    while waiting and len(running) < self._limit:
-                        place, part = waiting.popleft()
+                while True:
+                    for place, part in islice(waiting, self._limit - len(running)):
                         running[remote.remote(expected, shared, ray.cloudpickle.dumps(part))] = place
+                    if not running:
+                        return
                     done, _ = ray.wait(list(running), timeout=_SECONDS)
                     if not done:
                         self._require_head()
@@ -112,8 +124,6 @@ class Cluster:
                             if line not in told:
                                 logger.warning("%s", line)
                         told.update(found.told)
-                        if found.refused is not None:
-                            raise UserError(found.refused)
                         yield running.pop(ref), found.result
         finally:
             for ref in running:
@@ -206,24 +216,24 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-class _Heard(TextIO):
+class _Heard(io.TextIOBase):
     """Where Ray prints to: the log's details."""
 
     def write(self, text: str) -> int:
+        """Log the lines."""
         for line in text.splitlines():
             if line.strip():
                 logger.debug("Ray: %s", line)
         return len(text)
 
-    def flush(self) -> None:
-        pass
-
 
 def _accepted(found: tuple[str, Any], expected: str) -> Answer:
-    """A worker's answer; raises UserError for one whose package is another."""
+    """A worker's answer; raises UserError for what it refuses, and for a worker whose package is another."""
     installed, given = found
     if installed == expected:
         answer: Answer = given
+        if answer.refused is not None:
+            raise UserError(answer.refused)
         return answer
     here, there = expected.split(), installed.split()
     same = here[0] == there[0]

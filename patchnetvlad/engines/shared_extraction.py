@@ -1,8 +1,9 @@
 """Extraction on several processes: they describe blocks of pictures and write their files, one keeps the manifest."""
 
 import logging
+import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -11,12 +12,14 @@ import torch
 from patchnetvlad.config import Config
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.engines.ray_cluster import Cluster
+from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import Describe, check_disk, describe_pictures, estimate_bytes
+from patchnetvlad.files import told
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK
-from patchnetvlad.store.feature_header import StoreHeader
+from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.store.picture_writer import PictureWriter, Written
 
@@ -61,24 +64,34 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class ExtractionJob:
-    """What describing any part of a list takes; the weights are in the model, on the CPU."""
+    """What describing any part of a list takes; the weights are in the model, on the CPU.
+
+    manifest: the first line of the folder's, by which a worker knows that it sees the same folder.
+    """
 
     model: PlaceModel
     config: Config
     header: StoreHeader
     trained: PatchCodec | None
     folder: Path
+    manifest: bytes
     device: str
     cpus: int
 
     def prepare(self) -> Callable[[Part], list[Written]]:
         """The model on its device; what describes a part writes its files too."""
+        if _first_line(self.folder) != self.manifest:
+            raise UserError(
+                f"{self.folder}: is not the same folder on {platform.node()}, which Ray uses too (all machines must "
+                "see --output_features_dir, --dataset_root_dir and the list's pictures under the same paths)"
+            )
         torch.set_num_threads(self.cpus)
+        config = replace(self.config, global_params=replace(self.config.global_params, threads=self.cpus))
         model = self.model.to(torch.device(self.device))
 
         @memory_errors(EXTRACTION_MEMORY)
         def describe(part: Part) -> list[Written]:
-            return describe_part(model, self.config, part, self.header, self.trained, self.folder)
+            return describe_part(model, config, part, self.header, self.trained, self.folder)
 
         return describe
 
@@ -105,26 +118,33 @@ def with_ray(cluster: Cluster) -> Describe:
     """What describes pictures on a cluster, in place of this process."""
 
     def describe(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
-        missing, pictures = writer.missing, writer.pictures
-        job = ExtractionJob(
-            model, config, writer.header, writer.trained, writer.folder.absolute(), cluster.device, cluster.cpus
-        )
-        parts = [_part(pictures, indices) for indices in _cut(cluster, writer, missing, config)]
-        told = False
-        for place, written in cluster.answers(job, parts):
-            if not told:
-                num_bytes = estimate_bytes(writer.header, written[0].map_size or (0, 0), len(missing))
-                check_disk(writer.folder, num_bytes)
-                logger.info("about %.1f GB on disk", num_bytes / 1e9)
-                told = True
+        folder, pictures = writer.folder.absolute(), writer.pictures
+        what = model, config, writer.header, writer.trained
+        job = ExtractionJob(*what, folder, _first_line(folder), cluster.device, cluster.cpus)
+        blocks = _cut(cluster, writer, config)
+        announced = False
+        for place, written in cluster.answers(job, (_part(pictures, indices) for indices in blocks)):
+            if not announced:
+                num_bytes = estimate_bytes(writer.header, written[0].map_size or (0, 0), sum(map(len, blocks)))
+                check_disk(folder, num_bytes)
+                logger.info("about %.3g GB on disk", num_bytes / 1e9)
+                announced = True
             writer.record(written)
-            advance(len(parts[place].indices))
+            advance(len(blocks[place]))
 
     return describe
 
 
-def _cut(cluster: Cluster, writer: FeatureWriter, missing: Sequence[int], config: Config) -> list[list[int]]:
+def _first_line(folder: Path) -> bytes:
+    """Of a folder's manifest; empty where there is none."""
+    path = folder / MANIFEST_NAME
+    with told(path, "cannot be read"):
+        return path.read_bytes().partition(b"\n")[0] if path.exists() else b""
+
+
+def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[int]]:
     """Missing pictures in parts: blocks of a packed folder, otherwise whole batches."""
+    missing = writer.missing
     if writer.header.layout == "files":
         return cluster.parts(missing, _PICTURES, config.feature_extract.cachebatchsize)
     blocks: dict[int, list[int]] = {}
@@ -138,7 +158,7 @@ def _part(pictures: ImageList, indices: Sequence[int]) -> Part:
         indices,
         ImageList(
             Places.of(pictures.names, indices),
-            Places.of(pictures.paths, indices),
+            Places({index: pictures.paths[index].absolute() for index in indices}, len(pictures)),
             Places.of(pictures.feature_names, indices),
             pictures.source,
         ),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from patchnetvlad.config import Config
 from patchnetvlad.engines.ray_cluster import Cluster
 from patchnetvlad.evaluation import MatchingRun, Sources, memory_shares, open_features
-from patchnetvlad.image_lists import ImageList
+from patchnetvlad.image_lists import Derived, ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.ranking import Ranker, RerankAll, Reranked
 from patchnetvlad.reranking import Reranking
@@ -72,7 +72,8 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
         started = time.perf_counter()
         folders = sources.query_features.absolute(), sources.index_features.absolute()
         machine: tuple[Any, ...] = cluster.device, cluster.cpus, cluster.most
-        job = MatchingJob(run.config, run.queries, run.database, *folders, run.model, *machine)
+        lists = _absolute(run.queries), _absolute(run.database)
+        job = MatchingJob(run.config, *lists, *folders, run.model, *machine)
         blocks = cluster.parts(range(len(heads)), _QUERIES)
         parts: list[Part] = [(rows, [list(heads[row]) for row in rows]) for rows in blocks]
         done: dict[int, Reranking] = {}
@@ -87,3 +88,9 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
         return [done[row] for row in range(len(heads))], sizes
 
     return rerank_all
+
+
+def _absolute(pictures: ImageList) -> ImageList:
+    """The same pictures for processes that run in another folder."""
+    paths, here = pictures.paths, Path.cwd()
+    return replace(pictures, paths=Derived(lambda: [here / path for path in paths], len(pictures)))
