@@ -37,6 +37,7 @@ from patchnetvlad.result_files import (
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
 from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.feature_header import StoreHeader
 from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.weights import load_model
@@ -155,14 +156,19 @@ def memory_shares(cache_gb: float | None, workers: int = 1) -> tuple[int, int]:
 
 @contextmanager
 def open_features(
-    config: Config, pictures: ImageList, folder: Path, memory: int, model: PlaceModel | None = None
+    config: Config,
+    pictures: ImageList,
+    folder: Path,
+    memory: int,
+    model: PlaceModel | None = None,
+    expected: StoreHeader | None = None,
 ) -> Iterator[DescribedPictures]:
     """Open a list's feature folder, checked against the configuration.
 
     memory: bytes that patch descriptors may take; model: describes patches when they are asked for, needed where
-    [feature_match] local_features says so.
+    [feature_match] local_features says so; expected: what the configuration would make, where that is known already.
     """
-    expected = expected_header(config)
+    expected = expected or expected_header(config)
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
     height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew

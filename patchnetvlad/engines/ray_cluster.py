@@ -91,7 +91,7 @@ class Cluster:
         """Items cut into parts of at most `most`, enough that all workers end at about the same time; every part but
         the last is a multiple."""
         even = -(-len(items) // (4 * self.workers))
-        size = max(multiple, min(most, -(-even // multiple) * multiple))
+        size = max(multiple, min(most // multiple, -(-even // multiple)) * multiple)
         return [list(items[first : first + size]) for first in range(0, len(items), size)]
 
     def answers(self, job: Job, parts: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -14,10 +14,12 @@ from tqdm import tqdm
 from patchnetvlad.config import Config
 from patchnetvlad.engines.ray_cluster import Cluster
 from patchnetvlad.evaluation import MatchingRun, Sources, memory_shares, open_features
+from patchnetvlad.extraction import expected_header
 from patchnetvlad.image_lists import Derived, ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.ranking import Ranker, RerankAll, Reranked
 from patchnetvlad.reranking import Reranking
+from patchnetvlad.store.feature_header import StoreHeader
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,14 @@ Part = tuple[list[int], list[list[int]]]
 
 @dataclass(frozen=True, eq=False)
 class MatchingJob:
-    """What re-ranking any queries takes; model: describes patches where they are not read.
+    """What re-ranking any queries takes.
 
-    workers: those on one machine, which share its memory.
+    expected: what the configuration would make, by the checkpoint's hash too, which is made once; model: describes
+    patches where they are not read; workers: those on one machine, which share its memory.
     """
 
     config: Config
+    expected: StoreHeader
     queries: ImageList
     database: ImageList
     query_features: Path
@@ -53,7 +57,7 @@ class MatchingJob:
         opened = ExitStack()
         sides = ((self.queries, self.query_features), (self.database, self.index_features))
         queries, database = (
-            opened.enter_context(open_features(self.config, pictures, folder, share, model))
+            opened.enter_context(open_features(self.config, pictures, folder, share, model, self.expected))
             for (pictures, folder), share in zip(sides, memory, strict=True)
         )
         # The search is done: a file of it, which [feature_match] index may name, is not needed
@@ -73,7 +77,7 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
         folders = sources.query_features.absolute(), sources.index_features.absolute()
         machine: tuple[Any, ...] = cluster.device, cluster.cpus, cluster.most
         lists = _absolute(run.queries), _absolute(run.database)
-        job = MatchingJob(run.config, *lists, *folders, run.model, *machine)
+        job = MatchingJob(run.config, expected_header(run.config), *lists, *folders, run.model, *machine)
         blocks = cluster.parts(range(len(heads)), _QUERIES)
         parts: list[Part] = [(rows, [list(heads[row]) for row in rows]) for rows in blocks]
         done: dict[int, Reranking] = {}

@@ -75,7 +75,8 @@ class FeatureWriter:
         self._lock = Lock()
         self._missing = set(self._opened.missing)
         self._last = max((index for index in range(len(pictures)) if index not in self._missing), default=-1)
-        self._in_order = True  # whether pictures were recorded in the order of the list
+        # Whether the manifest's lines are surely in the order of the list; those of an earlier run may not be
+        self._in_order = self._last < 0 or self._opened.rows is None
         self._writer = PictureWriter(
             folder, self.pictures, header, trained, self.missing, self.record, self._kept, queue_size
         )
