@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -125,10 +125,9 @@ class Cluster:
                                 logger.warning("%s", line)
                         told.update(found.told)
                         yield running.pop(ref), found.result
-        finally:
-            for ref in running:
-                with suppress(RayError):
-                    ray.cancel(ref, force=True)
+        except BaseException:
+            ray.shutdown()  # ends the workers, which otherwise would go on writing
+            raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
