@@ -234,13 +234,15 @@ def _accepted(found: tuple[str, Any], expected: str) -> Answer:
         if answer.refused is not None:
             raise UserError(answer.refused)
         return answer
-    here, there = expected.split(), installed.split()
-    same = here[0] == there[0]
-    said = f"has other code of patchnetvlad {here[0]} than this machine" if same else f"has patchnetvlad {installed}"
-    if installed == "":
+    here = expected.split()[0]
+    if not installed:
         said = "has no patchnetvlad"
+    elif installed.split()[0] == here:
+        said = f"has other code of patchnetvlad {here} than this machine"
+    else:
+        said = f"has patchnetvlad {installed.split()[0]}"
     raise UserError(
-        f"Ray's worker on {given} {said}, and {here[0]} is wanted (install the same one on every machine; {_GO_ON})"
+        f"Ray's worker on {given} {said}, and {here} is wanted (install the same one on every machine; {_GO_ON})"
     )
 
 
