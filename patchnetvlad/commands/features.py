@@ -12,7 +12,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import BUILT_INDEX, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
-from patchnetvlad.result_files import FORMATS, check_formats
+from patchnetvlad.result_files import FORMATS, WRITTEN, check_formats
 
 if TYPE_CHECKING:
     from patchnetvlad.engines.ray_cluster import RayOptions
@@ -81,9 +81,7 @@ def _ray_options(args: argparse.Namespace, config: Config, whole_machines: bool 
     device = "cpu" if args.nocuda else args.device
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: with {asked} the devices are Ray's to choose (auto, cpu or cuda)")
-    from patchnetvlad.devices import refuse_torchrun
-
-    refuse_torchrun(asked)
+    config.check_torchrun(asked)
     from patchnetvlad.engines.ray_cluster import RayOptions
 
     return RayOptions(args.address, device, gpus, args.worker_cpus, whole_machines)
@@ -93,8 +91,10 @@ def _extract(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     listed = require_file(args.dataset_file_path, "dataset_imagenames")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-    config.require_checkpoint()
     options = _ray_options(args, config)
+    if options is None:
+        config.check_one_process("extraction")
+    command_line.require_checkpoint(config)
     from patchnetvlad.extraction import extract
 
     folder, progress = Path(args.output_features_dir), command_line.progress(args)
@@ -153,7 +153,7 @@ def _build_index(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     listed = require_file(args.index_file_path, "dataset_imagenames")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
     if path.suffix != BUILT_INDEX:
         raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
@@ -214,7 +214,7 @@ def _add_result_options(parser: Parser) -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=["kapture"],
+        default=list(WRITTEN),
         choices=list(FORMATS),
         metavar="FORMAT",
         help=f"prediction files to write: {', '.join(FORMATS)}",
@@ -239,50 +239,55 @@ def _match(args: argparse.Namespace) -> None:
         if truth is None and given is not None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
-    query_features = command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
-    index_features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    query_features, index_features = (
+        command_line.folder(given, f"--{part}_input_features_dir", "feature_extract.py")
+        for part, given in (("query", args.query_input_features_dir), ("index", args.index_input_features_dir))
+    )
     config = command_line.configuration(args, index_features)
     config.check_matching()
+    options = _ray_options(args, config, whole_machines=True)
+    if options is None:
+        config.check_one_process("matching")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     query_list = require_file(args.query_file_path, "dataset_imagenames")
     index_list = require_file(args.index_file_path, "dataset_imagenames")
     truth_path = None if truth is None else require_file(truth, "dataset_gt_files")
     if config.feature_match.local_features == "on_demand":
-        config.require_checkpoint()
+        command_line.require_checkpoint(config)
     if config.feature_match.pred_input_path is not None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
     if config.feature_match.index.endswith(BUILT_INDEX):
         require_file(config.feature_match.index, "dataset_gt_files", config.path)
-    options = _ray_options(args, config, whole_machines=True)
     from patchnetvlad.evaluation import Sources, add_city
 
     results = Path(args.result_save_folder)
+    cities = None if args.msls_predictions is None else Path(args.msls_predictions)
     own_truth = (truth_path, args.posDistThr, args.distance_unit)
     sources = Sources(root, query_list, index_list, query_features, index_features, *own_truth)
     with command_line.log_file(results / "match.log"):
         if options is None:
-            evaluation = _evaluate(args, config, sources)
+            evaluation = _evaluate(args, config, sources, cities)
         else:
-            evaluation = _evaluate_with_ray(args, options, config, sources)
+            evaluation = _evaluate_with_ray(args, options, config, sources, cities)
         for line in evaluation.lines(details=True):
             logger.debug(line)
-        if args.msls_predictions is not None:
-            add_city(evaluation, Path(args.msls_predictions))
+        if cities is not None:
+            add_city(evaluation, cities)
     print("\n".join([*evaluation.lines(args.details), f"results in {results}"]))
 
 
-def _evaluate(args: argparse.Namespace, config: Config, sources: "Sources") -> "Evaluation":
+def _evaluate(args: argparse.Namespace, config: Config, sources: "Sources", cities: Path | None) -> "Evaluation":
     from patchnetvlad.evaluation import evaluate, open_run
 
     progress = command_line.progress(args)
-    with open_run(config, sources, command_line.device(args), progress) as run:
+    with open_run(config, sources, command_line.device(args), progress, args.formats, cities) as run:
         evaluation = evaluate(run, progress)
         _write(args, run, evaluation)
     return evaluation
 
 
 def _evaluate_with_ray(
-    args: argparse.Namespace, options: "RayOptions", config: Config, sources: "Sources"
+    args: argparse.Namespace, options: "RayOptions", config: Config, sources: "Sources", cities: Path | None
 ) -> "Evaluation":
     import torch
 
@@ -293,7 +298,7 @@ def _evaluate_with_ray(
     progress = command_line.progress(args)
     with (
         connected(options) as cluster,
-        open_run(config, sources, torch.device("cpu"), progress, shared=True) as run,
+        open_run(config, sources, torch.device("cpu"), progress, args.formats, cities, shared=True) as run,
     ):
         evaluation = evaluate(run, progress, with_ray(cluster, run, sources, progress))
         _write(args, run, evaluation)

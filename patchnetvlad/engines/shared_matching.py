@@ -52,12 +52,17 @@ class MatchingJob:
         """Both feature folders opened; they stay open as long as the worker lives."""
         torch.set_num_threads(self.cpus)
         device = torch.device(self.device)
-        model = None if self.model is None else self.model.to(device)
+        model = self.model
+
+        def find_model() -> PlaceModel:
+            assert model is not None  # asked for on demand alone, which is why it came
+            return model.to(device)
+
         memory = memory_shares(self.config.feature_match.cache_gb, self.workers)
         opened = ExitStack()
         sides = ((self.queries, self.query_features), (self.database, self.index_features))
         queries, database = (
-            opened.enter_context(open_features(self.config, pictures, folder, share, model, self.expected))
+            opened.enter_context(open_features(self.config, pictures, folder, share, find_model, checked=self.expected))
             for (pictures, folder), share in zip(sides, memory, strict=True)
         )
         # The search is done: a file of it, which [feature_match] index may name, is not needed
