@@ -90,7 +90,7 @@ def test_without_ray_the_line_says_how_to_install_it(command, arguments, refused
         (["--engine", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1: no Ray cluster answers there"),
         (["--engine", "ray", "--address", "127.0.0.1:99999"], "no Ray cluster answers there"),
         (["--set", "global_params.ngpu=99"], "ngpu = 99: this machine has"),
-        (["--set", "global_params.ngpu=2", "--nocuda"], "ngpu = 2: --device cpu uses none"),
+        (["--set", "global_params.ngpu=2", "--nocuda"], "ngpu = 2: --device cpu uses no GPU"),
     ],
 )
 def test_what_cannot_be_is_one_line(command, arguments, options, said, refused):

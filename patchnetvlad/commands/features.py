@@ -75,12 +75,14 @@ def _ray_options(args: argparse.Namespace, config: Config, whole_machines: bool 
         if gpus is None:
             return None
     asked = f"[global_params] ngpu = {gpus}" if args.engine == "process" else "--engine ray"
-    if find_spec("ray") is None:
-        also = ", or set ngpu = 1" if args.engine == "process" else ""
-        raise UserError(f"{asked}: Ray is not installed (pip install 'patchnetvlad[ray]'{also})")
     device = "cpu" if args.nocuda else args.device
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: with {asked} the devices are Ray's to choose (auto, cpu or cuda)")
+    if gpus is not None and device == "cpu":
+        raise UserError(f"[global_params] ngpu = {gpus}: --device cpu uses no GPU (set ngpu = 1)")
+    if find_spec("ray") is None:
+        also = ", or set ngpu = 1" if args.engine == "process" else ""
+        raise UserError(f"{asked}: Ray is not installed (pip install 'patchnetvlad[ray]'{also})")
     config.check_torchrun(asked)
     from patchnetvlad.engines.ray_cluster import RayOptions
 

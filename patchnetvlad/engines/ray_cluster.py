@@ -151,11 +151,9 @@ class Cluster:
 
 def check_gpus(options: RayOptions, there: int, where: str) -> None:
     """Raises UserError for more GPUs than there are."""
-    wanted = options.gpus or (1 if options.device == "cuda" else 0)
-    if wanted > there or (options.gpus and options.device == "cpu"):
+    if (options.gpus or int(options.device == "cuda")) > there:
         asked = f"[global_params] ngpu = {options.gpus}" if options.gpus else "--device cuda"
-        offered = "--device cpu uses none" if options.device == "cpu" else f"{where} has {there} GPUs"
-        raise UserError(f"{asked}: {offered} (ngpu = 1 takes as many as there are)")
+        raise UserError(f"{asked}: {where} has {there} GPUs (ngpu = 1 takes as many as there are)")
 
 
 @contextmanager
