@@ -192,8 +192,7 @@ def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
 def disk_full(stage: Stage, work: Path, chance: random.Random) -> None:
     """A fault: the folder lies on a disk too small for what is written, which then becomes large enough."""
     work.mkdir(parents=True)
-    needed = stage.num_bytes
-    _mount(work, f"size={int(needed * chance.uniform(0.1, 0.9)) + 8192}")
+    _mount(work, f"size={max(4096, int(stage.num_bytes * chance.uniform(0.1, 0.9)))}")  # a page at least: 0 is no limit
     status = wait(start(stage, work))
     text = Path(f"{work}.out").read_text(encoding="utf-8")
     if status != 2 or "Traceback" in text:

@@ -30,6 +30,7 @@ from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
 from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
+from patchnetvlad.workers import Company
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +103,15 @@ def describe_list(
             missing,
         )
         estimate = _Estimate(folder, header, len(missing), size.cachebatchsize, model.device)
+        company = Company()
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
             for indices, batch in batches:
                 # One picture at a time stays in a processor's cache; an accelerator wants them all
                 step = 1 if model.device.type == "cpu" else len(indices)
                 for first in range(0, len(indices), step):
                     estimate.start()
-                    described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
+                    with company.watched():
+                        described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
                     estimate.take(described.grids, step)
                     for position, index in enumerate(indices[first : first + step]):
                         writer.write(index, described.global_[position], described.picture(position))
