@@ -276,7 +276,7 @@ def checkpoint_cases() -> Iterator[Bad]:
     contents |= {"path": {"state_dict": {"a": Path("x")}}, "empty": {"state_dict": {}}, "number": 3}
     for label, content in contents.items():
         yield Bad(f"checkpoint-{label}", "bad.pth.tar", saved(content), read_checkpoint)
-    yield Bad("checkpoint-text", "bad.pth.tar", b"version https://git-lfs.github.com/spec/v1\n", read_checkpoint)
+    yield Bad("checkpoint-lfs", "bad.pth.tar", b"version https://git-lfs.github.com/spec/v1\n", read_checkpoint)
     yield Bad("checkpoint-html", "bad.pth.tar", b"<!DOCTYPE html><html></html>", read_checkpoint)
     for label, content in {"text": b"hello", "length": b"\xff" * 16, "short": struct.pack("<Q", 90) + b"{}"}.items():
         yield Bad(f"safetensors-{label}", "bad.safetensors", content, read_weights)
