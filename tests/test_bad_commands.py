@@ -141,6 +141,7 @@ def test_bad_checkpoints(
         status = train(train_options(msls, out, "--resume_path", str(bad)))
     else:
         resumed = ["--resume_path", str(bad), "--dataset_root_dir", str(msls), "--set", "global_params.num_pcs=4"]
+        resumed += ["--set", "train.cities=trondheim,london", "--set", "train.val_cities=cph,sf"]
         status = add_pca([*resumed, "--set", "global_params.backbone=rootsift", *QUIET])
     assert_refused(status, capsys.readouterr().err, "bad.pth.tar")
     assert not out.exists()
@@ -179,7 +180,9 @@ def ini_cases() -> list[Bad]:
 
 
 @pytest.mark.parametrize("case", ini_cases(), ids=lambda case: case.label)
-def test_bad_configurations(case: Bad, msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_configurations(
+    case: Bad, copied: Path, msls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, out = tmp_path / "bad.ini", tmp_path / "out"
     bad.write_bytes(case.content)
     (tmp_path / "a.txt").write_text("a.jpg\n")
@@ -189,7 +192,7 @@ def test_bad_configurations(case: Bad, msls: Path, tmp_path: Path, capsys: pytes
     index = ["--index_file_path", str(tmp_path / "a.txt"), "--index_input_features_dir", str(tmp_path)]
     commands: dict[str, Callable[[], int]] = {
         "extract": lambda: feature_extract(extracting(config, tmp_path / "a.txt", out)),
-        "match": lambda: feature_match(matching(config, tmp_path)),
+        "match": lambda: feature_match(matching(config, copied)),
         "pair": lambda: match_two(pair(config, picture_path, picture_path, out)),
         "fit": lambda: fit_model(fitting(config, tmp_path, out)),
         "train": lambda: train([*config, *training, "--save_path", str(out)]),
