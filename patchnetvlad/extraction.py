@@ -31,6 +31,7 @@ from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
 from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
+from patchnetvlad.workers import Company
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def describe_pictures(
     threads = config.global_params.loading_threads
     shape = size.imageresizeh, size.imageresizew
     batches = image_batches(pictures.paths, *shape, size.cachebatchsize, threads, size.exif_rotation, indices)
+    company = Company()
     for batch_indices, batch in batches:
         # One picture at a time stays in a processor's cache; an accelerator wants them all
         step = 1 if model.device.type == "cpu" else len(batch_indices)
@@ -141,7 +143,8 @@ def describe_pictures(
             together = batch_indices[first : first + step]
             if estimate is not None:
                 estimate.start()
-            described = _describe(model, batch[first : first + step], pictures.names[together[0]])
+            with company.watched():
+                described = _describe(model, batch[first : first + step], pictures.names[together[0]])
             if estimate is not None:
                 estimate.take(described.grids, step)
             yield {
