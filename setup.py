@@ -64,6 +64,7 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "timm": ["timm>=1.0"],
+        "ray": ["ray>=2.50"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -75,6 +76,7 @@ setup(
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
             "timm>=1.0",
+            "ray>=2.50",
             "pytorch-metric-learning>=2",
             "nbclient>=0.9",
             "nbformat>=5.9",

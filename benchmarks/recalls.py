@@ -57,8 +57,9 @@ def opencv_score(matches: Matches, query_grid: PatchGrid, reference_grid: PatchG
 
 def described_as(config: Config, form: str) -> Config:
     """With files of a dtype, or described in bfloat16."""
-    changed = {"precision": ROUGH} if form == ROUGH else {"feature_dtype": form}
-    return replace(config, feature_extract=replace(config.feature_extract, **changed))
+    options = config.feature_extract
+    options = replace(options, precision=ROUGH) if form == ROUGH else replace(options, feature_dtype=form)
+    return replace(config, feature_extract=options)
 
 
 def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:

@@ -89,10 +89,11 @@ def soak(folder: Path, moments: int, names: Sequence[str], chance: random.Random
     stages = _stages(folder)
     _prepare(folder, stages, set(names))
     counts: Counter[str] = Counter()
+    faults = _faults()
     different: list[str] = []
     for moment in range(moments):
         name = names[moment % len(names)]
-        fault = chance.choice(_faults(name))
+        fault = chance.choice(faults)
         work = folder / f"moment{moment}"
         try:
             FAULTS[fault](stages[name], work, chance)
@@ -175,9 +176,14 @@ def killed(which: str) -> Callable[[Stage, Path, random.Random], None]:
 
 
 def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
-    """A fault: killed, and some of the files written last are cut, as a lost machine leaves them."""
+    """A fault: killed, and some of the files written last are cut, as a lost machine leaves them.
+
+    Files that are flushed to the disk before they get their names are left whole: only extraction fills rows in place.
+    """
     killed("SIGKILL")(stage, work, chance)
     files = [path for path in work.rglob("*") if path.is_file() and path.stat().st_size]
+    if stage.script != "feature_extract.py":
+        files = [path for path in files if path.name.startswith(".") or path.suffix in LOGS]
     files.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in chance.sample(files[-6:], min(2, len(files[-6:]))):
         os.truncate(path, chance.randrange(path.stat().st_size))
@@ -186,8 +192,7 @@ def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
 def disk_full(stage: Stage, work: Path, chance: random.Random) -> None:
     """A fault: the folder lies on a disk too small for what is written, which then becomes large enough."""
     work.mkdir(parents=True)
-    needed = stage.num_bytes
-    _mount(work, f"size={int(needed * chance.uniform(0.1, 0.9)) + 8192}")
+    _mount(work, f"size={max(4096, int(stage.num_bytes * chance.uniform(0.1, 0.9)))}")  # a page at least: 0 is no limit
     status = wait(start(stage, work))
     text = Path(f"{work}.out").read_text(encoding="utf-8")
     if status != 2 or "Traceback" in text:
@@ -202,15 +207,8 @@ FAULTS: dict[str, Callable[[Stage, Path, random.Random], None]] = {
 }
 
 
-def _faults(stage: str) -> list[str]:
-    names = list(SIGNALS)
-    if (
-        stage == "extract"
-    ):  # elsewhere files are flushed before they get their names, so a lost machine leaves them whole
-        names.append("cut short")
-        if _may_mount():
-            names.append("disk full")
-    return names
+def _faults() -> list[str]:
+    return [*SIGNALS, "cut short", *(["disk full"] if _may_mount() else [])]
 
 
 def _may_mount() -> bool:

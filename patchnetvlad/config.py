@@ -50,7 +50,7 @@ ENCODER_ALIASES = {
 LOSSES = ("triplet", "multi_similarity")
 CHANGES = ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
 BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
-_ONE_GPU = "ngpu = 1 and one process for each part of the list, with --device cuda:N; torchrun is for train.py"
+_ONE_GPU = "several are for feature_extract.py and feature_match.py with --engine ray; torchrun is for train.py"
 _ENCODER = encoder_name(ENCODERS, ENCODERS_WITH_ARGUMENTS, ENCODER_ALIASES)
 
 
@@ -120,7 +120,8 @@ class GlobalParams:
     resumepath: str = setting("./pretrained_models/mapillary_WPCA", some_text())
     threads: int = setting(4, whole(0))  # threads that load and check pictures; 0: as many as there are cores
     num_pcs: int = setting(4096, whole(0))  # dimensions after WPCA; 0: no WPCA
-    ngpu: int = setting(1, whole(0))  # GPUs to use where there are any
+    # GPUs to use where there are any; more than 1 share extraction and matching by Ray, and training by torchrun.
+    ngpu: int = setting(1, whole(0))
     # Sides of the square patches, in positions of the feature map.
     patch_sizes: tuple[int, ...] = setting(
         (2, 5, 8), list_of(whole(1), "different whole numbers of 1 or more", distinct=True)
@@ -270,12 +271,16 @@ class Config:
                 f"{place}: [global_params] ngpu = {self.global_params.ngpu}: {work} uses one GPU ({_ONE_GPU})"
             )
 
-    def check_one_process(self, work: str) -> None:
-        """The same, and where torchrun has started several processes, which would all do the same."""
-        self.check_one_gpu(work)
+    def check_torchrun(self, work: str) -> None:
+        """Raises UserError where torchrun has started several processes, which would all do the same."""
         count = os.environ.get("WORLD_SIZE", "1")
         if count != "1":
             raise UserError(f"WORLD_SIZE = {count}: {work} is one process, and torchrun started several ({_ONE_GPU})")
+
+    def check_one_process(self, work: str) -> None:
+        """Raises UserError for several GPUs, and for several processes."""
+        self.check_one_gpu(work)
+        self.check_torchrun(work)
 
     def check_own_candidates(self, without: str) -> None:
         """Raises UserError for the candidates of another method, where there is no list of queries.

@@ -22,7 +22,7 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, check_panoramas, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas, find_matcher
 from patchnetvlad.recall import Recall, constant_shift
 from patchnetvlad.result_files import (
     FORMATS,
@@ -39,7 +39,7 @@ from patchnetvlad.result_files import (
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
 from patchnetvlad.store.feature_cache import cache_bytes
-from patchnetvlad.store.feature_header import has_manifest
+from patchnetvlad.store.feature_header import StoreHeader, has_manifest
 from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
 from patchnetvlad.store.spot_check import check_by_pictures
@@ -67,7 +67,7 @@ class Sources:
 @dataclass(frozen=True, eq=False)
 class MatchingRun:
     """What a run compares, opened and found to fit together; given: candidates of another method, in place of the
-    search."""
+    search; model: describes patches when they are asked for, None where they are read."""
 
     config: Config
     queries: ImageList
@@ -77,6 +77,7 @@ class MatchingRun:
     ground_truth: GroundTruth | None
     given: Candidates | None
     device: torch.device
+    model: PlaceModel | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +119,17 @@ def open_run(
     progress: bool = False,
     formats: Sequence[str] = WRITTEN,
     city_file: Path | None = None,
+    shared: bool = False,
 ) -> Iterator[MatchingRun]:
     """Open lists, features and ground truth; patches can be read as long as the context lasts.
 
-    formats, city_file: what `write_results` and `add_city` will write, whose names are checked now.
+    formats, city_file: what `write_results` and `add_city` will write, whose names are checked now; shared: the
+    queries will be shared out among several processes.
     Raises UserError for whatever does not fit together.
     """
     config.check_matching()
-    config.check_one_process("matching")
+    if not shared:
+        config.check_one_process("matching")
     find_matcher(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
@@ -142,14 +146,14 @@ def open_run(
         tell_precision(model)
         return model
 
-    memory = cache_bytes(config.feature_match.cache_gb)
+    for_queries, for_database = memory_shares(config.feature_match.cache_gb)
     if config.global_params.pooling == "patchnetvlad":
         source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
-        logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
-    for_queries, folders = memory // _QUERY_SHARE, (sources.query_features, sources.index_features)
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", (for_queries + for_database) / 1e9, source)
+    folders = sources.query_features, sources.index_features
     with (
         open_features(config, queries, folders[0], for_queries, find_model, folders[1]) as query_features,
-        open_features(config, database, folders[1], memory - for_queries, find_model, folders[0]) as database_features,
+        open_features(config, database, folders[1], for_database, find_model, folders[0]) as database_features,
     ):
         if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
             raise UserError(
@@ -158,7 +162,14 @@ def open_run(
             )
         if given is None:
             database_features = with_built_index(config, database, database_features)
-        yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
+        model = find_model() if config.describes_on_demand else None
+        yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device, model)
+
+
+def memory_shares(cache_gb: float | None, workers: int = 1) -> tuple[int, int]:
+    """Bytes for the patches of the queries and of the database; workers: how many share this machine's memory."""
+    memory = cache_bytes(cache_gb) // workers
+    return memory // _QUERY_SHARE, memory - memory // _QUERY_SHARE
 
 
 def _check_names(queries: ImageList, database: ImageList, formats: Sequence[str], city_file: Path | None) -> None:
@@ -178,21 +189,23 @@ def open_features(
     memory: int,
     find_model: Callable[[], PlaceModel],
     beside: Path | None = None,
+    checked: StoreHeader | None = None,
 ) -> Iterator[DescribedPictures]:
     """Open a list's feature folder, checked against the configuration, or by describing two pictures again.
 
     memory: bytes that patch descriptors may take; find_model: gives the model, and is asked where [feature_match]
     local_features = on_demand, or where the folder has no manifest and the weights are at hand; beside: the folder that
-    this one is compared with, None for pictures that are described now.
+    this one is compared with, None for pictures that are described now; checked: what the configuration makes, where
+    another process has held the folder against it and its pictures.
     """
-    expected = expected_header(config)
+    expected = checked or expected_header(config)
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
     height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew
     stride = expected.geometry.stride
     map_size = (height // stride, width // stride) if min(height, width) > 0 else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
-        if not has_manifest(folder):
+        if checked is None and not has_manifest(folder):
             if not config.describes_on_demand:
                 _tell_mixed(folder, beside)
             check_by_pictures(folder, pictures, store.global_, config, find_model)
@@ -243,11 +256,14 @@ def with_built_index(config: Config, pictures: ImageList, features: DescribedPic
     return replace(features, index=open_index(path, features.global_, pictures.names))
 
 
-def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
-    """Rank the database for every query, and hold the rankings against the ground truth where it is given."""
+def evaluate(run: MatchingRun, progress: bool = False, rerank_all: RerankAll | None = None) -> Evaluation:
+    """Rank the database for every query, and hold the rankings against the ground truth where it is given.
+
+    rerank_all: shares the re-ranking out among several processes.
+    """
     options = run.config.feature_match
     ranker = Ranker(options, run.database_features, run.device)
-    rankings = ranker.rank(run.query_features, run.given, progress=progress)
+    rankings = ranker.rank(run.query_features, run.given, progress=progress, rerank_all=rerank_all)
     stages = {RETRIEVAL: rankings.retrieved.indices}
     if rankings.scores is not None:
         stages[RERANKING] = rankings.indices

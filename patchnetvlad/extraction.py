@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.config_values import code_bytes
-from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
@@ -31,6 +31,7 @@ from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
 from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
+from patchnetvlad.workers import Company
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class Extraction:
     seconds: float
 
 
+Describe = Callable[[PlaceModel, Config, FeatureWriter, Callable[[int], object]], None]
+"""Describes what a writer misses and hands it over; calls the last argument with how many pictures are done now."""
+
+
 def extract(
     config: Config,
     list_path: Path,
@@ -57,18 +62,20 @@ def extract(
     device: torch.device,
     progress: bool = False,
     overwrite: bool = False,
+    describe: Describe | None = None,
 ) -> Extraction:
     """Describe the pictures of a list and write their features into a folder; finished ones are skipped.
 
-    Every picture is checked before the first is described. Raises UserError for unreadable pictures, weights that do
-    not fit, a folder with other features, too little disk.
+    Every picture is checked before the first is described. describe: shares the pictures out among several processes.
+    Raises UserError for unreadable pictures, weights that do not fit, a folder with other features, too little disk.
     """
-    config.check_one_process("extraction")
+    if describe is None:
+        config.check_one_process("extraction")
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)
     require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
-    return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite)
+    return describe_list(model, checkpoint, config, pictures, folder, progress, overwrite, describe)
 
 
 @memory_errors(EXTRACTION_MEMORY)
@@ -80,44 +87,70 @@ def describe_list(
     folder: Path,
     progress: bool = False,
     overwrite: bool = False,
+    describe: Describe | None = None,
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
-    size = config.feature_extract
     started = time.perf_counter()
     trained = _patch_codec(model, config, pictures, None if overwrite else folder)
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
         missing = writer.missing
         _check_kept(writer, model, pictures, config)
-        logger.info("%s: %d pictures, %d to describe on %s", pictures.source, len(pictures), len(missing), model.device)
+        logger.info("%s: %d pictures, %d to describe", pictures.source, len(pictures), len(missing))
         record_config(config, folder)
         tell_precision(model)
-        _tell_reshaped([pictures.paths[index] for index in missing], size)
-        batches = image_batches(
-            pictures.paths,
-            size.imageresizeh,
-            size.imageresizew,
-            size.cachebatchsize,
-            config.global_params.loading_threads,
-            size.exif_rotation,
-            missing,
-        )
-        estimate = _Estimate(folder, header, len(missing), size.cachebatchsize, model.device)
+        _tell_reshaped([pictures.paths[index] for index in missing], config.feature_extract)
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
-            for indices, batch in batches:
-                # One picture at a time stays in a processor's cache; an accelerator wants them all
-                step = 1 if model.device.type == "cpu" else len(indices)
-                for first in range(0, len(indices), step):
-                    estimate.start()
-                    described = _describe(model, batch[first : first + step], pictures.names[indices[first]])
-                    estimate.take(described.grids, step)
-                    for position, index in enumerate(indices[first : first + step]):
-                        writer.write(index, described.global_[position], described.picture(position))
-                    bar.update(step)
+            (describe or _describe_here)(model, config, writer, bar.update)
         writer.finish()
     seconds = time.perf_counter() - started
     logger.info("described %d pictures in %s", len(missing), _duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
+
+
+def _describe_here(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
+    """Describe everything that is missing in this process."""
+    missing, batch_size = writer.missing, config.feature_extract.cachebatchsize
+    logger.info("describing on %s", model.device)
+    estimate = _Estimate(writer.folder, writer.header, len(missing), batch_size, model.device)
+    for described in describe_pictures(model, config, writer.pictures, missing, estimate):
+        for index, (global_, patches) in described.items():
+            writer.write(index, global_, patches)
+        advance(len(described))
+
+
+def describe_pictures(
+    model: PlaceModel,
+    config: Config,
+    pictures: ImageList,
+    indices: Sequence[int],
+    estimate: "_Estimate | None" = None,
+) -> Iterator[dict[int, tuple[Tensor, PatchFeatures]]]:
+    """Descriptors of some pictures of a list by their indices, a few pictures at a time; while they are described
+    the next ones are loaded.
+
+    What a picture's descriptors are on a CPU does not depend on the others.
+    """
+    size = config.feature_extract
+    threads = config.global_params.loading_threads
+    shape = size.imageresizeh, size.imageresizew
+    batches = image_batches(pictures.paths, *shape, size.cachebatchsize, threads, size.exif_rotation, indices)
+    company = Company()
+    for batch_indices, batch in batches:
+        # One picture at a time stays in a processor's cache; an accelerator wants them all
+        step = 1 if model.device.type == "cpu" else len(batch_indices)
+        for first in range(0, len(batch_indices), step):
+            together = batch_indices[first : first + step]
+            if estimate is not None:
+                estimate.start()
+            with company.watched():
+                described = _describe(model, batch[first : first + step], pictures.names[together[0]])
+            if estimate is not None:
+                estimate.take(described.grids, step)
+            yield {
+                index: (described.global_[position], described.picture(position))
+                for position, index in enumerate(together)
+            }
 
 
 def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, config: Config) -> None:

@@ -6,6 +6,7 @@ Everything that the toolkit writes, except rows that are filled in place and log
 import errno
 import hashlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,9 +171,10 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 def temporary_path(path: Path) -> Path:
     """Where this process writes what is to become ``path``.
 
-    Not made from the name, which may already fill what a file system allows; no other process uses it.
+    Not made from the name, which may already fill what a file system allows; no other process uses it, of another
+    machine neither.
     """
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    digest = hashlib.sha256(os.fsencode(f"{platform.node()}/{path.name}")).hexdigest()[:12]
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{digest}{path.suffix}")
 
 

@@ -73,7 +73,7 @@ class ImageList:
     one name, and so one set of files. source: the list's file.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     paths: Sequence[Path]
     feature_names: Sequence[str]
     source: Path

@@ -159,7 +159,7 @@ class ImageDataset(Dataset[tuple[int, Tensor]]):
         exif_rotation: bool = False,
         change: ChangePicture | None = None,
     ) -> None:
-        self.paths = tuple(paths)
+        self.paths = paths
         self.height = height
         self.width = width
         self.exif_rotation = exif_rotation

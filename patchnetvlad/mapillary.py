@@ -116,6 +116,9 @@ def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[str, ...]:
     keys = keyed.unique("key")
     if not keys:
         raise UserError(f"{keyed.path}: lists no picture")
+    for line, key in zip(keyed.lines, keys, strict=True):
+        if "/" in key or "\\" in key:
+            raise UserError(f"{keyed.path}: line {line}: key {key}: expected a plain name, not a path (edited?)")
     for table in tables.values():
         _check_same_pictures(table, keyed)
     return tuple(keys)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,6 +32,12 @@ from patchnetvlad.store.patch_sources import DescribedPictures, PatchesOnDevice,
 from patchnetvlad.workers import Workers, choose_way
 
 logger = logging.getLogger(__name__)
+
+Reranked = tuple[list[Reranking], tuple[int, ...]]
+"""Queries' candidates re-ranked, in the order of the queries, and the patch sizes."""
+
+RerankAll = Callable[[Sequence[Sequence[int]]], Reranked]
+"""Re-ranks the candidates of all queries, given for each as database rows in retrieval order."""
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
 MOST_A_THREAD = 4  # candidates that a thread is given at a time: with one, handing over takes as long as small pairs do
@@ -81,11 +87,12 @@ class Ranker:
         given: Candidates | None = None,
         at_least: int = 0,
         progress: bool = False,
+        rerank_all: RerankAll | None = None,
     ) -> Rankings:
         """Retrieve candidates of every query and re-rank the first of them.
 
         given: candidates of another method, in place of the search; at_least: re-rank so many where [feature_match]
-        says fewer.
+        says fewer; rerank_all: shares the re-ranking out among several processes.
         """
         top = max(self._options.reranked, at_least)
         depth = max(self._options.retrieved, at_least)
@@ -96,16 +103,32 @@ class Ranker:
         if queries.patches is None or self._database.patches is None:
             return Rankings(retrieved, retrieved.indices, None)
         heads = [row[row >= 0].tolist() for row in retrieved.indices[:, :top]]
-        rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, heads, progress)
-        if self._options.global_weight:
-            near = [self._database.global_[head] @ query for head, query in zip(heads, queries.global_, strict=True)]
-            weight = self._options.global_weight
-            rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
-        _log_reads(self._database.patches, sum(map(len, heads)))
+        if rerank_all is None:
+            rerankings, patch_sizes = self.rerank(queries, range(len(heads)), heads, progress)
+        else:
+            rerankings, patch_sizes = rerank_all(heads)
         rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)
         return Rankings(retrieved, indices, scores)
+
+    @memory_errors(MATCHING_MEMORY)
+    def rerank(
+        self, queries: DescribedPictures, rows: Sequence[int], heads: Sequence[Sequence[int]], progress: bool = False
+    ) -> Reranked:
+        """Re-rank the candidates of some queries: rows of these, and for each its database rows in retrieval order.
+
+        What comes out for a query does not depend on the others. Both sides need their patches.
+        """
+        if queries.patches is None or self._database.patches is None:
+            raise ValueError("pictures without patches cannot be re-ranked")
+        rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, rows, heads, progress)
+        if self._options.global_weight:
+            near = [self._database.global_[head] @ queries.global_[row] for row, head in zip(rows, heads, strict=True)]
+            weight = self._options.global_weight
+            rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
+        _log_reads(self._database.patches, sum(map(len, heads)))
+        return rerankings, patch_sizes
 
     def _retrieve(self, queries: DescribedPictures, depth: int) -> Candidates:
         started = time.perf_counter()
@@ -118,29 +141,33 @@ class Ranker:
         return found
 
     def _rerank_all(
-        self, queries: PatchSource, database: PatchSource, heads: Sequence[Sequence[int]], progress: bool
-    ) -> tuple[list[Reranking], tuple[int, ...]]:
-        """Re-rank the candidates of every query, database rows in retrieval order; and the patch sizes."""
-        first = next((row for row, head in enumerate(heads) if head), None)
+        self,
+        queries: PatchSource,
+        database: PatchSource,
+        rows: Sequence[int],
+        heads: Sequence[Sequence[int]],
+        progress: bool,
+    ) -> Reranked:
+        first = next((place for place, head in enumerate(heads) if head), None)
         if first is not None:  # before reading ahead, which would be in vain where 8 bits are chosen
-            self._choose_similarity(queries.patches(first, self._device), database, heads[first][0])
+            self._choose_similarity(queries.patches(rows[first], self._device), database, heads[first][0])
         sizes = {index: database.picture_bytes(index) for index in set(chain.from_iterable(heads))}
         _check_room(heads, sizes, database.cache_bytes)
         order = visiting_order(heads, sizes, database.cache_bytes)
-        database.prefetch(chain.from_iterable(heads[row] for row in order))
-        queries.prefetch(order)
+        database.prefetch(chain.from_iterable(heads[place] for place in order))
+        queries.prefetch(rows[place] for place in order)
         references = self._references(database)
         rerankings: dict[int, Reranking] = {}
         patch_sizes: tuple[int, ...] = ()
         started = time.perf_counter()
-        for row in tqdm(order, "Re-ranking", unit="query", disable=not progress):
-            query = queries.patches(row, self._device)
+        for place in tqdm(order, "Re-ranking", unit="query", disable=not progress):
+            query = queries.patches(rows[place], self._device)
             patch_sizes = tuple(grid.patch_size for grid in query.grids)
-            rerankings[row] = self._rerank(query, references, heads[row])
+            rerankings[place] = self._rerank(query, references, heads[place])
         pairs = sum(map(len, heads))
         seconds = time.perf_counter() - started
         logger.info("re-ranking: %d pairs in %.1f s (%.1f ms a pair)", pairs, seconds, 1000 * seconds / max(1, pairs))
-        return [rerankings[row] for row in range(len(heads))], patch_sizes
+        return [rerankings[place] for place in range(len(heads))], patch_sizes
 
     def _references(self, database: PatchSource) -> PatchSource | PatchesOnDevice:
         """Where candidates come from; on an accelerator half of the room that the search leaves there keeps some."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import sync_files
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
 from patchnetvlad.images import ChangePicture
 from patchnetvlad.losses import find_loss
@@ -291,8 +292,10 @@ class _TrainingLog:
         self.flush()
 
     def flush(self) -> None:
+        """Put what was told on the disk, so that the checkpoint that follows outlives no loss before it."""
         if self._writer is not None:
             self._writer.flush()
+            sync_files(Path(self._writer.log_dir).glob("events.*"))
 
     def close(self) -> None:
         if self._writer is not None:

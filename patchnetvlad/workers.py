@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from patchnetvlad.reranking import match_pair
 
 logger = logging.getLogger(__name__)
 
+COMPANY_SECONDS, COMPANY_SHARE = 5.0, 0.8  # watched at a time; a thread has less of them where others are busy
 TRIALS = 3  # of each way; the least time counts
 # glibc's names and numbers for what it keeps: arrays below the first size come from memory that it has, and what lies
 # free stays with the process up to the second.
@@ -81,6 +83,38 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
     # torch's setting is each thread's own, but the last one is the default of threads that start later
     torch.set_num_threads(count)
     return pool
+
+
+class Company:
+    """Notices that other processes take the cores that torch's threads want, and says once what helps.
+
+    A thread that computes has the processor all the time; what it has less than that, others had.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = self._processor_seconds = 0.0
+        self._told = torch.get_num_threads() < 2  # nothing helps then
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around work of this thread on the processor that neither sleeps nor reads files."""
+        began, processor = time.perf_counter(), time.thread_time()
+        yield
+        self._seconds += time.perf_counter() - began
+        self._processor_seconds += time.thread_time() - processor
+        if not self._told and self._seconds > COMPANY_SECONDS:
+            self._tell(self._processor_seconds / self._seconds)
+            self._seconds = self._processor_seconds = 0.0
+
+    def _tell(self, share: float) -> None:
+        if share < COMPANY_SHARE:
+            self._told = True
+            logger.info(
+                "other processes are busy on this machine (%.0f %% of the time left for this one): with the "
+                "environment variable OMP_NUM_THREADS=%d it loses less of its speed beside them",
+                100 * share,
+                torch.get_num_threads() // 2,
+            )
 
 
 def _compute_alone() -> None:

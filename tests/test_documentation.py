@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
+
+
+@pytest.fixture
+def tables_as_before() -> Iterator[None]:
+    """Pages add encoders and matchers, of which later tests should know nothing."""
+    from patchnetvlad import config, reranking
+    from patchnetvlad.encoders import table
+
+    named, listed = (table.ENCODERS, reranking.MATCHERS), (config.ENCODERS, config.MATCHERS)
+    before = [dict(entries) for entries in named], [list(names) for names in listed]
+    yield
+    for entries, kept in zip(named, before[0], strict=True):
+        entries.clear()
+        entries.update(kept)
+    for names, known in zip(listed, before[1], strict=True):
+        names[:] = known
 
 
 @pytest.fixture
@@ -77,15 +94,11 @@ def run_script(script: str, *arguments: str) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # the pages say that TorchScript is deprecated
+@pytest.mark.usefixtures("tables_as_before")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs_as_written(page, small_builtin, monkeypatch):
-    from patchnetvlad import realtime, reranking
-    from patchnetvlad.encoders import table as encoders
+    from patchnetvlad import realtime
 
-    # Pages add to these tables
-    for table in (encoders.ENCODERS, reranking.MATCHERS):
-        for key in list(table):
-            monkeypatch.setitem(table, key, table[key])
     monkeypatch.setattr(realtime, "window", lambda: lambda frame: None)  # there is no screen
     text = page.read_text(encoding="utf-8")
     if page.stem == "migrate":  # its tables are in Python

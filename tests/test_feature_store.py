@@ -24,6 +24,7 @@ import patchnetvlad.extraction as extraction
 import patchnetvlad.store.feature_blocks as feature_blocks
 import patchnetvlad.store.feature_layouts as feature_layouts
 import patchnetvlad.store.feature_writer as feature_writer
+import patchnetvlad.store.picture_writer as picture_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import check_disk, estimate_bytes
@@ -736,7 +737,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_a_picture_is_on_the_disk_before_the_manifest_says_so(tmp_path, monkeypatch):
     events: list[str] = []
-    real_files, real_append, real_sync = feature_writer.sync_files, feature_writer._append, os.fsync
+    real_files, real_append, real_sync = picture_writer.sync_files, feature_writer._append, os.fsync
 
     def sync_files(paths):
         paths = list(paths)
@@ -754,7 +755,7 @@ def test_a_picture_is_on_the_disk_before_the_manifest_says_so(tmp_path, monkeypa
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
     with FeatureWriter(tmp_path, LIST, make_header()) as writer:
-        monkeypatch.setattr(feature_writer, "sync_files", sync_files)
+        monkeypatch.setattr(picture_writer, "sync_files", sync_files)
         monkeypatch.setattr(feature_writer, "_append", append)
         monkeypatch.setattr(os, "fsync", sync)
         for index in (0, 2):
@@ -766,7 +767,7 @@ def test_a_picture_is_on_the_disk_before_the_manifest_says_so(tmp_path, monkeypa
 
 
 def test_pictures_are_recorded_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_writer, "_TOGETHER", 2)
+    monkeypatch.setattr(picture_writer, "_TOGETHER", 2)
     header = make_header()
     with FeatureWriter(tmp_path, LIST, header) as writer:
         writer.write(0, *make_features(header, 0))
@@ -775,7 +776,7 @@ def test_pictures_are_recorded_after_a_while(tmp_path, monkeypatch):
         while writer.missing != [2]:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        monkeypatch.setattr(feature_writer, "_SECONDS", 0.0)
+        monkeypatch.setattr(picture_writer, "_SECONDS", 0.0)
         writer.write(2, *make_features(header, 2))
         while writer.missing:
             assert time.monotonic() < deadline

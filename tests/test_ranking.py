@@ -113,7 +113,7 @@ def test_given_candidates_belong_to_lists(places, tmp_path, capsys):
     assert np.sort(np.load(tmp_path / "scores.npz")["indices"]).tolist() == [[1, 5], [2, 3], [0, 7]]
     assert located(places, tmp_path / "positions.csv", override) == 2
     assert "[feature_match] pred_input_path" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"^\[feature_match\] pred_input_path = .*list of queries"):
+    with pytest.raises(UserError, match=r"\[feature_match\] pred_input_path = .*list of queries"):
         PlaceRecognizer.load(overrides=[*places[1][3::2], override]).database([])
 
 

@@ -1,5 +1,6 @@
 """The result page in headless Chromium: clicks, keys, filters, escaping, dark mode, phone, and 10,000 queries."""
 
+import base64
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -186,6 +187,29 @@ def test_page_runs_no_code_of_names_and_asks_for_nothing(opened):
         if "Network.requestWillBeSent" in line and '"url":"' in line
     }
     assert {address.split(":")[0] for address in addresses} <= {"file", "data"}
+
+
+def test_script_in_exif_text_does_not_run(browser, tmp_path):
+    harm = "<script>document.title = 'harm'</script><img src=x onerror=\"document.title = 'harm'\">"
+    exif = Image.Exif()
+    for tag in (
+        0x010E,
+        0x010F,
+        0x0110,
+        0x0131,
+        0x013B,
+        0x8298,
+    ):  # description, make, model, software, artist, copyright
+        exif[tag] = harm
+    report = content(tmp_path)
+    for path in (*report.queries.paths, *report.database.paths):
+        Image.new("RGB", (40, 30), (90, 90, 60)).save(path, "JPEG", exif=exif, comment=harm.encode())
+    write_report(tmp_path / "report.html", report)
+    show(browser, tmp_path / "report.html")
+    assert "harm" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    pictures = browser.execute_script("return [...document.querySelectorAll('img')].map((image) => image.src)")
+    assert pictures and all(b"harm" not in base64.b64decode(source.partition(",")[2]) for source in pictures)
+    assert browser.title != "harm"
 
 
 @pytest.mark.parametrize("dark", [False, True])

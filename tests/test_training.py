@@ -453,7 +453,7 @@ def test_own_pictures_train(msls: Path, tmp_path: Path) -> None:
         (["--set", "train.match_radius=1e-3"], "of cph has a database picture within 0.001 m"),
         (["--set", "global_params.pooling=max"], "no parameters that learn"),
         (["--resume_path", "nowhere.pth.tar"], "nowhere.pth.tar: no such file"),
-        (["--set", "train.loss=hinge"], "[train] loss = hinge: expected one of triplet"),
+        (["--set", "train.loss=hinge"], "--set train.loss=hinge: expected one of triplet"),
         (["--nEpochs", "0"], "--nEpochs must be 1 or more"),
         (["--dataset_csv", "nowhere.csv"], "nowhere.csv: no such file"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from patchnetvlad import workers
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.patch_grid import PatchGrid
@@ -94,3 +95,19 @@ def test_a_ranking_does_not_depend_on_the_number_of_threads():
     np.testing.assert_array_equal(rankings[0].indices, rankings[1].indices)
     np.testing.assert_array_equal(rankings[0].scores.per_scale, rankings[1].scores.per_scale)
     np.testing.assert_array_equal(rankings[0].scores.fused, rankings[1].scores.fused)
+
+
+@pytest.mark.parametrize(("processor_share", "threads", "told"), [(0.5, 2, 1), (0.95, 2, 0), (0.5, 1, 0)])
+def test_busy_neighbours_are_told_once(
+    processor_share: float, threads: int, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(workers.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(workers.time, "thread_time", lambda: processor_share * clock[0])
+    company = workers.Company()
+    with caplog.at_level("INFO"):
+        for _ in range(40):
+            with company.watched():
+                clock[0] += 1
+    assert caplog.text.count("OMP_NUM_THREADS=1") == told

@@ -3,18 +3,21 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.config import BUILT_INDEX
+from patchnetvlad.config import BUILT_INDEX, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import FORMATS, WRITTEN, check_formats
 
 if TYPE_CHECKING:
-    from patchnetvlad.evaluation import Evaluation, MatchingRun
+    from patchnetvlad.engines.ray_cluster import RayOptions
+    from patchnetvlad.evaluation import Evaluation, MatchingRun, Sources
+    from patchnetvlad.extraction import Extraction
 
 logger = logging.getLogger(__name__)
 
@@ -37,30 +40,90 @@ def feature_extract(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace other features in that folder")
     parser.add_device_options()
+    _add_engine_options(parser, "1")
     return command_line.run(parser, _extract, arguments)
+
+
+def _add_engine_options(parser: Parser, cpus: str) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=["process", "ray"],
+        default="process",
+        help="this process alone, or workers that Ray starts here or on many machines",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="head of a Ray cluster, or auto for the one that this machine is part of; without it, Ray uses this "
+        "machine for the time of the run",
+    )
+    parser.add_argument(
+        "--worker_cpus",
+        type=_positive,
+        metavar="N",
+        help=f"cores of each of Ray's workers; default: {cpus}, or an equal share for each GPU",
+    )
+
+
+def _ray_options(args: argparse.Namespace, config: Config, whole_machines: bool = False) -> "RayOptions | None":
+    """How Ray is used, None where this process does all; raises UserError for what does not fit together."""
+    gpus = config.global_params.ngpu if config.global_params.ngpu > 1 else None
+    if args.engine == "process":
+        for option, given in (("--address", args.address), ("--worker_cpus", args.worker_cpus)):
+            if given is not None:
+                raise UserError(f"{option} {given}: needs --engine ray")
+        if gpus is None:
+            return None
+    asked = f"[global_params] ngpu = {gpus}" if args.engine == "process" else "--engine ray"
+    device = "cpu" if args.nocuda else args.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: with {asked} the devices are Ray's to choose (auto, cpu or cuda)")
+    if gpus is not None and device == "cpu":
+        raise UserError(f"[global_params] ngpu = {gpus}: --device cpu uses no GPU (set ngpu = 1)")
+    if find_spec("ray") is None:
+        also = ", or set ngpu = 1" if args.engine == "process" else ""
+        raise UserError(f"{asked}: Ray is not installed (pip install 'patchnetvlad[ray]'{also})")
+    config.check_torchrun(asked)
+    from patchnetvlad.engines.ray_cluster import RayOptions
+
+    return RayOptions(args.address, device, gpus, args.worker_cpus, whole_machines)
 
 
 def _extract(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     listed = require_file(args.dataset_file_path, "dataset_imagenames")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-    config.check_one_process("extraction")
+    options = _ray_options(args, config)
+    if options is None:
+        config.check_one_process("extraction")
     command_line.require_checkpoint(config)
     from patchnetvlad.extraction import extract
 
-    folder = Path(args.output_features_dir)
+    folder, progress = Path(args.output_features_dir), command_line.progress(args)
+    if args.queries:
+        config = config.for_queries()
     with command_line.log_file(folder / "extract.log"):
-        done = extract(
-            config.for_queries() if args.queries else config,
-            listed,
-            root,
-            folder,
-            command_line.device(args),
-            command_line.progress(args),
-            args.overwrite,
-        )
+        if options is None:
+            device = command_line.device(args)
+            done = extract(config, listed, root, folder, device, progress, args.overwrite)
+        else:
+            done = _extract_with_ray(options, config, listed, root, folder, progress, args.overwrite)
     now = "" if done.described == done.pictures else f", {done.described} of them now"
     print(f"{done.pictures} pictures described in {done.folder}{now}")
+
+
+def _extract_with_ray(
+    options: "RayOptions", config: Config, listed: Path, root: Path, folder: Path, progress: bool, overwrite: bool
+) -> "Extraction":
+    import torch
+
+    from patchnetvlad.engines.ray_cluster import connected
+    from patchnetvlad.engines.shared_extraction import with_ray
+    from patchnetvlad.extraction import extract
+
+    with connected(options) as cluster:
+        cpu = torch.device("cpu")
+        return extract(config, listed, root, folder, cpu, progress, overwrite, with_ray(cluster))
 
 
 def build_index(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +207,7 @@ def feature_match(arguments: Sequence[str] | None = None) -> int:
     )
     _add_result_options(parser)
     parser.add_device_options()
+    _add_engine_options(parser, "all of a machine")
     return command_line.run(parser, _match, arguments)
 
 
@@ -183,7 +247,9 @@ def _match(args: argparse.Namespace) -> None:
     )
     config = command_line.configuration(args, index_features)
     config.check_matching()
-    config.check_one_process("matching")
+    options = _ray_options(args, config, whole_machines=True)
+    if options is None:
+        config.check_one_process("matching")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     query_list = require_file(args.query_file_path, "dataset_imagenames")
     index_list = require_file(args.index_file_path, "dataset_imagenames")
@@ -194,23 +260,60 @@ def _match(args: argparse.Namespace) -> None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
     if config.feature_match.index.endswith(BUILT_INDEX):
         require_file(config.feature_match.index, "dataset_gt_files", config.path)
-    from patchnetvlad.evaluation import Sources, add_city, evaluate, open_run, write_results
+    from patchnetvlad.evaluation import Sources, add_city
 
-    results, progress = Path(args.result_save_folder), command_line.progress(args)
+    results = Path(args.result_save_folder)
     cities = None if args.msls_predictions is None else Path(args.msls_predictions)
     own_truth = (truth_path, args.posDistThr, args.distance_unit)
     sources = Sources(root, query_list, index_list, query_features, index_features, *own_truth)
     with command_line.log_file(results / "match.log"):
-        with open_run(config, sources, command_line.device(args), progress, args.formats, cities) as run:
-            evaluation = evaluate(run, progress)
-            write_results(evaluation, results, args.formats)
-            if args.report:
-                _write_report(results / "report.html", run, evaluation, progress)
+        if options is None:
+            evaluation = _evaluate(args, config, sources, cities)
+        else:
+            evaluation = _evaluate_with_ray(args, options, config, sources, cities)
         for line in evaluation.lines(details=True):
             logger.debug(line)
         if cities is not None:
             add_city(evaluation, cities)
     print("\n".join([*evaluation.lines(args.details), f"results in {results}"]))
+
+
+def _evaluate(args: argparse.Namespace, config: Config, sources: "Sources", cities: Path | None) -> "Evaluation":
+    from patchnetvlad.evaluation import evaluate, open_run
+
+    progress = command_line.progress(args)
+    with open_run(config, sources, command_line.device(args), progress, args.formats, cities) as run:
+        evaluation = evaluate(run, progress)
+        _write(args, run, evaluation)
+    return evaluation
+
+
+def _evaluate_with_ray(
+    args: argparse.Namespace, options: "RayOptions", config: Config, sources: "Sources", cities: Path | None
+) -> "Evaluation":
+    import torch
+
+    from patchnetvlad.engines.ray_cluster import connected
+    from patchnetvlad.engines.shared_matching import with_ray
+    from patchnetvlad.evaluation import evaluate, open_run
+
+    progress = command_line.progress(args)
+    with (
+        connected(options) as cluster,
+        open_run(config, sources, torch.device("cpu"), progress, args.formats, cities, shared=True) as run,
+    ):
+        evaluation = evaluate(run, progress, with_ray(cluster, run, sources, progress))
+        _write(args, run, evaluation)
+    return evaluation
+
+
+def _write(args: argparse.Namespace, run: "MatchingRun", evaluation: "Evaluation") -> None:
+    from patchnetvlad.evaluation import write_results
+
+    results = Path(args.result_save_folder)
+    write_results(evaluation, results, args.formats)
+    if args.report:
+        _write_report(results / "report.html", run, evaluation, command_line.progress(args))
 
 
 def _write_report(path: Path, run: "MatchingRun", evaluation: "Evaluation", progress: bool) -> None:

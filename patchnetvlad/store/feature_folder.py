@@ -92,6 +92,7 @@ def open_folder(
     remove_temporary_files(folder)
     if overwrite:
         _remove_features(folder)
+    _refuse_links(folder)
     entries, finished = _resume(folder, pictures, header, trained)
     feature_names = pictures.feature_names
     if entries:
@@ -114,6 +115,16 @@ def open_folder(
     manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
     rows_offset = 0 if rows is None else read_array_info(partial).offset
     return WritableFolder(manifest, rows, rows_offset, missing, feature_names)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UserError where a file that is filled in place is a link: what it leads to would be written over."""
+    for name in (MANIFEST_NAME, PARTIAL_NAME, GLOBAL_NAME, GROWN_NAME):
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"{folder / name}: is a symbolic link, and would be written through it (link the whole folder, or "
+                "replace the features with --overwrite)"
+            )
 
 
 def _remove_damaged(rows: Path) -> None:

@@ -184,6 +184,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes)
 
 
+def in_list_order(content: bytes) -> bytes:
+    """A whole manifest with a line for each picture or block, by its number; of several the last one counts."""
+    header, *lines = content.splitlines(keepends=True)
+    numbered = {}
+    for line in lines:
+        record = json.loads(line)
+        numbered[record["block"] if "block" in record else record["index"]] = line
+    return header + b"".join(line for _, line in sorted(numbered.items()))
+
+
 def _parse_header(line: bytes, path: Path) -> tuple[StoreHeader, int, str]:
     """The header, the number of pictures and the hash of their names."""
     try:

@@ -52,7 +52,7 @@ class FeatureStore:
     def __init__(
         self,
         folder: Path,
-        names: tuple[str, ...],
+        names: Sequence[str],
         global_: np.ndarray,
         pictures: Sequence["StoredPicture"],
         patch_sizes: tuple[int, ...],
@@ -273,7 +273,7 @@ class _PackedPictures(Sequence[StoredPicture]):
         return [arrays[place] for place in self._places]
 
 
-def _check_manifest(manifest: Manifest, names: tuple[str, ...], expected: StoreHeader | None) -> None:
+def _check_manifest(manifest: Manifest, names: Sequence[str], expected: StoreHeader | None) -> None:
     folder = manifest.path.parent
     if expected is not None:
         differences = reading_differences(manifest.header, expected)

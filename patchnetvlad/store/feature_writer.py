@@ -5,13 +5,8 @@ names and are on the disk. Global descriptors are rows of ``globalfeats.npy.part
 ``globalfeats.npy`` when all pictures are there: whoever finds that file may trust all of them.
 """
 
-import contextlib
-import errno
 import os
-import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,29 +18,13 @@ import numpy as np
 from torch import Tensor
 
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.errors import UserError
-from patchnetvlad.files import (
-    reason,
-    sync_files,
-    told,
-)
+from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_codes import PatchCodec
-from patchnetvlad.store.feature_files import (
-    GLOBAL_NAME,
-    StoredArray,
-    codec_of,
-)
+from patchnetvlad.store.feature_files import GLOBAL_NAME, codec_of
 from patchnetvlad.store.feature_folder import PARTIAL_NAME, open_folder, write_all
-from patchnetvlad.store.feature_header import (
-    StoreHeader,
-)
-from patchnetvlad.store.feature_layouts import Blocks, Finished, Layout, PictureFiles
-
-# Pictures are put on the disk together, in a fraction of the time that each alone would take. A killed process loses
-# no more than these, or those of so many seconds.
-_TOGETHER = 64
-_SECONDS = 2.0
+from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader, in_list_order
+from patchnetvlad.store.picture_writer import PictureWriter, Written, disk_error
 
 
 class FeatureWriter:
@@ -61,7 +40,8 @@ class FeatureWriter:
     apart from them: `pictures` says what all are called. Files are written
     by a background thread, in the order of `write`, at most `queue_size` pictures behind; its errors are raised by
     a following `write`, `finish` or `close`, and nothing is written after one. Leaving the block without `finish`,
-    by an exception too, keeps every picture that was handed over.
+    by an exception too, keeps every picture that was handed over. Pictures whose patch files others write come by
+    `record`, in any order.
 
     Raises UserError when the folder holds other features, or features without a manifest (overwrite=True removes
     either), when another process writes there, when the disk fails or is full, and for NaN or infinity.
@@ -80,27 +60,26 @@ class FeatureWriter:
         """trained: the quantiser of a header with codes, which is kept in the folder."""
         if header.layout == "files":
             _check_list(pictures)
-        self._codec = codec_of(header.dtype, trained)
+        codec_of(header.dtype, trained)
         if header.codec_sha256 != (trained.sha256 if trained else ""):
             raise ValueError("the quantiser is not that of the header")
         if header.checkpoint_sha256 is None or header.num_dims < 1:
             raise ValueError("the header says not what makes the features")
         self.folder = folder
         self.header = header
-        self._queue_size = max(1, queue_size)
+        self.trained = trained
         with ExitStack() as files, told(folder, "features cannot be written there"):
             self._opened = open_folder(folder, pictures, header, trained, overwrite, files)
             self._files = files.pop_all()
         self.pictures = replace(pictures, feature_names=self._opened.feature_names)
         self._lock = Lock()
         self._missing = set(self._opened.missing)
-        writes = Blocks if header.layout == "packed" else PictureFiles
-        self._layout: Layout = writes(folder, pictures, header, sorted(self._missing))
-        self._unrecorded: list[Finished] = []
-        self._recorded_at = time.monotonic()
-        self._failure: UserError | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._last = max((index for index in range(len(pictures)) if index not in self._missing), default=-1)
+        # Whether the manifest's lines are surely in the order of the list; those of an earlier run may not be
+        self._in_order = self._last < 0 or self._opened.rows is None
+        self._writer = PictureWriter(
+            folder, self.pictures, header, trained, self.missing, self.record, self._kept, queue_size
+        )
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -108,11 +87,8 @@ class FeatureWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            with contextlib.suppress(UserError):  # the first error is the one to tell
-                self.close()
+        with self._files:
+            self._writer.__exit__(kind, error, trace)
 
     @property
     def missing(self) -> list[int]:
@@ -134,31 +110,45 @@ class FeatureWriter:
         return kept, np.frombuffer(rows.read(row_bytes), np.float32)
 
     def write(self, index: int, global_: Tensor, patches: PatchFeatures | None = None) -> None:
-        """Hand over one missing picture: its global descriptor (D,) and, unless the store is global, its patches.
+        """Hand over one missing picture, as `PictureWriter.write` takes it."""
+        self._writer.write(index, global_, patches)
 
-        Tensors may be on any device. Patch descriptors on the CPU are taken as they are: do not change them
-        afterwards. Returns at once unless the queue is full.
-        """
-        patches = patches or PatchFeatures((), ())
-        self._check(index, global_, patches)
-        encoded = None
-        if any(tensor.device.type != "cpu" for tensor in patches.descriptors):
-            encoded = self._encode(index, patches.descriptors)  # made small before they are transferred
-        row = global_.detach().cpu().numpy().astype(np.float32)
-        while self._pending and (self._pending[0].done() or len(self._pending) >= self._queue_size):
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._store, index, row, patches, encoded))
+    def record(self, written: Sequence[Written]) -> None:
+        """Enter missing pictures whose patch files are on the disk; raises UserError when the disk fails."""
+        rows, manifest = self._opened.rows, self._opened.manifest
+        assert rows is not None  # these pictures are missing, so the rows are not complete
+        try:
+            for part in written:
+                for index, row in zip(part.pictures, part.rows, strict=True):
+                    rows.seek(self._opened.rows_offset + index * row.nbytes)
+                    write_all(rows, row.tobytes())
+            os.fsync(rows.fileno())
+            _append(manifest, b"".join(part.line for part in written))
+            os.fsync(manifest.fileno())
+        except OSError as error:
+            name = self.pictures.names[written[0].pictures[0]]
+            raise disk_error(self.folder, name, error, self._kept()) from error
+        for part in written:
+            self._in_order = self._in_order and part.pictures[0] > self._last
+            self._last = max(self._last, part.pictures[-1])
+            with self._lock:
+                self._missing.difference_update(part.pictures)
 
     def finish(self) -> None:
-        """Wait for the background thread and give the complete global descriptors their name.
+        """Wait for the background thread, bring the manifest into the order of the list, and give the complete global
+        descriptors their name.
 
         Raises ValueError when pictures are missing.
         """
-        self._wait()
-        if self._failure is not None:
-            raise self._failure
+        self._writer.wait()
         if self._missing:
             raise ValueError(f"{len(self._missing)} pictures were not written, the first is {min(self._missing)}")
+        if not self._in_order:
+            self._opened.manifest.close()
+            path = self.folder / MANIFEST_NAME
+            with told(path), writing(path) as file:
+                file.write(in_list_order(path.read_bytes()))
+            self._in_order = True
         partial = self.folder / PARTIAL_NAME
         if self._opened.rows is None or not partial.exists():
             return
@@ -167,104 +157,16 @@ class FeatureWriter:
             self._opened.rows.close()
             partial.replace(self.folder / GLOBAL_NAME)
         except OSError as error:
-            raise self._disk_error(error, GLOBAL_NAME) from error
+            raise disk_error(self.folder, GLOBAL_NAME, error, self._kept()) from error
 
     def close(self) -> None:
         """Wait for the background thread and release the folder; a with block calls it."""
-        try:
-            self._wait()
-        finally:
-            self._pool.shutdown(wait=True)
-            self._layout.close()
-            self._files.close()
+        with self._files:
+            self._writer.close()
 
-    def _wait(self) -> None:
-        """Let the background thread do what it was given, and record it; raises its error."""
-        try:
-            while self._pending:
-                self._pending.popleft().result()
-        finally:
-            self._pool.submit(self._record).result()
-
-    def _check(self, index: int, global_: Tensor, patches: PatchFeatures) -> None:
-        """ValueError when what the program hands over does not fit the header."""
-        header = self.header
-        if index not in self._missing:
-            raise ValueError(f"picture {index} is finished already, or not in the list")
-        if tuple(global_.shape) != (header.num_dims,):
-            raise ValueError(f"global descriptor has shape {tuple(global_.shape)}, expected ({header.num_dims},)")
-        expected = header.grids(_map_size(patches) or (0, 0))
-        if patches.grids != expected or len(patches.descriptors) != len(expected):
-            raise ValueError(f"grids are {patches.grids}, expected {expected}")
-        for tensor, grid in zip(patches.descriptors, expected, strict=True):
-            if tuple(tensor.shape) != (len(grid), header.num_dims):
-                raise ValueError(f"patch descriptors have shape {tuple(tensor.shape)} on {grid}")
-
-    def _encode(self, index: int, descriptors: Sequence[Tensor]) -> list[StoredArray]:
-        try:
-            return [self._codec.encode(tensor) for tensor in descriptors]
-        except ValueError as error:
-            raise self._not_finite(index) from error
-
-    def _store(self, index: int, row: np.ndarray, patches: PatchFeatures, encoded: list[StoredArray] | None) -> None:
-        """Write one picture; runs in the background thread."""
-        if self._failure is not None:
-            raise self._failure
-        name = self.pictures.names[index]
-        try:
-            if not np.isfinite(row).all():
-                raise self._not_finite(index)
-            stored = self._encode(index, patches.descriptors) if encoded is None else encoded
-            finished = self._layout.add(index, _map_size(patches), stored)
-            assert self._opened.rows is not None  # this picture is missing, so the rows are not complete
-            self._opened.rows.seek(self._opened.rows_offset + index * row.nbytes)
-            write_all(self._opened.rows, row.tobytes())
-        except (UserError, OSError) as error:
-            with contextlib.suppress(UserError):
-                self._record()
-            self._failure = self._told(error, name)
-            raise self._failure from error
-        self._unrecorded += finished
-        if len(self._unrecorded) >= _TOGETHER or time.monotonic() - self._recorded_at >= _SECONDS:
-            self._record()
-
-    def _record(self) -> None:
-        """Put the pictures that are written on the disk, then into the manifest; in the background thread."""
-        done, self._unrecorded = self._unrecorded, []
-        self._recorded_at = time.monotonic()
-        if not done:
-            return
-        try:
-            sync_files(path for finished in done for path in finished.paths)
-            assert self._opened.rows is not None
-            os.fsync(self._opened.rows.fileno())
-            _append(self._opened.manifest, b"".join(finished.line for finished in done))
-            os.fsync(self._opened.manifest.fileno())
-        except OSError as error:
-            self._failure = self._failure or self._told(error, self.pictures.names[done[0].pictures[0]])
-            raise self._failure from error
-        with self._lock:
-            for finished in done:
-                self._missing.difference_update(finished.pictures)
-
-    def _not_finite(self, index: int) -> UserError:
-        return UserError(
-            f"{self.pictures.names[index]}: its descriptors hold NaN or infinity (broken checkpoint, or overflow under "
-            "mixed precision)"
-        )
-
-    def _told(self, error: UserError | OSError, name: str) -> UserError:
-        cause = error.__cause__ if isinstance(error, UserError) else error
-        return self._disk_error(cause, name) if isinstance(cause, OSError) else UserError(str(error))
-
-    def _disk_error(self, error: OSError, name: str) -> UserError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    def _kept(self) -> str:
         total = len(self.pictures)
-        advice = "or store less with feature_dtype, then " if full else ""
-        return UserError(
-            f"{self.folder}: writing the features of {name} failed: {reason(error)} ({total - len(self.missing)} of "
-            f"{total} pictures are kept; {advice}run the same command again to continue)"
-        )
+        return f"{total - len(self.missing)} of {total} pictures are kept"
 
 
 def _check_list(pictures: ImageList) -> None:
@@ -274,10 +176,6 @@ def _check_list(pictures: ImageList) -> None:
         raise ValueError("feature_names must differ from picture to picture")
     if any("/" in name or "\\" in name or "\0" in name for name in pictures.feature_names):
         raise ValueError("feature_names must be plain file names")
-
-
-def _map_size(patches: PatchFeatures) -> tuple[int, int] | None:
-    return (patches.grids[0].map_height, patches.grids[0].map_width) if patches.grids else None
 
 
 def _append(manifest: BinaryIO, lines: bytes) -> None:

@@ -1,0 +1,1 @@
+"""Runs on several processes and machines: blocks of pictures and of queries, handed out by Ray."""

@@ -1,0 +1,165 @@
+"""Extraction on several processes: they describe blocks of pictures and write their files, one keeps the manifest."""
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, overload
+
+import torch
+
+from patchnetvlad.config import Config
+from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
+from patchnetvlad.engines.ray_cluster import Cluster
+from patchnetvlad.errors import UserError
+from patchnetvlad.extraction import Describe, check_disk, describe_pictures, estimate_bytes
+from patchnetvlad.files import told
+from patchnetvlad.image_lists import ImageList
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK
+from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader
+from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.picture_writer import PictureWriter, Written
+
+logger = logging.getLogger(__name__)
+
+_PICTURES = 64  # in a part, at most, where pictures have files of their own
+
+T = TypeVar("T")
+
+
+class Places(Sequence[T]):
+    """Some items of a long sequence, each in its place; the others are not here."""
+
+    def __init__(self, items: Mapping[int, T], length: int) -> None:
+        self._items, self._length = dict(items), length
+
+    @classmethod
+    def of(cls, sequence: Sequence[T], indices: Sequence[int]) -> "Places[T]":
+        """Those of a sequence at some indices."""
+        return cls({index: sequence[index] for index in indices}, len(sequence))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._items[place] for place in range(*index.indices(self._length))]
+        return self._items[index]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some pictures of a list: their indices, and the list with no more than them."""
+
+    indices: Sequence[int]
+    pictures: ImageList
+
+
+@dataclass(frozen=True, eq=False)
+class ExtractionJob:
+    """What describing any part of a list takes; the weights are in the model, on the CPU.
+
+    manifest: the first line of the folder's, by which a worker knows that it sees the same folder.
+    """
+
+    model: PlaceModel
+    config: Config
+    header: StoreHeader
+    trained: PatchCodec | None
+    folder: Path
+    manifest: bytes
+    device: str
+    cpus: int
+
+    def prepare(self) -> Callable[[Part], list[Written]]:
+        """The model on its device; what describes a part writes its files too."""
+        if _first_line(self.folder) != self.manifest:
+            raise UserError(
+                f"{self.folder}: is not the same folder on {platform.node()}, which Ray uses too (all machines must "
+                "see --output_features_dir, --dataset_root_dir and the list's pictures under the same paths)"
+            )
+        torch.set_num_threads(self.cpus)
+        config = replace(self.config, global_params=replace(self.config.global_params, threads=self.cpus))
+        model = self.model.to(torch.device(self.device))
+
+        @memory_errors(EXTRACTION_MEMORY)
+        def describe(part: Part) -> list[Written]:
+            return describe_part(model, config, part, self.header, self.trained, self.folder)
+
+        return describe
+
+
+def describe_part(
+    model: PlaceModel,
+    config: Config,
+    part: Part,
+    header: StoreHeader,
+    trained: PatchCodec | None,
+    folder: Path,
+) -> list[Written]:
+    """Describe some pictures and write their patch files; returns what the manifest has still to be told."""
+    written: list[Written] = []
+    files = (folder, part.pictures, header, trained, part.indices)
+    with PictureWriter(*files, written.extend, lambda: "finished blocks are kept") as writer:
+        for described in describe_pictures(model, config, part.pictures, part.indices):
+            for index, (global_, patches) in described.items():
+                writer.write(index, global_, patches)
+    return written
+
+
+def with_ray(cluster: Cluster) -> Describe:
+    """What describes pictures on a cluster, in place of this process."""
+
+    def describe(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
+        folder, pictures = writer.folder.absolute(), writer.pictures
+        what = model, config, writer.header, writer.trained
+        job = ExtractionJob(*what, folder, _first_line(folder), cluster.device, cluster.cpus)
+        blocks = _cut(cluster, writer, config)
+        announced = False
+        for place, written in cluster.answers(job, (_part(pictures, indices) for indices in blocks)):
+            if not announced:
+                num_bytes = estimate_bytes(writer.header, written[0].map_size or (0, 0), sum(map(len, blocks)))
+                check_disk(folder, num_bytes)
+                logger.info("about %.3g GB on disk", num_bytes / 1e9)
+                announced = True
+            writer.record(written)
+            advance(len(blocks[place]))
+
+    return describe
+
+
+def _first_line(folder: Path) -> bytes:
+    """Of a folder's manifest; empty where there is none."""
+    path = folder / MANIFEST_NAME
+    with told(path, "cannot be read"):
+        return path.read_bytes().partition(b"\n")[0] if path.exists() else b""
+
+
+def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[int]]:
+    """Missing pictures in parts: blocks of a packed folder, otherwise whole batches."""
+    missing = writer.missing
+    if writer.header.layout == "files":
+        return cluster.parts(missing, _PICTURES, config.feature_extract.cachebatchsize)
+    blocks: dict[int, list[int]] = {}
+    for index in missing:
+        blocks.setdefault(index // PICTURES_IN_BLOCK, []).append(index)
+    return list(blocks.values())
+
+
+def _part(pictures: ImageList, indices: Sequence[int]) -> Part:
+    return Part(
+        indices,
+        ImageList(
+            Places.of(pictures.names, indices),
+            Places({index: pictures.paths[index].absolute() for index in indices}, len(pictures)),
+            Places.of(pictures.feature_names, indices),
+            pictures.source,
+        ),
+    )
