@@ -193,8 +193,8 @@ def _pictures(folder: Path, recursive: bool, above: frozenset[Path] = frozenset(
 def _as_file_name(text: str) -> str:
     """Without separators, and short enough; the end is kept, since pictures of one folder differ there."""
     safe = text.replace("\\", "_").replace("/", "_").replace("\0", "_")
-    data = safe.encode("utf-8", "surrogateescape")
-    return data[-_LONGEST_NAME:].decode("utf-8", "ignore") if len(data) > _LONGEST_NAME else safe
+    encoded = safe.encode("utf-8", "surrogateescape")
+    return encoded[-_LONGEST_NAME:].decode("utf-8", "ignore") if len(encoded) > _LONGEST_NAME else safe
 
 
 def _hashed_names(name: str, form: str) -> Iterator[str]:

@@ -107,7 +107,7 @@ class Ranker:
             rerankings, patch_sizes = self.rerank(queries, range(len(heads)), heads, progress)
         else:
             rerankings, patch_sizes = rerank_all(heads)
-        rows = [reorder(row, result.order) for row, result in zip(retrieved.indices, rerankings, strict=True)]
+        rows = [reorder(row, reranking.order) for row, reranking in zip(retrieved.indices, rerankings, strict=True)]
         indices = np.stack(rows) if rows else retrieved.indices
         scores = collect_scores(retrieved.indices, rerankings, patch_sizes, self._options.matcher)
         return Rankings(retrieved, indices, scores)
@@ -135,10 +135,10 @@ class Ranker:
         if self._index is None:
             index = self._database.index or self._options.index
             self._index = DatabaseIndex(self._database.global_, index, self._device, device_room(self._device))
-        found = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
+        candidates = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
         logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
-        return found
+        return candidates
 
     def _rerank_all(
         self,

@@ -242,8 +242,8 @@ def _match(args: argparse.Namespace) -> None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
     query_features, index_features = (
-        command_line.folder(given, f"--{part}_input_features_dir", "feature_extract.py")
-        for part, given in (("query", args.query_input_features_dir), ("index", args.index_input_features_dir))
+        command_line.folder(given, f"--{side}_input_features_dir", "feature_extract.py")
+        for side, given in (("query", args.query_input_features_dir), ("index", args.index_input_features_dir))
     )
     config = command_line.configuration(args, index_features)
     config.check_matching()

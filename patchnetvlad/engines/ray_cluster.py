@@ -119,12 +119,12 @@ class Cluster:
                     if not done:
                         self._require_head()
                     for ref in done:
-                        found = _accepted(ray.get(ref), expected)
-                        for line in found.told:
+                        answer = _accepted(ray.get(ref), expected)
+                        for line in answer.told:
                             if line not in told:
                                 logger.warning("%s", line)
-                        told.update(found.told)
-                        yield running.pop(ref), found.result
+                        told.update(answer.told)
+                        yield running.pop(ref), answer.result
         except BaseException:
             ray.shutdown()  # ends the workers, which otherwise would go on writing
             raise
@@ -224,9 +224,9 @@ class _Heard(io.TextIOBase):
         return len(text)
 
 
-def _accepted(found: tuple[str, Any], expected: str) -> Answer:
+def _accepted(reply: tuple[str, Any], expected: str) -> Answer:
     """A worker's answer; raises UserError for what it refuses, and for a worker whose package is another."""
-    installed, given = found
+    installed, given = reply
     if installed == expected:
         answer: Answer = given
         if answer.refused is not None:
@@ -256,11 +256,11 @@ def _checked_work() -> tuple[Callable[[], str], Callable[[str, list[Any], bytes]
         from importlib.util import find_spec
         from pathlib import Path
 
-        found = find_spec("patchnetvlad")
-        if found is None or found.origin is None:
+        spec = find_spec("patchnetvlad")
+        if spec is None or spec.origin is None:
             return ""
         digest = hashlib.sha256()
-        folder = Path(found.origin).parent
+        folder = Path(spec.origin).parent
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
         from patchnetvlad import __version__

@@ -88,8 +88,8 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
         done: dict[int, Reranking] = {}
         sizes: tuple[int, ...] = ()
         with tqdm(total=len(heads), desc="Re-ranking", unit="query", disable=not progress) as bar:
-            for place, (rerankings, found) in cluster.answers(job, parts):
-                sizes = sizes or found
+            for place, (rerankings, patch_sizes) in cluster.answers(job, parts):
+                sizes = sizes or patch_sizes
                 done.update(zip(blocks[place], rerankings, strict=True))
                 bar.update(len(rerankings))
         pairs, seconds = sum(map(len, heads)), time.perf_counter() - started
