@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.image_lists import read_image_list, write_image_list
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
@@ -91,9 +91,10 @@ def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[list[NDArray[np.uint8]]]]:
-    """A codec trained on real pictures, and the codes of some of them, P×N for each patch size."""
+    """A codec trained on real pictures, and the codes of some of them, P×N for each coded grid."""
     chosen = np.unique(np.linspace(0, len(store) - 1, REAL_CODES).astype(int)).tolist()
-    pictures = [store.patches(index).descriptors for index in chosen]
+    whole = map(store.patches, chosen)
+    pictures = [rows_to_code(picture.descriptors, picture.grids) for picture in whole]
     count = SAMPLE_ROWS // len(pictures) + 1
     generator = torch.Generator().manual_seed(0)
     rows = [torch.cat(picture) for picture in pictures]
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", nargs="+", type=Path)
     parser.add_argument("--lists", nargs="+", type=Path)
     parser.add_argument("--pictures", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--stored", default="pq16")
+    parser.add_argument("--stored", default="pq64")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)

@@ -10,7 +10,6 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +29,7 @@ from patchnetvlad.files import (
     told,
 )
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.patch_codes import PatchCodec, rows_to_code
 from patchnetvlad.store.feature_files import (
     GLOBAL_NAME,
     StoredArray,
@@ -57,8 +56,9 @@ class FeatureWriter:
             writer.finish()
 
     Opening a folder with an equal header resumes there: finished pictures are not in `missing`, also those of a
-    shorter list whose pictures are all in this one, in whatever order. They keep their files, and new pictures stay
-    apart from them: `pictures` says what all are called. Files are written
+    shorter list whose pictures are all in this one, in whatever order; in a packed folder they are the first of this
+    list. They keep their files, and new pictures stay apart from them: `pictures` says what all are called. Files are
+    written
     by a background thread, in the order of `write`, at most `queue_size` pictures behind; its errors are raised by
     a following `write`, `finish` or `close`, and nothing is written after one. Leaving the block without `finish`,
     by an exception too, keeps every picture that was handed over.
@@ -95,7 +95,7 @@ class FeatureWriter:
         self._lock = Lock()
         self._missing = set(self._opened.missing)
         writes = Blocks if header.layout == "packed" else PictureFiles
-        self._layout: Layout = writes(folder, pictures, header, sorted(self._missing))
+        self._layout: Layout = writes(folder, pictures, header, sorted(self._missing), self._opened.short_blocks)
         self._unrecorded: list[Finished] = []
         self._recorded_at = time.monotonic()
         self._failure: UserError | None = None
@@ -143,7 +143,7 @@ class FeatureWriter:
         self._check(index, global_, patches)
         encoded = None
         if any(tensor.device.type != "cpu" for tensor in patches.descriptors):
-            encoded = self._encode(index, patches.descriptors)  # made small before they are transferred
+            encoded = self._encode(index, patches)  # made small before they are transferred
         row = global_.detach().cpu().numpy().astype(np.float32)
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._queue_size):
             self._pending.popleft().result()
@@ -200,7 +200,10 @@ class FeatureWriter:
             if tuple(tensor.shape) != (len(grid), header.num_dims):
                 raise ValueError(f"patch descriptors have shape {tuple(tensor.shape)} on {grid}")
 
-    def _encode(self, index: int, descriptors: Sequence[Tensor]) -> list[StoredArray]:
+    def _encode(self, index: int, patches: PatchFeatures) -> list[StoredArray]:
+        descriptors = patches.descriptors
+        if self.header.coded:
+            descriptors = rows_to_code(descriptors, patches.grids)
         try:
             return [self._codec.encode(tensor) for tensor in descriptors]
         except ValueError as error:
@@ -214,7 +217,7 @@ class FeatureWriter:
         try:
             if not np.isfinite(row).all():
                 raise self._not_finite(index)
-            stored = self._encode(index, patches.descriptors) if encoded is None else encoded
+            stored = self._encode(index, patches) if encoded is None else encoded
             finished = self._layout.add(index, _map_size(patches), stored)
             assert self._opened.rows is not None  # this picture is missing, so the rows are not complete
             self._opened.rows.seek(self._opened.rows_offset + index * row.nbytes)
