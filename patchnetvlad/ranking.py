@@ -33,6 +33,7 @@ from patchnetvlad.workers import Workers, choose_way
 logger = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
+MOST_A_THREAD = 4  # candidates that a thread is given at a time: with one, handing over takes as long as small pairs do
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,8 @@ class Ranker:
         features = (database.patches(index) for index in head)
         weights = self._options.patchweights2use
         if self._device.type == "cpu":
-            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+            share = min(MOST_A_THREAD, max(1, len(head) // (2 * self._workers.count)))
+            return rerank(query, features, weights, self._matcher, share, self._workers.map)
         return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
