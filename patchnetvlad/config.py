@@ -79,6 +79,8 @@ class FeatureMatchConfig:
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
     # by the faster of these.
     similarity: str = setting("auto", choice("auto", "float32", "int8"))
+    # GB of patch descriptors made on demand that are kept on disk, in the feature folder, for later runs; 0: none.
+    disk_cache_gb: float = setting(0.0, real(0))
     # GB of patch descriptors kept in memory; None: half of the memory available.
     cache_gb: float | None = setting(None, optional(real(0)))
 

@@ -346,6 +346,7 @@ def configurations(draw: st.DrawFn) -> Config:
             rerank_top=draw(st.none() | counts),
             index=draw(texts),
             cache_gb=draw(weight),
+            disk_cache_gb=draw(weight),
         ),
         GlobalParams(
             resumepath=draw(texts),
