@@ -99,10 +99,10 @@ class PatchCodec:
         self, decoded: Sequence[Tensor], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]
     ) -> tuple[Tensor, ...]:
         """The unit rows P×D of all patches of some grids, from the decoded rows of the coded grids that they need."""
-        rows = dict(zip(coded, decoded, strict=True))
+        signals = {grid: _signal(rows, grid, self.error) for grid, rows in zip(coded, decoded, strict=True)}
         nearest = [coded_for(grid, coded) if len(grid) else None for grid in grids]
         return tuple(
-            torch.empty(0, self.num_dims) if other is None else estimated(rows[other], other, grid, self.error)
+            torch.empty(0, self.num_dims) if other is None else _from_signal(signals[other], other, grid)
             for grid, other in zip(grids, nearest, strict=True)
         )
 
@@ -148,31 +148,49 @@ def estimated(rows: Tensor, coded: PatchGrid, grid: PatchGrid, error: float) -> 
     is the linear one of least mean square error (Kriging) for cells that are independent of one another. error: share
     of a coded row's square that coding lost, 0 to 1; the larger it is, the more neighbours are averaged.
     """
-    into_rows, from_rows, into_columns, from_columns, trust = (
-        part.to(rows.device) for part in _kriging(coded, grid, error)
-    )
-    spectrum = into_columns @ (into_rows @ rows.reshape(coded.rows, -1)).reshape(coded.rows, coded.columns, -1)
-    lines = from_columns @ (spectrum * trust[..., None])
-    return F.normalize((from_rows @ lines.reshape(coded.rows, -1)).reshape(len(grid), -1), dim=1)
+    return _from_signal(_signal(rows, coded, error), coded, grid)
+
+
+def _signal(rows: Tensor, coded: PatchGrid, error: float) -> Tensor:
+    """Decoded rows P×D, in terms of the eigenvectors of their patches' correlation, each divided by its variance."""
+    (values, into_rows), (others, into_columns) = (_spectrum(count, coded) for count in (coded.rows, coded.columns))
+    trust = 1 / (np.outer(values, others) + error / (1 - error) + _OTHER_ERROR)
+    lines = (_sent(into_rows.T, rows) @ rows.reshape(coded.rows, -1)).reshape(coded.rows, coded.columns, -1)
+    return (_sent(into_columns.T, rows) @ lines).mul_(_sent(trust, rows)[..., None])
+
+
+def _from_signal(signal: Tensor, coded: PatchGrid, grid: PatchGrid) -> Tensor:
+    """Unit rows P×D of a grid's patches: what each has in common with the coded ones."""
+    from_rows, from_columns = _common(coded, grid)
+    lines = _sent(from_columns, signal) @ signal
+    estimate = (_sent(from_rows, signal) @ lines.reshape(coded.rows, -1)).reshape(len(grid), -1)
+    norms = torch.linalg.vector_norm(estimate, dim=1, keepdim=True)
+    return estimate.div_(norms.clamp_(min=1e-12))
 
 
 @lru_cache(maxsize=256)
-def _kriging(coded: PatchGrid, grid: PatchGrid, error: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What takes coded rows to the rows of a grid: along either axis the eigenvectors of the coded patches' correlation
-    and what these have in common with the grid's patches, and how much of each product is signal."""
-    parts = []
-    values = []
-    for coded_count, count in ((coded.rows, grid.rows), (coded.columns, grid.columns)):
-        known = np.arange(coded_count) * coded.stride
-        wanted = np.arange(count) * grid.stride
-        spectrum, vectors = np.linalg.eigh(_overlaps(known, coded.patch_size, known, coded.patch_size))
-        parts += [vectors.T, _overlaps(wanted, grid.patch_size, known, coded.patch_size) @ vectors]
-        values.append(spectrum)
-    trust = 1 / (np.outer(*values) + error / (1 - error) + _OTHER_ERROR)
-    into_rows, from_rows, into_columns, from_columns, trust = (
-        torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32)) for part in (*parts, trust)
+def _spectrum(count: int, coded: PatchGrid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues and eigenvectors (columns) of the correlation of so many coded patches along an axis."""
+    known = np.arange(count) * coded.stride
+    values, vectors = np.linalg.eigh(_overlaps(known, coded.patch_size, known, coded.patch_size))
+    return values, vectors
+
+
+@lru_cache(maxsize=256)
+def _common(coded: PatchGrid, grid: PatchGrid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Along either axis, the correlation of a grid's patches with the eigenvectors of the coded ones."""
+    counts = (coded.rows, grid.rows), (coded.columns, grid.columns)
+    rows, columns = (
+        _overlaps(np.arange(wanted) * grid.stride, grid.patch_size, np.arange(known) * coded.stride, coded.patch_size)
+        @ _spectrum(known, coded)[1]
+        for known, wanted in counts
     )
-    return into_rows, from_rows, into_columns, from_columns, trust
+    return rows, columns
+
+
+def _sent(matrix: NDArray[np.float64], beside: Tensor) -> Tensor:
+    """A matrix in float32 on the device of a tensor."""
+    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32)).to(beside.device)
 
 
 def _overlaps(

@@ -212,7 +212,7 @@ def test_coding_few_patches_well_is_better_than_all_badly():
 
 
 def test_a_codec_knows_its_error():
-    sample, rows = unit_rows(3000, 32, 0, 0.5), unit_rows(500, 32, 1, 0.5)
+    sample, rows = unit_rows(20000, 32, 0, 0.5), unit_rows(500, 32, 1, 0.5)
     for num_bytes in (2, 8):
         codec = train_codec(sample, num_bytes)
         assert codec.error == pytest.approx(1 - likeness(codec.decode(codec.encode(rows)), rows) ** 2, abs=0.05)
