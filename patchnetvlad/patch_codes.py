@@ -26,7 +26,7 @@ from patchnetvlad.faiss_library import faiss
 from patchnetvlad.patch_grid import PatchGrid
 
 CENTROIDS = 256  # in each group: one byte
-SAMPLE_ROWS = 1 << 16  # descriptors that training makes use of, 256 for each centroid
+SAMPLE_ROWS = 1 << 16  # descriptors that training makes use of at most, 256 for each centroid
 
 # docs/scale.md has what these were chosen by.
 ALIKE = 1.5  # ratio of the largest patch size to the smallest that are estimated from the codes of one
@@ -35,6 +35,7 @@ CODED_STEP = 0.4  # of a patch size, from one coded patch to the next
 _OTHER_ERROR = 0.02  # of an estimate, besides that of the codes: windows are not quite sums
 
 _ITERATIONS = 25
+_POINTS_A_DIMENSION = 32  # of a group, for each centroid: small groups need no more
 _TRIED_ROWS = 2048  # descriptors that tell the error of a codec, at least where there are so many
 _SEED = 20210621
 
@@ -219,6 +220,7 @@ def train_codec(sample: Tensor, num_bytes: int) -> PatchCodec:
     quantizer.cp.niter = _ITERATIONS
     quantizer.cp.seed = _SEED
     quantizer.cp.min_points_per_centroid = 1
+    quantizer.cp.max_points_per_centroid = min(SAMPLE_ROWS // CENTROIDS, _POINTS_A_DIMENSION * groups.shape[1])
     quantizer.train(_dealt(rows, groups))
     centroids = faiss.vector_to_array(quantizer.centroids).reshape(num_bytes, CENTROIDS, -1)
     codec = PatchCodec(groups, np.ascontiguousarray(centroids, dtype=np.float32), 0.0)
