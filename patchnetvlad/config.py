@@ -44,7 +44,7 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk; pqN: codes of N bytes a patch, for databases.
+    # Type of the patch descriptors on disk; pqN: codes of N bytes, for databases (docs/scale.md).
     feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
     # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
     layout: str = setting("files", choice("files", "packed"))

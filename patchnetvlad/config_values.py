@@ -81,7 +81,7 @@ def storage_type(*names: str) -> Rule[str]:
     """One of the names, or pqN."""
     plain = choice(*names)
     return Rule(
-        f"{plain.expected} or pqN (N bytes a patch)",
+        f"{plain.expected} or pqN (codes of N bytes)",
         lambda text: text.lower() if code_bytes(text.lower()) is not None else plain.parse(text),
     )
 

@@ -180,7 +180,7 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
     described = _described(model, config, pictures, indices)
     sample = torch.cat([_some_rows(descriptors, rows, index) for index, descriptors in described])
     trained = train_codec(sample, num_bytes)
-    logger.info("codec of %d bytes a patch from %d patches of %d pictures", num_bytes, len(sample), len(indices))
+    logger.info("codec of %d bytes from %d patches of %d pictures", num_bytes, len(sample), len(indices))
     return trained
 
 
@@ -264,7 +264,7 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
-            "(use another disk, feature_dtype = float16, int8 or pq16, a configuration with fewer dimensions or patch "
+            "(use another disk, feature_dtype = float16, int8 or pq64, a configuration with fewer dimensions or patch "
             "sizes, or local_features = on_demand)"
         )
 
