@@ -36,7 +36,7 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, trai
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
-from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, BlockWriter, block_name
+from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
 from patchnetvlad.store.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
 from patchnetvlad.store.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
 from patchnetvlad.store.feature_store import FeatureStore
@@ -106,9 +106,18 @@ def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[li
 
 
 def write_database(
-    folder: Path, count: int, source: Path, store: FeatureStore, dtype: str, real: NDArray[np.float32]
+    folder: Path,
+    count: int,
+    source: Path,
+    store: FeatureStore,
+    dtype: str,
+    real: NDArray[np.float32],
+    distinct: int | None,
 ) -> None:
-    """A packed folder and its list beside it, as feature_extract would have made them."""
+    """A packed folder and its list beside it, as feature_extract would have made them.
+
+    distinct: blocks that are written; further whole ones are links to these.
+    """
     manifest = read_manifest(source)
     num_bytes = code_bytes(dtype)
     assert manifest is not None and num_bytes is not None
@@ -127,13 +136,19 @@ def write_database(
     map_size = grids[0].map_height, grids[0].map_width
     rng = np.random.default_rng(2)
     layout = header.block_layout(count)
+    finished: list[Block] = []
     with (folder / MANIFEST_NAME).open("wb") as file:
         file.write(header_line(header, names, "city"))
         for number in range(layout.num_blocks):
+            if distinct is not None and number >= distinct and len(layout.pictures(number)) == PICTURES_IN_BLOCK:
+                os.link(folder / block_name(number % distinct), folder / block_name(number))
+                file.write(block_line(replace(finished[number % distinct], number=number)))
+                continue
             with BlockWriter(folder, layout, number) as writer:
                 for _ in layout.pictures(number):
                     writer.add(map_size, [made_over(part, rng) for part in codes[rng.integers(len(codes))]])
-                file.write(block_line(writer.finish()))
+                finished.append(writer.finish())
+            file.write(block_line(finished[-1]))
 
 
 def made_over(codes: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -236,7 +251,7 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
     listed = read_image_list(args.lists[0], args.lists[0].parent)
     began = time.perf_counter()
     with FeatureStore.open(args.features[0], listed) as store:
-        write_database(folder, count, args.features[0], store, args.stored, real)
+        write_database(folder, count, args.features[0], store, args.stored, real, args.distinct_blocks)
     written = time.perf_counter()
     names = read_image_list(folder.with_suffix(".txt"), folder).names
     info = read_array_info(folder / GLOBAL_NAME)
@@ -333,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", nargs="+", type=Path)
     parser.add_argument("--lists", nargs="+", type=Path)
     parser.add_argument("--pictures", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--distinct_blocks", type=int, help="write so many, and the others as links to them")
     parser.add_argument("--build_only", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--stored", default="pq64")
