@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from patchnetvlad import config
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
@@ -169,6 +170,13 @@ class Ranker:
             self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 database.round_references()
+
+
+def add_matcher(name: str, matcher: Matcher) -> None:
+    """Add a matcher, or replace one of that name; from then on a configuration may name it."""
+    MATCHERS[name] = matcher
+    if name not in config.MATCHERS:
+        config.MATCHERS.append(name)
 
 
 def find_matcher(name: str) -> Matcher:

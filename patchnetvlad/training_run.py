@@ -144,8 +144,6 @@ def _check_run(config: Config, processes: Processes) -> None:
     train = config.train
     find_loss(train.loss)
     check_changes(train.augmentation)
-    if min(train.imageresizew, train.imageresizeh) < 1:
-        raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
     if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
