@@ -20,7 +20,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from recalls import N_VALUES, PARTS, stored_as
+from recalls import N_VALUES, PARTS
 
 from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_bytes
@@ -126,9 +126,10 @@ class StoredDatabase:
 def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]]) -> dict:
     """Of every form bytes a picture, and for each query the rank of its first true match (0: none)."""
     model, checkpoint = load_model(config)
+    stored = replace(config, feature_extract=replace(config.feature_extract, feature_dtype="float16"))
     lists = [read_image_list(root / f"{root.name}_imageNames_{part}.txt", root) for part in PARTS]
     for part, pictures in zip(PARTS, lists, strict=True):
-        describe_list(model, checkpoint, stored_as(config, "float16"), pictures, work / part, progress=True)
+        describe_list(model, checkpoint, stored, pictures, work / part, progress=True)
     truth = read_ground_truth(root / f"{root.name}.npz", len(lists[0]), len(lists[1])).positives()
     found = {}
     queries, database = (FeatureStore.open(work / part, pictures) for part, pictures in zip(PARTS, lists, strict=True))
