@@ -20,7 +20,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from recalls import N_VALUES, SIDES, described_as
+from recalls import N_VALUES, SIDES
 
 from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_bytes
@@ -29,7 +29,7 @@ from patchnetvlad.extraction import describe_list
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, blended, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_to_code, train_codec
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.store.feature_cache import CacheStatistics
@@ -83,7 +83,8 @@ class StoredDatabase:
         count = SAMPLE_ROWS // len(pictures) + 1
         sample = []
         for index in pictures:
-            rows = torch.cat(self._store.patches(index).descriptors)
+            features = self._form.thin(self._store.patches(index))
+            rows = torch.cat(rows_to_code(features.descriptors, features.grids))
             sample.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]])
         return train_codec(torch.cat(sample), self._form.num_bytes)
 
@@ -93,11 +94,12 @@ class StoredDatabase:
         else:
             if index not in self._kept:
                 thinned = self._form.thin(self._store.patches(index))
-                codes = [self._codec.encode(rows) for rows in thinned.descriptors]
+                codes = [self._codec.encode(rows) for rows in rows_to_code(thinned.descriptors, thinned.grids)]
                 self._kept[index] = codes, PatchFeatures((), thinned.grids)
             codes, without = self._kept[index]
-            rows = map(self._codec.decode, codes)
-            features = PatchFeatures(tuple(map(blended, rows, without.grids)), without.grids)
+            rows = list(map(self._codec.decode, codes))
+            grids = without.grids
+            features = PatchFeatures(self._codec.estimate(rows, coded_grids(grids), grids), grids)
         return (features.round_as("reference") if self._rounded else features).to(device)
 
     def round_references(self) -> None:
@@ -111,8 +113,10 @@ class StoredDatabase:
 
     def picture_bytes(self, index: int) -> int:
         """On disk."""
-        width = self._form.num_bytes or 4 * self._store.num_dims
-        return width * sum(map(len, self._form.thin(self._store.patches(index)).grids))
+        grids = self._form.thin(self._store.patches(index)).grids
+        if self._form.num_bytes is not None:
+            return self._form.num_bytes * sum(map(len, coded_grids(grids)))
+        return 4 * self._store.num_dims * sum(map(len, grids))
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -122,9 +126,10 @@ class StoredDatabase:
 def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]]) -> dict:
     """Of every form bytes a picture, and for each query the rank of its first true match (0: none)."""
     model, checkpoint = load_model(config)
+    stored = replace(config, feature_extract=replace(config.feature_extract, feature_dtype="float16"))
     lists = [read_image_list(root / f"{root.name}_imageNames_{side}.txt", root) for side in SIDES]
     for side, pictures in zip(SIDES, lists, strict=True):
-        describe_list(model, checkpoint, described_as(config, "float16"), pictures, work / side, progress=True)
+        describe_list(model, checkpoint, stored, pictures, work / side, progress=True)
     truth = read_ground_truth(root / f"{root.name}.npz", len(lists[0]), len(lists[1])).positives()
     measured = {}
     queries, database = (FeatureStore.open(work / side, pictures) for side, pictures in zip(SIDES, lists, strict=True))
@@ -195,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--datasets", nargs="+", default=["corridor", "ietower_small"])
     parser.add_argument("--config_path", default="builtin.ini")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--stored", nargs="+", default=["float32", "pq32", "pq16", "pq8", "pq5", "float32@2", "pq16@2"])
+    parser.add_argument("--stored", nargs="+", default=["float32", "pq192", "pq128", "pq64", "pq32", "float32@2"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)

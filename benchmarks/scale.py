@@ -5,7 +5,9 @@
 
 --features and --lists: feature folders of real pictures and their lists, the last being the queries. The database is
 made of them: global descriptors are walks through streets (see `city`), patches are the codes of a real picture of
-which a tenth is replaced at random. Each answer comes from a process of its own. Writes scale.json, scale.md and
+which a tenth is replaced at random. Each answer comes from a process of its own, before which the system is told to
+forget the files, so that the first reads come from the disk. --build_only makes the databases and leaves them
+in WORK for a later run, which measures, and removes them unless --keep is given. Writes scale.json, scale.md and
 scale.png.
 """
 
@@ -18,24 +20,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.image_lists import read_image_list, write_image_list
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
-from patchnetvlad.store.feature_blocks import BlockWriter
+from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
 from patchnetvlad.store.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
 from patchnetvlad.store.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
 from patchnetvlad.store.feature_store import FeatureStore
@@ -47,6 +48,7 @@ KEPT = 0.7  # correlation of what is left between one picture and the next
 LIKENESS = 0.55  # of a query to the picture taken at its place
 REPLACED = 0.1  # of the codes of a picture
 QUERIES = 20
+T = TypeVar("T")
 REAL_CODES = 64  # pictures whose codes are made over
 
 
@@ -91,9 +93,10 @@ def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[list[NDArray[np.uint8]]]]:
-    """A codec trained on real pictures, and the codes of some of them, P×N for each patch size."""
+    """A codec trained on real pictures, and the codes of some of them, P×N for each coded grid."""
     chosen = np.unique(np.linspace(0, len(store) - 1, REAL_CODES).astype(int)).tolist()
-    pictures = [store.patches(index).descriptors for index in chosen]
+    whole = map(store.patches, chosen)
+    pictures = [rows_to_code(picture.descriptors, picture.grids) for picture in whole]
     count = SAMPLE_ROWS // len(pictures) + 1
     generator = torch.Generator().manual_seed(0)
     rows = [torch.cat(picture) for picture in pictures]
@@ -103,9 +106,18 @@ def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[li
 
 
 def write_database(
-    folder: Path, count: int, source: Path, store: FeatureStore, dtype: str, real: NDArray[np.float32]
+    folder: Path,
+    count: int,
+    source: Path,
+    store: FeatureStore,
+    dtype: str,
+    real: NDArray[np.float32],
+    distinct: int | None,
 ) -> None:
-    """A packed folder and its list beside it, as feature_extract would have made them."""
+    """A packed folder and its list beside it, as feature_extract would have made them.
+
+    distinct: blocks that are written; further whole ones are links to these.
+    """
     manifest = read_manifest(source)
     num_bytes = code_bytes(dtype)
     assert manifest is not None and num_bytes is not None
@@ -124,13 +136,19 @@ def write_database(
     map_size = grids[0].map_height, grids[0].map_width
     rng = np.random.default_rng(2)
     layout = header.block_layout(count)
+    finished: list[Block] = []
     with (folder / MANIFEST_NAME).open("wb") as file:
         file.write(header_line(header, names, "city"))
         for number in range(layout.num_blocks):
+            if distinct is not None and number >= distinct and len(layout.pictures(number)) == PICTURES_IN_BLOCK:
+                os.link(folder / block_name(number % distinct), folder / block_name(number))
+                file.write(block_line(replace(finished[number % distinct], number=number)))
+                continue
             with BlockWriter(folder, layout, number) as writer:
                 for _ in layout.pictures(number):
                     writer.add(map_size, [made_over(part, rng) for part in codes[rng.integers(len(codes))]])
-                file.write(block_line(writer.finish()))
+                finished.append(writer.finish())
+            file.write(block_line(finished[-1]))
 
 
 def made_over(codes: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -144,6 +162,7 @@ def made_over(codes: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.
 def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str, float]:
     """Open a database and answer queries, in this process that has just begun; times in seconds."""
     imported = time.time()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     pictures = read_image_list(folder.with_suffix(".txt"), folder)
     store = FeatureStore.open(folder, pictures, cache_gb=0.5)
     index = open_index(folder / "search_index.json", store.global_, pictures.names)
@@ -162,16 +181,20 @@ def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str
         if row == 0:
             first = time.time()
     search = DatabaseIndex(store.global_, index)
-    searches, reads = [], []
+    searches = []
     for row in range(QUERIES):
         began = time.perf_counter()
-        found = search.search(global_[row : row + 1], 100).indices[0]
+        search.search(global_[row : row + 1], 100)
         searches.append(time.perf_counter() - began)
+    forget_files(folder)
+    candidates = np.random.default_rng(4).choice(len(pictures), min(500, len(pictures)), replace=False).tolist()
     fresh = FeatureStore.open(folder, pictures, cache_gb=0)
-    for candidate in found.tolist():
-        began = time.perf_counter()
-        fresh.patches(candidate)
-        reads.append(time.perf_counter() - began)
+    cold, warm = ([timed(fresh.patches, candidate) for candidate in candidates] for _ in range(2))
+    files = [folder / block_name(index // PICTURES_IN_BLOCK) for index in candidates]
+    forget_files(folder)
+    raw = [timed(read_somewhere, path) for path in files]
+    picture = fresh.patches(0).descriptors
+    products = [sum(timed(lambda rows: rows @ rows.T, rows) for rows in picture) for _ in range(5)]
     exact = DatabaseIndex(store.global_).search(global_, 100).indices
     approximate = search.search(global_, 100).indices
     recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(approximate, exact, strict=True)])
@@ -180,12 +203,37 @@ def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str
         "open": opened - imported,
         "first answer": first - started,
         "search": float(np.median(searches)),
-        "read and decode 100": 100 * float(np.median(reads)),
+        "decode 100": 100 * float(np.mean(warm)),
+        "read 100": 100 * (float(np.mean(cold)) - float(np.mean(warm))),
+        "limit: read 100": 100 * float(np.mean(raw)),
+        "limit: products": 100 * min(products),
         "query": float(np.median(times[1:])),
         "recall@100": float(recall),
         "memory, bytes": anonymous_bytes(),
         "peak with mapped files, bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
+
+
+def read_somewhere(path: Path) -> None:
+    """Read 16 kB in the middle of a file."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(path.stat().st_size // 2)
+        file.read(1 << 14)
+
+
+def timed(call: Callable[[T], object], argument: T) -> float:
+    """Seconds of a call."""
+    began = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - began
+
+
+def forget_files(folder: Path) -> None:
+    """Have the system drop what it holds in memory of a folder's files."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def anonymous_bytes() -> float:
@@ -194,13 +242,16 @@ def anonymous_bytes() -> float:
     return sum(1024.0 * float(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
-def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:
-    """Make a database of that many pictures, index it, and let a new process answer queries with it."""
+def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:
+    """Make a database of that many pictures and index it, unless it is there."""
     folder = args.work / f"city{count}"
+    record = folder.with_suffix(".json")
+    if record.exists():
+        return json.loads(record.read_text())
     listed = read_image_list(args.lists[0], args.lists[0].parent)
     began = time.perf_counter()
     with FeatureStore.open(args.features[0], listed) as store:
-        write_database(folder, count, args.features[0], store, args.stored, real)
+        write_database(folder, count, args.features[0], store, args.stored, real, args.distinct_blocks)
     written = time.perf_counter()
     names = read_image_list(folder.with_suffix(".txt"), folder).names
     info = read_array_info(folder / GLOBAL_NAME)
@@ -215,9 +266,20 @@ def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> 
         "index, bytes": float(built.num_bytes),
         "disk, bytes": float(sum(path.stat().st_size for path in folder.iterdir())),
     }
+    record.write_text(json.dumps(found))
+    return found
+
+
+def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:
+    """Let a new process answer queries with a database of that many pictures."""
+    found = build(count, args, real)
+    folder = args.work / f"city{count}"
+    forget_files(folder)
     command = [sys.executable, __file__, "--answer", str(folder), str(args.features[-1]), str(args.lists[-1])]
     done = subprocess.run([*command, str(time.time())], capture_output=True, text=True, check=True, env=os.environ)
-    shutil.rmtree(folder)
+    if not args.keep:
+        folder.with_suffix(".json").unlink()
+        shutil.rmtree(folder)
     return found | json.loads(done.stdout.splitlines()[-1])
 
 
@@ -230,7 +292,10 @@ def table(results: dict[str, dict[str, float]]) -> str:
         ("open", "open, s", 1.0),
         ("first answer", "first answer, s", 1.0),
         ("search", "search, ms", 1e3),
-        ("read and decode 100", "read and decode 100, ms", 1e3),
+        ("read 100", "read 100 from the disk, ms", 1e3),
+        ("decode 100", "decode 100, ms", 1e3),
+        ("limit: read 100", "limit: 100 reads of 16 kB, ms", 1e3),
+        ("limit: products", "limit: products of 100 candidates in float32, ms", 1e3),
         ("query", "query, 100 re-ranked, ms", 1e3),
         ("recall@100", "Recall@100 of the index", 1.0),
         ("memory, bytes", "memory, MB", 1e-6),
@@ -249,15 +314,24 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     """Time of a query's parts and of opening over the number of pictures, and bytes with what they cannot go below."""
+    # Here, so that the process that answers does not load it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     counts = [int(count) for count in results]
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     first, second = figure.subplots(1, 2)
-    for key in ("search", "read and decode 100", "query", "open", "first answer"):
+    for key in ("search", "read 100", "decode 100", "query", "open", "first answer"):
         first.plot(counts, [values[key] for values in results.values()], "o-", label=key)
     first.set(xscale="log", yscale="log", xlabel="pictures", ylabel="seconds", title="time")
     for key in ("disk, bytes", "index, bytes", "memory, bytes"):
         second.plot(counts, [values[key] for values in results.values()], "o-", label=key.partition(",")[0])
+    for limit, what, style in (
+        ("limit: read 100", "limit: 100 reads of the disk", "k:"),
+        ("limit: products", "limit: products of 100 candidates", "k--"),
+    ):
+        first.plot(counts, [values[limit] for values in results.values()], style, label=what)
     each = min(values["disk, bytes"] / int(count) for count, values in results.items())
     second.plot(counts, [each * count for count in counts], "k:", label="codes and global descriptors alone")
     second.set(xscale="log", yscale="log", xlabel="pictures", ylabel="bytes", title="size")
@@ -274,7 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", nargs="+", type=Path)
     parser.add_argument("--lists", nargs="+", type=Path)
     parser.add_argument("--pictures", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--stored", default="pq16")
+    parser.add_argument("--distinct_blocks", type=int, help="write so many, and the others as links to them")
+    parser.add_argument("--build_only", action="store_true")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--stored", default="pq64")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)
@@ -293,9 +370,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     results = {}
     for count in args.pictures:
+        if args.build_only:
+            print(count, json.dumps(build(count, args, real)), flush=True)
+            continue
         results[str(count)] = measure(count, args, real)
         print(count, json.dumps(results[str(count)]), flush=True)
         (args.output / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
+    if args.build_only:
+        return
     (args.output / "scale.md").write_text(table(results))
     plot(results, args.output / "scale.png")
     print(table(results))

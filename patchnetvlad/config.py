@@ -62,7 +62,7 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk; pqN: codes of N bytes a patch, for databases.
+    # Type of the patch descriptors on disk; pqN: codes of N bytes, for databases (docs/scale.md).
     feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
     # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
     layout: str = setting("files", choice("files", "packed"))
@@ -97,6 +97,8 @@ class FeatureMatchConfig:
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
     # by the faster of these.
     similarity: str = setting("auto", choice("auto", "float32", "int8"))
+    # GB of patch descriptors made on demand that are kept on disk, in the feature folder, for later runs; 0: none.
+    disk_cache_gb: float = setting(0.0, real(0))
     # GB of patch descriptors kept in memory; None: half of the memory available.
     cache_gb: float | None = setting(None, optional(real(0)))
 

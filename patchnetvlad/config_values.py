@@ -133,7 +133,7 @@ def storage_type(*names: str) -> Rule[str]:
     """One of the names, or pqN."""
     plain = choice(*names)
     return Rule(
-        f"{plain.told} or pqN (N bytes a patch)",
+        f"{plain.told} or pqN (codes of N bytes)",
         lambda text: text.lower() if code_bytes(text.lower()) is not None else plain.parse(text),
     )
 

@@ -38,6 +38,7 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
+from patchnetvlad.store.described_pictures import FOLDER_NAME, DescribedOnDisk
 from patchnetvlad.store.feature_cache import cache_bytes
 from patchnetvlad.store.feature_header import StoreHeader, has_manifest
 from patchnetvlad.store.feature_store import FeatureStore
@@ -212,7 +213,10 @@ def open_features(
         if config.global_params.pooling != "patchnetvlad":
             yield DescribedPictures(store.global_, None)
         elif config.describes_on_demand:
-            patches = OnDemandPatches(find_model(), pictures, config.feature_extract, memory)
+            room = int(1e9 * config.feature_match.disk_cache_gb)
+            made_by = repr(expected_header(config))
+            kept = DescribedOnDisk(folder / FOLDER_NAME, room, made_by) if room else None
+            patches = OnDemandPatches(find_model(), pictures, config.feature_extract, memory, kept)
             yield DescribedPictures(store.global_, patches)
         else:
             yield DescribedPictures(store.global_, store)

@@ -25,7 +25,7 @@ from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
 from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
@@ -212,9 +212,9 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
     indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
     rows = math.ceil(SAMPLE_ROWS / len(indices))
     described = _described(model, config, pictures, indices)
-    sample = torch.cat([_some_rows(descriptors.patches, rows, index) for index, descriptors in described])
+    sample = torch.cat([_some_rows(descriptors, rows, index) for index, descriptors in described])
     trained = train_codec(sample, num_bytes)
-    logger.info("codec of %d bytes a patch from %d patches of %d pictures", num_bytes, len(sample), len(indices))
+    logger.info("codec of %d bytes from %d patches of %d pictures", num_bytes, len(sample), len(indices))
     return trained
 
 
@@ -229,9 +229,9 @@ def _described(
         yield index, _describe(model, tensor[None], pictures.names[index])
 
 
-def _some_rows(patches: Sequence[Tensor], count: int, seed: int) -> Tensor:
-    """At most `count` descriptors of a picture, drawn from all patch sizes (1×P×D each), on the CPU."""
-    rows = torch.cat([descriptors[0] for descriptors in patches])
+def _some_rows(described: Descriptors, count: int, seed: int) -> Tensor:
+    """At most `count` of the descriptors of a picture that will be coded, S×D on the CPU."""
+    rows = torch.cat(rows_to_code([descriptors[0] for descriptors in described.patches], described.grids))
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].to(rows.device)].cpu()
 
 
@@ -285,7 +285,7 @@ def estimate_bytes(header: StoreHeader, map_size: tuple[int, int], num_pictures:
     scales = ((1e-5 / 3,) * codec.num_scales(header.num_dims),) * len(header.strides)
     line = entry_line(ManifestEntry(num_pictures, "n" * 64, "n" * 64, map_size, tuple(filter(None, scales))))
     width = codec.width(header.num_dims)
-    patches = sum(array_file_bytes((width, len(grid)), codec.dtype) for grid in header.grids(map_size))
+    patches = sum(array_file_bytes((width, len(grid)), codec.dtype) for grid in header.stored_grids(map_size))
     return num_pictures * (patches + 4 * header.num_dims + len(line))
 
 
@@ -298,7 +298,7 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
-            "(use another disk, feature_dtype = float16, int8 or pq16, a configuration with fewer dimensions or patch "
+            "(use another disk, feature_dtype = float16, int8 or pq64, a configuration with fewer dimensions or patch "
             "sizes, or local_features = on_demand)"
         )
 

@@ -20,6 +20,7 @@ from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.models import download_models, fit_model
 from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.errors import UserError
+from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.result_files import read_pairs
@@ -242,6 +243,25 @@ def test_on_demand_equals_stored(small_model, features, tmp_path):
     np.testing.assert_allclose(stored["per_scale"], made["per_scale"])
 
 
+def test_on_demand_from_a_disk_cache(small_model, features, tmp_path, monkeypatch):
+    """A second run describes nothing and finds the same; room for little keeps little."""
+    for part in ("query", "index"):
+        shutil.copytree(features / part, tmp_path / part, ignore=shutil.ignore_patterns("patchfeats*"))
+    options = ["--set", "feature_match.local_features=on_demand", "--set"]
+    assert match(small_model, tmp_path, tmp_path / "one", *options, "feature_match.disk_cache_gb=1") == 0
+    kept = list(tmp_path.glob("*/described/*.npz"))
+    assert len(kept) == 18 + len(np.unique(np.load(tmp_path / "one" / "scores.npz")["indices"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(PlaceModel, "describe", None)
+        assert match(small_model, tmp_path, tmp_path / "two", *options, "feature_match.disk_cache_gb=1") == 0
+    one, two = (np.load(tmp_path / name / "scores.npz") for name in ("one", "two"))
+    np.testing.assert_array_equal(one["per_scale"], two["per_scale"])
+    room = 2.5 * max(path.stat().st_size for path in kept)
+    assert match(small_model, tmp_path, tmp_path / "3", *options, f"feature_match.disk_cache_gb={room / 1e9:.12f}") == 0
+    for part in ("query", "index"):
+        assert 0 < sum(path.stat().st_size for path in (tmp_path / part / "described").iterdir()) <= room
+
+
 @pytest.mark.parametrize("source", ["stored", "on_demand"])
 def test_8_bit_products_change_nothing(small_model, features, tmp_path, source):
     options = ["--set", f"feature_match.local_features={source}", "--set", "feature_match.similarity=int8"]
@@ -284,10 +304,10 @@ def test_codes_of_patches(small_model, features, tmp_path, capsys):
     assert abs(coded["1"] - full["1"]) <= 2 / 18 + 1e-9 and coded["10"] >= full["10"] - 1 / 18 - 1e-9
 
     codec = (tmp_path / "index/patchcodec.npz").read_bytes()
-    kept = (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes()
-    (tmp_path / "index/patchfeats_psize3_place03_0.npy").unlink()
+    kept = (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes()
+    (tmp_path / "index/patchfeats_psize2_place03_0.npy").unlink()
     assert extract(options, INDEX_LIST, tmp_path / "index") == 0
-    assert (tmp_path / "index/patchfeats_psize3_place03_0.npy").read_bytes() == kept
+    assert (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes() == kept
     assert (tmp_path / "index/patchcodec.npz").read_bytes() == codec
 
     capsys.readouterr()

@@ -366,6 +366,7 @@ def configurations(draw: st.DrawFn) -> Config:
             rerank_top=draw(st.none() | counts),
             index=draw(st.sampled_from(["Flat", "IVF16,PQ4x4fs"]) | texts.map("{}.json".format)),
             cache_gb=draw(weight),
+            disk_cache_gb=draw(weight),
         ),
         GlobalParams(
             resumepath=draw(texts),

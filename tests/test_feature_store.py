@@ -29,7 +29,7 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import check_disk, estimate_bytes
 from patchnetvlad.image_lists import ImageList, unique_feature_names
-from patchnetvlad.patch_codes import blended, train_codec
+from patchnetvlad.patch_codes import coded_grids, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
 from patchnetvlad.store.feature_cache import PictureCache
@@ -1268,6 +1268,83 @@ def test_packed_folders_of_another_list_are_refused(tmp_path, small_blocks):
         FeatureWriter(tmp_path, PACKED_LIST, make_header())
 
 
+def grow_packed(folder: Path, header: StoreHeader, count: int, indices: Sequence[int] | None = None) -> list[int]:
+    """Write what is missing of the first pictures of the packed list, or some of it; returns what was missing."""
+    with FeatureWriter(folder, make_list(PACKED_LIST.names[:count]), header) as writer:
+        missing = writer.missing
+        for index in missing if indices is None else indices:
+            writer.write(index, *make_features(header, index, PACKED_MAPS[index]))
+        if indices is None:
+            writer.finish()
+    return missing
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_packed_folders_grow_at_the_end_of_their_list(tmp_path, small_blocks, dtype):
+    """In steps of whole blocks and of parts; what is there in the end is what one run makes."""
+    header = make_header(layout="packed", dtype=dtype)
+    write_packed(tmp_path / "whole", header)
+    folder = tmp_path / "grown"
+    for before, count in ((0, 2), (2, 3), (3, 4), (4, 9), (9, 11)):
+        assert grow_packed(folder, header, count) == list(range(before, count))
+        with FeatureStore.open(folder, make_list(PACKED_LIST.names[:count])) as store:
+            for index in range(count):
+                store.patches(index)
+    for path in sorted((tmp_path / "whole").glob("*.npy")):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert not list(folder.glob(".writing*")) and not list(folder.glob("*.grown"))
+
+
+def test_a_packed_folder_that_grows_is_not_finished(tmp_path, small_blocks):
+    """Not while its last block is short, and after another growth neither."""
+    header = make_header(layout="packed")
+    grow_packed(tmp_path, header, 6)
+    assert grow_packed(tmp_path, header, 7, []) == [6]
+    with pytest.raises(UserError, match="not finished"):
+        FeatureStore.open(tmp_path, make_list(PACKED_LIST.names[:7]))
+    assert grow_packed(tmp_path, header, 11, [9, 10]) == [6, 7, 8, 9, 10]  # no block was completed
+    assert grow_packed(tmp_path, header, 11, [6, 7]) == [6, 7, 8, 9, 10]
+    assert grow_packed(tmp_path, header, 11) == [8, 9, 10]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_packed_growth_that_was_killed(tmp_path, small_blocks, dtype):
+    """Before the new manifest was in place, and between a completed block's files and its line."""
+    header = make_header(layout="packed", dtype=dtype)
+    write_packed(tmp_path / "whole", header)
+    folder = tmp_path / "grown"
+    grow_packed(folder, header, 6)
+    with (folder / "globalfeats.npy.grown").open("wb") as file:  # longer rows without their manifest
+        np.save(file, np.ones((11, header.num_dims), np.float32))
+    assert grow_packed(folder, header, 6) == []
+    assert grow_packed(folder, header, 11, []) == [6, 7, 8, 9, 10]
+    for path in (tmp_path / "whole").glob("patchblock_0000001*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert grow_packed(folder, header, 11) == [6, 7, 8, 9, 10]
+    for path in sorted((tmp_path / "whole").glob("*.npy")):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_a_short_block_that_was_cut_is_made_again(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    grow_packed(tmp_path, header, 6)
+    path = tmp_path / "patchblock_0000001.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert grow_packed(tmp_path, header, 11) == list(range(4, 11))
+    with FeatureStore.open(tmp_path, PACKED_LIST) as store:
+        assert torch.equal(store.patches(4).descriptors[0], make_features(header, 4, PACKED_MAPS[4])[1].descriptors[0])
+
+
+def test_packed_folders_grow_with_their_own_pictures_only(tmp_path, small_blocks):
+    header = make_header(layout="packed")
+    grow_packed(tmp_path, header, 6)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="its first 6 are not those in the blocks") as caught:
+        FeatureWriter(tmp_path, make_list(("new.jpg", *PACKED_LIST.names[:10])), header)
+    one_line(caught)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_packed_features_are_replaced(tmp_path, small_blocks):
     write_packed(tmp_path, make_header(layout="packed", dtype="int8"))
     with FeatureWriter(tmp_path, PACKED_LIST, make_header(), overwrite=True) as writer:
@@ -1290,12 +1367,26 @@ def test_codes_are_kept_with_their_codec(tmp_path, small_blocks):
             for index in range(11):
                 picture = store.patches(index)
                 given = make_features(header, index, PACKED_MAPS[index])[1].descriptors
-                for stored, descriptors, grid in zip(picture.descriptors, given, picture.grids, strict=True):
-                    assert torch.equal(stored, blended(trained.decode(trained.encode(descriptors)), grid))
+                coded = coded_grids(picture.grids)
+                decoded = [trained.decode(trained.encode(rows)) for rows in rows_to_code(given, picture.grids)]
+                expected = trained.estimate(decoded, coded, picture.grids)
+                assert all(map(torch.equal, picture.descriptors, expected))
+                names = {f"patchfeats_psize{grid.patch_size}_{PACKED_LIST.feature_names[index]}.npy" for grid in coded}
+                assert layout == "packed" or names <= files_of(folder)
+            assert sum(store.picture_bytes(index) for index in range(11)) == sum(
+                3 * len(grid) for size in PACKED_MAPS for grid in coded_grids(header.grids(size))
+            )
             store.round_references()
             picture = store.patches(3)
             for rounded, descriptors in zip(picture.rounded, picture.descriptors, strict=True):
                 assert torch.equal(rounded.levels, round_patches(descriptors, "reference").levels)
+        for size in (2, 3):  # a selection has the same patches as all have
+            chosen = replace(
+                header, patch_sizes=(size,), strides=(dict(zip((2, 3), header.strides, strict=True))[size],)
+            )
+            with FeatureStore.open(folder, PACKED_LIST, chosen) as one, FeatureStore.open(folder, PACKED_LIST) as all_:
+                for index in range(11):
+                    assert torch.equal(one.patches(index).descriptors[0], all_.patches(index).descriptors[size - 2])
         with FeatureWriter(folder, PACKED_LIST, header, trained=trained) as writer:
             assert writer.missing == []
         with pytest.raises(ValueError, match="not that of the header"):

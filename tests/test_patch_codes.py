@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchnetvlad.config_values import code_bytes
-from patchnetvlad.patch_codes import NEIGHBOUR_SHARE, PatchCodec, _balanced_groups, blended, train_codec
+from patchnetvlad.patch_codes import (
+    PatchCodec,
+    _balanced_groups,
+    coded_for,
+    coded_grids,
+    estimated,
+    rows_to_code,
+    train_codec,
+)
 from patchnetvlad.patch_grid import PatchGrid
 
 
@@ -74,7 +82,7 @@ def test_balanced_groups_lose_less_than_neighbouring_dimensions():
     order = torch.from_numpy(balanced.groups.reshape(-1))
     neighbours = torch.empty_like(order)
     neighbours[order] = torch.arange(64)  # training on these undoes the dealing
-    plain = PatchCodec(np.arange(64).reshape(8, 8), _plain_centroids(sample, 8))
+    plain = PatchCodec(np.arange(64).reshape(8, 8), _plain_centroids(sample, 8), 0.0)
     errors = [float((codec.decode(codec.encode(rows)) - rows).square().sum(1).mean()) for codec in (balanced, plain)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -112,36 +120,102 @@ def test_nothing_to_learn_from():
         train_codec(torch.empty(0, 16), 4)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3))
-def test_blending_is_a_weighted_mean_of_neighbours(height, width, patch_size, stride):
-    grid = PatchGrid(height, width, patch_size, stride)
-    rows = unit_rows(len(grid), 5, height * 10 + width)
-    share = NEIGHBOUR_SHARE * max(0, patch_size - stride) / patch_size
-    places = [divmod(index, max(1, grid.columns)) for index in range(len(grid))]
-    expected = torch.zeros_like(rows)
-    for index, (row, column) in enumerate(places):
-        for other, (other_row, other_column) in enumerate(places):
-            away = max(abs(row - other_row), abs(column - other_column))
-            if away <= 1:
-                expected[index] += share ** (abs(row - other_row) + abs(column - other_column)) * rows[other]
-    torch.testing.assert_close(blended(rows, grid), F.normalize(expected, dim=1), atol=1e-5, rtol=0)
+def window_means(height: int, width: int, sizes: tuple[int, ...], dims: int = 48) -> list[torch.Tensor]:
+    """Unit rows of window means of a random field, as patch descriptors are, for each size."""
+    field = torch.randn(1, dims, height, width, generator=torch.Generator().manual_seed(0))
+    return [F.normalize(F.avg_pool2d(field, size, 1)[0].flatten(1).T, dim=1) for size in sizes]
+
+
+def likeness(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean cosine of unit rows."""
+    return float((first * second).sum(dim=1).mean())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([(4, 5, 6), (2, 5, 8), (3,), (9, 4)]), st.floats(0, 0.9))
+def test_estimates_are_those_of_kriging(height, width, sizes, error):
+    """By definition: (correlation among the coded patches + noise) · weights = their correlation with the others."""
+    grids = [PatchGrid(height, width, size) for size in sizes]
+    coded = coded_grids(grids)
+    assert bool(coded) == any(len(grid) for grid in grids)
+    descriptors = [unit_rows(len(grid), 5, place) for place, grid in enumerate(grids)]
+    rows = dict(zip(coded, rows_to_code(descriptors, grids), strict=True))
+    for grid in filter(len, grids):
+        other = coded_for(grid, coded)
+        known, wanted = ([(r, c) for r in range(g.rows) for c in range(g.columns)] for g in (other, grid))
+
+        def shared(first, one, second, two):
+            sides = (
+                max(
+                    0,
+                    min(one.stride * a + one.patch_size, two.stride * b + two.patch_size)
+                    - max(one.stride * a, two.stride * b),
+                )
+                for a, b in zip(first, second, strict=True)
+            )
+            return np.prod(list(sides)) / (one.patch_size * two.patch_size)
+
+        among = np.array([[shared(a, other, b, other) for b in known] for a in known])
+        across = np.array([[shared(a, grid, b, other) for b in known] for a in wanted])
+        noise = error / (1 - error) + 0.02
+        weights = np.linalg.solve(among + noise * np.eye(len(known)), across.T).T
+        expected = F.normalize(torch.from_numpy(weights).float() @ rows[other], dim=1)
+        torch.testing.assert_close(estimated(rows[other], other, grid, error), expected, atol=2e-4, rtol=0)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5, unique=True), st.integers(1, 14), st.integers(1, 3))
+def test_every_patch_has_a_coded_grid_of_about_its_size(sizes, side, stride):
+    grids = [PatchGrid(side, side + 1, size, stride) for size in sizes]
+    coded = coded_grids(grids)
+    for grid in filter(len, grids):
+        other = coded_for(grid, coded)
+        assert 1 / 1.5 <= other.patch_size / grid.patch_size <= 1.5
+        assert other.stride % stride == 0 and 0 < len(other) <= len(
+            next(g for g in grids if g.patch_size == other.patch_size)
+        )
+    descriptors = [unit_rows(len(grid), 3, place) for place, grid in enumerate(grids)]
+    for rows, other in zip(rows_to_code(descriptors, grids), coded, strict=True):
+        whole = descriptors[sizes.index(other.patch_size)]
+        columns = grids[sizes.index(other.patch_size)].columns
+        places = [
+            r * other.stride // stride * columns + c * other.stride // stride
+            for r in range(other.rows)
+            for c in range(other.columns)
+        ]
+        assert torch.equal(rows, whole[places])
+
+
+def test_which_patches_are_coded():
+    """The figures of docs/scale.md."""
+    bundled = coded_grids([PatchGrid(30, 40, size) for size in (4, 5, 6)])
+    assert [(grid.patch_size, grid.stride, len(grid)) for grid in bundled] == [(5, 2, 234)]
+    paper = coded_grids([PatchGrid(30, 40, size) for size in (2, 5, 8)])
+    assert [(grid.patch_size, grid.stride, len(grid)) for grid in paper] == [(2, 1, 1131), (5, 2, 234), (8, 3, 88)]
 
 
 def test_patches_that_do_not_overlap_are_left_alone():
-    rows = unit_rows(4, 5)
-    assert torch.equal(blended(rows, PatchGrid(4, 4, 2, 2)), rows)
+    rows, grid = unit_rows(4, 5), PatchGrid(4, 4, 2, 2)
+    torch.testing.assert_close(estimated(rows, grid, grid, 0.5), rows)
 
 
-def test_blending_brings_overlapping_patches_nearer_to_what_was_coded():
-    """Window means of a random field, as patch descriptors are."""
-    field = torch.randn(1, 32, 23, 23, generator=torch.Generator().manual_seed(0))
-    grid = PatchGrid(23, 23, 4)
-    rows = F.normalize(F.avg_pool2d(field, 4, 1)[0].flatten(1).T, dim=1)
-    codec = train_codec(unit_rows(1500, 32, 1), 3)
-    decoded = codec.decode(codec.encode(rows))
-    before, after = (float((some * rows).sum(1).mean()) for some in (decoded, blended(decoded, grid)))
-    assert after > before + 0.05
+def test_coding_few_patches_well_is_better_than_all_badly():
+    """At equal bytes, with windows of a random field, all of three sizes estimated from every fourth of one."""
+    grids = [PatchGrid(24, 24, size) for size in (4, 5, 6)]
+    given_ = window_means(24, 24, (4, 5, 6))
+    sample = torch.cat(window_means(40, 40, (4, 5, 6)))
+    few, all_ = train_codec(sample, 24), train_codec(sample, 2)
+    decoded = [few.decode(few.encode(rows)) for rows in rows_to_code(given_, grids)]
+    assert sum(map(len, decoded)) * few.num_bytes <= sum(map(len, given_)) * all_.num_bytes
+    estimates = few.estimate(decoded, coded_grids(grids), grids)
+    for rows, own in zip(given_, estimates, strict=True):
+        assert likeness(own, rows) > likeness(all_.decode(all_.encode(rows)), rows) + 0.1
+
+
+def test_a_codec_knows_its_error():
+    sample, rows = unit_rows(20000, 32, 0, 0.5), unit_rows(500, 32, 1, 0.5)
+    for num_bytes in (2, 8):
+        codec = train_codec(sample, num_bytes)
+        assert codec.error == pytest.approx(1 - likeness(codec.decode(codec.encode(rows)), rows) ** 2, abs=0.05)
 
 
 def test_names_of_storage_types():

@@ -18,7 +18,7 @@ from patchnetvlad.files import told
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import PatchCodec
-from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK
+from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, Block
 from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader
 from patchnetvlad.store.feature_writer import FeatureWriter
 from patchnetvlad.store.picture_writer import PictureWriter, Written
@@ -66,7 +66,8 @@ class Part:
 class ExtractionJob:
     """What describing any part of a list takes; the weights are in the model, on the CPU.
 
-    manifest: the first line of the folder's, by which a worker knows that it sees the same folder.
+    manifest: the first line of the folder's, by which a worker knows that it sees the same folder; short: blocks of a
+    packed folder that lack pictures at their end.
     """
 
     model: PlaceModel
@@ -74,6 +75,7 @@ class ExtractionJob:
     header: StoreHeader
     trained: PatchCodec | None
     folder: Path
+    short: Sequence[Block]
     manifest: bytes
     device: str
     cpus: int
@@ -91,7 +93,7 @@ class ExtractionJob:
 
         @memory_errors(EXTRACTION_MEMORY)
         def describe(part: Part) -> list[Written]:
-            return describe_part(model, config, part, self.header, self.trained, self.folder)
+            return describe_part(model, config, part, self.header, self.trained, self.folder, self.short)
 
         return describe
 
@@ -103,11 +105,15 @@ def describe_part(
     header: StoreHeader,
     trained: PatchCodec | None,
     folder: Path,
+    short: Sequence[Block] = (),
 ) -> list[Written]:
-    """Describe some pictures and write their patch files; returns what the manifest has still to be told."""
+    """Describe some pictures and write their patch files; returns what the manifest has still to be told.
+
+    short: blocks of a packed folder that lack pictures at their end.
+    """
     written: list[Written] = []
     files = (folder, part.pictures, header, trained, part.indices)
-    with PictureWriter(*files, written.extend, lambda: "finished blocks are kept") as writer:
+    with PictureWriter(*files, written.extend, lambda: "finished blocks are kept", short) as writer:
         for described in describe_pictures(model, config, part.pictures, part.indices):
             for index, (global_, patches) in described.items():
                 writer.write(index, global_, patches)
@@ -120,7 +126,7 @@ def with_ray(cluster: Cluster) -> Describe:
     def describe(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
         folder, pictures = writer.folder.absolute(), writer.pictures
         what = model, config, writer.header, writer.trained
-        job = ExtractionJob(*what, folder, _first_line(folder), cluster.device, cluster.cpus)
+        job = ExtractionJob(*what, folder, writer.short_blocks, _first_line(folder), cluster.device, cluster.cpus)
         blocks = _cut(cluster, writer, config)
         announced = False
         for place, written in cluster.answers(job, (_part(pictures, indices) for indices in blocks)):

@@ -3,6 +3,9 @@
 A block file is a table of rows as they are stored, C-contiguous. Its pictures follow one another, and of each picture
 all patch sizes, so that what one candidate needs lies together and is read in one go. Codecs with scales have a second
 file, float32, a row for each picture. Both have their names only when they are whole.
+
+A folder whose list grows at its end keeps its last block as a short one until the pictures are there that complete it.
+The longer block begins with the same rows, so that its file may take the place of the short one's at any moment.
 """
 
 import math
@@ -43,6 +46,17 @@ class Block:
         """Pictures in the block."""
         return sum(count for _, _, count in self.maps)
 
+    @property
+    def pictures(self) -> range:
+        """The pictures that it holds."""
+        first = self.number * PICTURES_IN_BLOCK
+        return range(first, first + self.num_pictures)
+
+    @property
+    def map_sizes(self) -> list[tuple[int, int]]:
+        """Feature map (height, width) of each picture."""
+        return [(height, width) for height, width, count in self.maps for _ in range(count)]
+
     @classmethod
     def of(cls, number: int, map_sizes: Iterable[tuple[int, int]]) -> "Block":
         """The entry of a block whose pictures have these feature maps (height, width), in order."""
@@ -73,6 +87,14 @@ class BlockLayout:
         """Pictures of a block."""
         return range(number * PICTURES_IN_BLOCK, min(self.num_pictures, (number + 1) * PICTURES_IN_BLOCK))
 
+    def is_short(self, block: Block) -> bool:
+        """Whether pictures of the block are still to come."""
+        return block.num_pictures < len(self.pictures(block.number))
+
+    def num_rows(self, block: Block) -> int:
+        """Rows of a block."""
+        return sum(count * sum(self.patch_counts((height, width))) for height, width, count in block.maps)
+
 
 def block_name(number: int) -> str:
     """File with the stored rows of a block."""
@@ -92,14 +114,15 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def damaged_file(layout: BlockLayout, block: Block, there: Mapping[str, int]) -> tuple[str, str] | None:
     """A file of a finished block that is not what it should be, and what is wrong with it; None when all are.
 
-    there: lengths of the folder's files.
+    there: lengths of the folder's files. Those of a short block may be longer.
     """
-    rows = sum(count * sum(layout.patch_counts((height, width))) for height, width, count in block.maps)
+    rows = layout.num_rows(block)
     wanted = {block_name(block.number): _HEADER_BYTES + rows * layout.width * layout.dtype.itemsize}
     if layout.num_scales:
         wanted[scales_name(block.number)] = _HEADER_BYTES + block.num_pictures * layout.num_scales * 4
     for name, num_bytes in wanted.items():
-        if there.get(name) != num_bytes:
+        longer = layout.is_short(block) and there.get(name, 0) > num_bytes
+        if there.get(name) != num_bytes and not longer:
             return name, "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
     return None
 
@@ -107,7 +130,8 @@ def damaged_file(layout: BlockLayout, block: Block, there: Mapping[str, int]) ->
 class BlockWriter:
     """Writes one block, picture after picture, without holding it in memory."""
 
-    def __init__(self, folder: Path, layout: BlockLayout, number: int) -> None:
+    def __init__(self, folder: Path, layout: BlockLayout, number: int, short: Block | None = None) -> None:
+        """short: the block as it is in the folder, which is to be completed."""
         self._folder, self._layout, self._number = folder, layout, number
         self._path = temporary_path(folder / block_name(number))
         self._rows = 0
@@ -115,6 +139,21 @@ class BlockWriter:
         self._map_sizes: list[tuple[int, int]] = []
         self._file: BinaryIO = self._path.open("wb")
         self._file.write(bytes(_HEADER_BYTES))
+        if short is not None:
+            self._copy(short)
+
+    def _copy(self, short: Block) -> None:
+        """Begin with the pictures of a short block."""
+        self._rows, self._map_sizes = self._layout.num_rows(short), short.map_sizes
+        rows = _read(
+            self._folder / block_name(short.number), self._layout.dtype, self._rows * self._layout.width, _HEADER_BYTES
+        )
+        self._file.write(rows.view(np.uint8).data)
+        count = self._layout.num_scales
+        if count:
+            path = self._folder / scales_name(short.number)
+            table = _read(path, np.dtype(np.float32), count * short.num_pictures, _HEADER_BYTES)
+            self._scales = list(table.reshape(-1, count))
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -185,7 +224,7 @@ class BlockReader:
         self._blocks = {block.number: block for block in blocks}
         there = file_sizes(folder)
         for number in range(layout.num_blocks):
-            if number not in self._blocks:
+            if number not in self._blocks or layout.is_short(self._blocks[number]):
                 raise UserError(
                     f"{folder}: extraction is not finished, block {number + 1} of {layout.num_blocks} is not there "
                     "(run feature_extract again with the same arguments to continue)"

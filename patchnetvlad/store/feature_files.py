@@ -8,7 +8,7 @@ import io
 import math
 import tokenize
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from patchnetvlad.config_values import code_bytes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import replacing, told, writing
 from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.patch_grid import PatchGrid
 
 GLOBAL_NAME = "globalfeats.npy"
 CODEC_NAME = "patchcodec.npz"
@@ -170,6 +171,12 @@ class ProductCodec:
         """Codes."""
         return StoredArray(self._learned().encode(_finite(descriptors)), None)
 
+    def estimate(
+        self, decoded: Sequence[Tensor], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]
+    ) -> tuple[Tensor, ...]:
+        """All patches of some grids, from the decoded rows of the coded grids that they need."""
+        return self._learned().estimate(decoded, coded, grids)
+
     def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
         """The unit rows that the codes stand for; they are looked up on the CPU."""
         return self._learned().decode(stored.array).to(device)
@@ -204,7 +211,7 @@ def codec_of(dtype: str, trained: PatchCodec | None = None) -> Codec:
 def write_patch_codec(folder: Path, trained: PatchCodec) -> None:
     """Keep the quantiser of a folder's codes in that folder."""
     with writing(folder / CODEC_NAME) as file:
-        np.savez(file, groups=trained.groups, centroids=trained.centroids)
+        np.savez(file, groups=trained.groups, centroids=trained.centroids, error=np.float64(trained.error))
 
 
 def read_patch_codec(folder: Path) -> PatchCodec | None:
@@ -215,8 +222,9 @@ def read_patch_codec(folder: Path) -> PatchCodec | None:
     try:
         # numpy leaves a file open that it opened itself and found damaged
         with told(path, "cannot be read"), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            return PatchCodec(content["groups"].astype(np.int64), content["centroids"].astype(np.float32))
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            groups, centroids = content["groups"].astype(np.int64), content["centroids"].astype(np.float32)
+            return PatchCodec(groups, centroids, float(content["error"]))
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is not the codec of patch descriptors ({_DAMAGED_CODEC})") from error
 
 

@@ -28,7 +28,7 @@ from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.feature_blocks import (
     BLOCK_GLOB,
-    BlockLayout,
+    Block,
     damaged_file,
     file_sizes,
 )
@@ -47,9 +47,11 @@ from patchnetvlad.store.feature_header import (
     Manifest,
     ManifestEntry,
     StoreHeader,
+    block_line,
     entry_line,
     header_line,
     read_manifest,
+    short_block_line,
     writing_differences,
 )
 
@@ -57,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 PARTIAL_NAME = GLOBAL_NAME + ".partial"
 GROWN_NAME = GLOBAL_NAME + ".grown"
+
+_ROWS_AT_ONCE = 4096  # global descriptors that are copied at a time
+_NOT_FIRST = "picture list: its first {} are not those in the blocks (new pictures go to the end of the list)"
 
 _WAYS_OUT = "choose another --output_features_dir, or replace these features with --overwrite"
 
@@ -67,8 +72,8 @@ class WritableFolder:
 
     manifest: open at its end; rows: the global descriptors' partial file, None when they are complete already;
     rows_offset: where its first row begins, in bytes; missing: the pictures still to be made; feature_names: of all
-    pictures, in the list's order. The files are unbuffered and closed, and the folder released, by the exit stack
-    they were opened with.
+    pictures, in the list's order; short_blocks: those of a packed folder that has grown. The files are unbuffered and
+    closed, and the folder released, by the exit stack they were opened with.
     """
 
     manifest: BinaryIO
@@ -76,6 +81,7 @@ class WritableFolder:
     rows_offset: int
     missing: frozenset[int]
     feature_names: Sequence[str]
+    short_blocks: Sequence[Block]
 
 
 def open_folder(
@@ -93,7 +99,7 @@ def open_folder(
     if overwrite:
         _remove_features(folder)
     _refuse_links(folder)
-    entries, finished = _resume(folder, pictures, header, trained)
+    entries, blocks, finished = _resume(folder, pictures, header, trained)
     feature_names = pictures.feature_names
     if entries:
         feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
@@ -103,10 +109,11 @@ def open_folder(
     _remove_damaged(source)
     if source.exists():
         finished = _with_rows(source, shape, finished)
+        blocks = [block for block in blocks if finished.issuperset(block.pictures)]
         if header.layout == "packed":
-            finished = _whole_blocks(header.block_layout(len(pictures)), finished)
+            finished = frozenset(index for block in blocks for index in block.pictures)
     else:
-        finished = frozenset()
+        blocks, finished = [], frozenset()
         create_rows_file(partial, shape)
     missing = frozenset(range(len(pictures))) - finished
     if missing and not partial.exists():
@@ -114,7 +121,8 @@ def open_folder(
     rows = files.enter_context(partial.open("r+b", buffering=0)) if partial.exists() else None
     manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
     rows_offset = 0 if rows is None else read_array_info(partial).offset
-    return WritableFolder(manifest, rows, rows_offset, missing, feature_names)
+    layout = header.block_layout(len(pictures))
+    return WritableFolder(manifest, rows, rows_offset, missing, feature_names, list(filter(layout.is_short, blocks)))
 
 
 def _refuse_links(folder: Path) -> None:
@@ -139,10 +147,11 @@ def _remove_damaged(rows: Path) -> None:
 
 def _resume(
     folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
-) -> tuple[tuple[ManifestEntry, ...], frozenset[int]]:
+) -> tuple[tuple[ManifestEntry, ...], list[Block], frozenset[int]]:
     """Check the manifest against the header, or start it, or make it the manifest of a longer list.
 
-    Returns its pictures with files of their own, and the numbers of all pictures whose patch files are there.
+    Returns its pictures with files of their own, the blocks that are there, and the numbers of all pictures whose patch
+    descriptors are.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -157,31 +166,29 @@ def _resume(
             write_patch_codec(folder, trained)
         with writing(folder / MANIFEST_NAME) as file:
             file.write(header_line(header, pictures.names, pictures.source.name))
-        return (), frozenset()
+        return (), [], frozenset()
     _settle_growth(folder, manifest)
     differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
     if differences:
         raise UserError(f"{folder}: holds other features, {'; '.join(differences)} ({_WAYS_OUT})")
     stored_codec(folder, manifest.header.dtype, manifest.header.codec_sha256)
     if manifest.num_pictures < len(pictures):
-        if header.layout == "packed":
-            raise UserError(
-                f"{folder}: holds {manifest.num_pictures} pictures in blocks, which do not grow, and the list has "
-                f"{len(pictures)} ({_WAYS_OUT})"
-            )
         entries = _grow(folder, manifest, pictures)
     else:
         os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
         entries = tuple(manifest.entries.values())
     if header.layout == "packed":
         layout, there = header.block_layout(len(pictures)), file_sizes(folder)
-        whole = (block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None)
-        return (), frozenset(index for block in whole for index in layout.pictures(block.number))
-    return entries, frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
+        whole = [block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None]
+        return (), whole, frozenset(index for block in whole for index in block.pictures)
+    return entries, [], frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
 
 
 def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
     if manifest.num_pictures < len(pictures):
+        if manifest.header.layout == "packed":
+            first = hash_names(pictures.names[: manifest.num_pictures])
+            return [] if first == manifest.names_sha256 else [_NOT_FIRST.format(manifest.num_pictures)]
         listed = set(pictures.names)
         absent = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
         return [f"pictures that the list has not: {some_of(absent)}"] if absent else []
@@ -197,24 +204,38 @@ def _grow(folder: Path, manifest: Manifest, pictures: ImageList) -> tuple[Manife
     known = {entry.name: entry for entry in manifest.entries.values()}
     placed = [(known[name], index) for index, name in enumerate(pictures.names) if name in known]
     entries = tuple(replace(entry, index=index) for entry, index in placed)
-    partial, complete, grown = folder / PARTIAL_NAME, folder / GLOBAL_NAME, folder / GROWN_NAME
-    source = partial if partial.exists() else complete
-    if source.exists():
-        dims = manifest.header.num_dims
-        old = _open_rows(source, (manifest.num_pictures, dims))
-        create_rows_file(grown, (len(pictures), dims))
-        offset = read_array_info(grown).offset
-        with grown.open("r+b", buffering=0) as new:
-            for entry, index in placed:
-                new.seek(offset + index * old[0].nbytes)
-                write_all(new, old[entry.index].tobytes())
-            os.fsync(new.fileno())
-        sync_folder(folder)
+    if manifest.header.layout == "packed":
+        starts = range(0, manifest.num_pictures, _ROWS_AT_ONCE)
+        moves = [(start, min(_ROWS_AT_ONCE, manifest.num_pictures - start), start) for start in starts]
+    else:
+        moves = [(entry.index, 1, index) for entry, index in placed]
+    _grow_rows(folder, manifest, len(pictures), moves)
+    layout = manifest.header.block_layout(len(pictures))
     with writing(manifest.path) as file:  # from here on, the grown rows are the manifest's
         file.write(header_line(manifest.header, pictures.names, pictures.source.name))
         file.writelines(map(entry_line, entries))
+        for block in manifest.blocks.values():
+            file.write(short_block_line(block) if layout.is_short(block) else block_line(block))
     _use_grown_rows(folder)
     return entries
+
+
+def _grow_rows(folder: Path, manifest: Manifest, count: int, moves: Iterable[tuple[int, int, int]]) -> None:
+    """Make the global descriptors of a list of `count` pictures; moves: from which row how many go to which."""
+    partial, complete, grown = folder / PARTIAL_NAME, folder / GLOBAL_NAME, folder / GROWN_NAME
+    source = partial if partial.exists() else complete
+    if not source.exists():
+        return
+    dims = manifest.header.num_dims
+    old = _open_rows(source, (manifest.num_pictures, dims))
+    create_rows_file(grown, (count, dims))
+    offset = read_array_info(grown).offset
+    with grown.open("r+b", buffering=0) as new:
+        for first, number, place in moves:
+            new.seek(offset + place * old[0].nbytes)
+            write_all(new, old[first : first + number].tobytes())
+        os.fsync(new.fileno())
+    sync_folder(folder)
 
 
 def _settle_growth(folder: Path, manifest: Manifest) -> None:
@@ -239,7 +260,7 @@ def _use_grown_rows(folder: Path) -> None:
 
 def _has_files(folder: Path, header: StoreHeader, entry: ManifestEntry) -> bool:
     """Whether a picture's patch files are there and whole: a lost machine or a user may have removed them."""
-    for grid in header.grids(entry.map_size) if entry.map_size is not None else ():
+    for grid in header.stored_grids(entry.map_size) if entry.map_size is not None else ():
         try:
             info = read_array_info(folder / patch_file_name(grid.patch_size, entry.feature_name))
         except UserError:
@@ -253,12 +274,6 @@ def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> f
     """Those pictures whose global descriptor was written: a row that a lost machine did not write is all zero."""
     rows = _open_rows(path, shape)
     return frozenset(index for index in finished if rows[index].any())
-
-
-def _whole_blocks(layout: BlockLayout, finished: frozenset[int]) -> frozenset[int]:
-    """Those pictures whose whole block is finished."""
-    blocks = map(layout.pictures, range(layout.num_blocks))
-    return frozenset(index for pictures in blocks if finished.issuperset(pictures) for index in pictures)
 
 
 def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from patchnetvlad.config_values import code_bytes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told
 from patchnetvlad.image_lists import hash_names
+from patchnetvlad.patch_codes import coded_for, coded_grids
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.store.feature_blocks import Block, BlockLayout
 from patchnetvlad.store.feature_files import Codec, codec_of
@@ -69,13 +71,32 @@ class StoreHeader:
             num_pictures,
             self.codec.width(self.num_dims),
             self.codec.dtype,
-            lambda map_size: tuple(map(len, self.grids(map_size))),
+            lambda map_size: tuple(map(len, self.stored_grids(map_size))),
             self.codec.num_scales(self.num_dims) * len(self.patch_sizes),
         )
 
     def grids(self, map_size: tuple[int, int]) -> tuple[PatchGrid, ...]:
         """Where the patches lie on a feature map of (height, width), one grid for each patch size."""
         return PatchGrid.of_map(map_size, self.patch_sizes, self.strides, self.geometry)
+
+    def stored_grids(self, map_size: tuple[int, int]) -> tuple[PatchGrid, ...]:
+        """Those whose patches are stored: all, and with codes those that all can be estimated from."""
+        grids = self.grids(map_size)
+        return coded_grids(grids) if self.coded else grids
+
+    def grids_to_read(self, map_size: tuple[int, int], patch_sizes: Sequence[int]) -> tuple[PatchGrid, ...]:
+        """Those of the stored grids that a selection of the patch sizes needs, in that order without codes."""
+        wanted = {grid.patch_size: grid for grid in self.grids(map_size)}
+        stored = self.stored_grids(map_size)
+        if not self.coded:
+            return tuple(wanted[size] for size in patch_sizes)
+        needed = {coded_for(wanted[size], stored) for size in patch_sizes if len(wanted[size])}
+        return tuple(grid for grid in stored if grid in needed)
+
+    @property
+    def coded(self) -> bool:
+        """Whether patch descriptors are stored as codes."""
+        return code_bytes(self.dtype) is not None
 
 
 @dataclass(frozen=True)
@@ -146,6 +167,11 @@ def entry_line(entry: ManifestEntry) -> bytes:
 def block_line(block: Block) -> bytes:
     """Line of a finished block."""
     return json.dumps({"block": block.number, "maps": block.maps}).encode("ascii") + b"\n"
+
+
+def short_block_line(block: Block) -> bytes:
+    """Line of a block that was the last one of a shorter list."""
+    return json.dumps({"block": block.number, "maps": block.maps, "short": True}).encode("ascii") + b"\n"
 
 
 def has_manifest(folder: Path) -> bool:
@@ -253,9 +279,10 @@ def _parse_block(line: bytes, header: StoreHeader, num_pictures: int) -> Block |
         runs = tuple((int(height), int(width), int(count)) for height, width, count in record["maps"])
         block = Block(int(record["block"]), runs)
         pictures = len(header.block_layout(num_pictures).pictures(block.number))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        right = block.num_pictures == pictures or (record.get("short") is True and 0 < block.num_pictures < pictures)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
-    return block if block.number >= 0 and pictures and block.num_pictures == pictures else None
+    return block if block.number >= 0 and pictures and right else None
 
 
 def writing_differences(stored: StoreHeader, wanted: StoreHeader) -> list[str]:

@@ -7,7 +7,7 @@ published code has none; its files are found by file stem and their shapes check
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import overload
@@ -18,7 +18,6 @@ import torch
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_codes import blended
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
 from patchnetvlad.store.feature_blocks import BlockReader
@@ -155,12 +154,13 @@ class FeatureStore:
         are transposed views. Raises UserError when a file is damaged or of the wrong shape.
         """
         picture = self._pictures[index]
-        count = len(picture.grids)
+        count = len(picture.stored)
         arrays = self._cache.get(index)
         stored = zip(arrays[:count], picture.scales, strict=True)
         descriptors = tuple(self._codec.decode(StoredArray(array, scales), device) for array, scales in stored)
-        if self.coded:
-            descriptors = tuple(map(blended, descriptors, picture.grids))
+        if isinstance(self._codec, ProductCodec):
+            every = self._codec.estimate(descriptors, picture.stored, picture.grids)
+            descriptors = tuple(rows.to(device) for rows in every)
         if device.type != "cpu":
             return PatchFeatures(descriptors, picture.grids)
         if self._rounded and self.coded:
@@ -191,7 +191,7 @@ class FeatureStore:
         self._cache.close()
 
     def _size(self, index: int) -> int:
-        counts = [len(grid) for grid in self._pictures[index].grids]
+        counts = [len(grid) for grid in self._pictures[index].stored]
         keeps_rounded = self._rounded and not self.coded
         rounded = sum(rounded_bytes(count, self.num_dims) for count in counts) if keeps_rounded else 0
         return sum(counts) * self._codec.width(self.num_dims) * self._codec.dtype.itemsize + rounded
@@ -201,7 +201,7 @@ class FeatureStore:
         if isinstance(self._pictures, _PackedPictures):
             arrays = self._pictures.read(index)
         else:
-            arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.grids, strict=True)]
+            arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.stored, strict=True)]
         if self._rounded and not self.coded:  # beside codes they would fill the cache
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
                 rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
@@ -230,11 +230,15 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """Where the patch descriptors of one picture are, one element for each patch size that is read."""
+    """Where the patch descriptors of one picture are.
+
+    files and scales: one element for each of the stored grids that are read; grids: of the patches that these give.
+    """
 
     files: tuple[Path, ...]
-    grids: tuple[PatchGrid, ...]
+    stored: tuple[PatchGrid, ...]
     scales: tuple[tuple[float, ...] | None, ...]
+    grids: tuple[PatchGrid, ...]
 
 
 class _PackedPictures(Sequence[StoredPicture]):
@@ -244,9 +248,8 @@ class _PackedPictures(Sequence[StoredPicture]):
         """Raises UserError when blocks are missing or damaged."""
         self._header = manifest.header
         self._count = manifest.num_pictures
-        self._places = [self._header.patch_sizes.index(size) for size in patch_sizes]
         self._reader = BlockReader(folder, self._header.block_layout(self._count), manifest.blocks.values())
-        self._grids = lru_cache(maxsize=1024)(self._header.grids)
+        self._read = lru_cache(maxsize=1024)(partial(_read_grids, self._header, patch_sizes))
 
     def __len__(self) -> int:
         return self._count
@@ -260,17 +263,30 @@ class _PackedPictures(Sequence[StoredPicture]):
     def __getitem__(self, index: int | slice) -> StoredPicture | list[StoredPicture]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(self._count))]
-        grids = self._grids(self._reader.map_size(index))
-        stored = self._reader.scales(index)
-        scales: list[tuple[float, ...] | None] = [None] * len(grids)
-        if stored is not None:
-            scales = [tuple(row.tolist()) for row in stored.reshape(len(grids), -1)]
-        return StoredPicture((), tuple(grids[i] for i in self._places), tuple(scales[i] for i in self._places))
+        stored, places, grids = self._read(self._reader.map_size(index))
+        table = self._reader.scales(index)
+        scales: tuple[tuple[float, ...] | None, ...] = (None,) * len(places)
+        if table is not None:
+            rows = table.reshape(len(self._header.patch_sizes), -1)
+            scales = tuple(tuple(rows[place].tolist()) for place in places)
+        return StoredPicture((), stored, scales, grids)
 
     def read(self, index: int) -> list[np.ndarray]:
         """Stored arrays of a picture, in one read whatever the selection."""
         arrays = self._reader.read(index)
-        return [arrays[place] for place in self._places]
+        return [arrays[place] for place in self._read(self._reader.map_size(index))[1]]
+
+
+def _read_grids(
+    header: StoreHeader, patch_sizes: tuple[int, ...], map_size: tuple[int, int] | None
+) -> tuple[tuple[PatchGrid, ...], tuple[int, ...], tuple[PatchGrid, ...]]:
+    """For a selection of patch sizes: the grids to read, their places among the stored ones, and what they give."""
+    if map_size is None:
+        return (), (), ()
+    all_stored = header.stored_grids(map_size)
+    stored = header.grids_to_read(map_size, patch_sizes)
+    given = {grid.patch_size: grid for grid in header.grids(map_size)}
+    return stored, tuple(map(all_stored.index, stored)), tuple(given[size] for size in patch_sizes)
 
 
 def _check_manifest(manifest: Manifest, names: Sequence[str], expected: StoreHeader | None) -> None:
@@ -314,22 +330,14 @@ def _check_manifest(manifest: Manifest, names: Sequence[str], expected: StoreHea
 
 def _manifest_pictures(folder: Path, manifest: Manifest, patch_sizes: tuple[int, ...]) -> list[StoredPicture]:
     """Pictures of a finished folder, with a selection of its patch sizes."""
-    header = manifest.header
-    places = [header.patch_sizes.index(patch_size) for patch_size in patch_sizes]
-
-    @lru_cache(maxsize=1024)
-    def grids(map_size: tuple[int, int] | None) -> tuple[PatchGrid, ...]:
-        if map_size is None:
-            return ()
-        stored = header.grids(map_size)
-        return tuple(stored[place] for place in places)
-
+    read = lru_cache(maxsize=1024)(partial(_read_grids, manifest.header, patch_sizes))
     pictures = []
     for index in range(manifest.num_pictures):
         entry = manifest.entries[index]
-        files = tuple(folder / patch_file_name(patch_size, entry.feature_name) for patch_size in patch_sizes)
+        stored, places, grids = read(entry.map_size)
+        files = tuple(folder / patch_file_name(grid.patch_size, entry.feature_name) for grid in stored)
         scales = tuple(entry.scales[place] if entry.scales else None for place in places)
-        pictures.append(StoredPicture(files, grids(entry.map_size), scales))
+        pictures.append(StoredPicture(files, stored, scales, grids))
     return pictures
 
 
@@ -341,7 +349,7 @@ def _published_pictures(
 ) -> list[StoredPicture]:
     """Pictures of a folder without a manifest, by file stem or else by their names of our own."""
     if not expected.patch_sizes:
-        return [StoredPicture((), (), ())] * len(listed)
+        return [StoredPicture((), (), (), ())] * len(listed)
     if map_size is None:
         raise UserError(
             f"{folder}: has no manifest.jsonl, and pictures of their own size leave the patch grids unknown (give "
@@ -368,7 +376,7 @@ def _published_pictures(
                     f"are called {stem} (the published code wrote them over each other; extract again)"
                 )
         files = tuple(folder / patch_file_name(grid.patch_size, found) for grid in grids)
-        pictures.append(StoredPicture(files, grids, scales))
+        pictures.append(StoredPicture(files, grids, scales, grids))
     return pictures
 
 

@@ -21,6 +21,7 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.store.feature_blocks import Block
 from patchnetvlad.store.feature_files import GLOBAL_NAME, codec_of
 from patchnetvlad.store.feature_folder import PARTIAL_NAME, open_folder, write_all
 from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader, in_list_order
@@ -36,12 +37,12 @@ class FeatureWriter:
             writer.finish()
 
     Opening a folder with an equal header resumes there: finished pictures are not in `missing`, also those of a
-    shorter list whose pictures are all in this one, in whatever order. They keep their files, and new pictures stay
-    apart from them: `pictures` says what all are called. Files are written
-    by a background thread, in the order of `write`, at most `queue_size` pictures behind; its errors are raised by
-    a following `write`, `finish` or `close`, and nothing is written after one. Leaving the block without `finish`,
-    by an exception too, keeps every picture that was handed over. Pictures whose patch files others write come by
-    `record`, in any order.
+    shorter list whose pictures are all in this one, in whatever order; in a packed folder they are the first of this
+    list. They keep their files, and new pictures stay apart from them: `pictures` says what all are called. Files are
+    written by a background thread, in the order of `write`, at most `queue_size` pictures behind; its errors are
+    raised by a following `write`, `finish` or `close`, and nothing is written after one. Leaving the block without
+    `finish`, by an exception too, keeps every picture that was handed over. Pictures whose patch files others write
+    come by `record`, in any order.
 
     Raises UserError when the folder holds other features, or features without a manifest (overwrite=True removes
     either), when another process writes there, when the disk fails or is full, and for NaN or infinity.
@@ -78,7 +79,7 @@ class FeatureWriter:
         # Whether the manifest's lines are surely in the order of the list; those of an earlier run may not be
         self._in_order = self._last < 0 or self._opened.rows is None
         self._writer = PictureWriter(
-            folder, self.pictures, header, trained, self.missing, self.record, self._kept, queue_size
+            folder, self.pictures, header, trained, self.missing, self.record, self._kept, self.short_blocks, queue_size
         )
 
     def __enter__(self) -> "FeatureWriter":
@@ -95,6 +96,11 @@ class FeatureWriter:
         """Indices of the pictures without finished features, ascending; those in the queue are still among them."""
         with self._lock:
             return sorted(self._missing)
+
+    @property
+    def short_blocks(self) -> Sequence[Block]:
+        """Blocks of a packed folder that lack some of the missing pictures at their end."""
+        return self._opened.short_blocks
 
     def kept_row(self) -> tuple[int, np.ndarray] | None:
         """A picture that was finished before, and its global descriptor (D,); None where all or none are.

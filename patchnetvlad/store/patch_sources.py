@@ -16,6 +16,7 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.store.described_pictures import DescribedOnDisk
 from patchnetvlad.store.feature_cache import CacheStatistics, PictureCache
 from patchnetvlad.store.feature_files import CPU
 
@@ -137,13 +138,22 @@ class PatchesOnDevice:
 class OnDemandPatches:
     """Describes a picture when its patches are asked for, and keeps as many as fit into cache_bytes.
 
-    Trades the disk that a store takes for computing: every candidate is described once while it stays in memory.
+    Trades the disk that a store takes for computing: every candidate is described once while it stays in memory, or in
+    `kept` on disk.
     """
 
-    def __init__(self, model: PlaceModel, pictures: ImageList, size: FeatureExtractConfig, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: PlaceModel,
+        pictures: ImageList,
+        size: FeatureExtractConfig,
+        cache_bytes: int,
+        kept: DescribedOnDisk | None = None,
+    ) -> None:
         self._model = model
         self._pictures = pictures
         self._settings = size
+        self._kept = kept
         self._rounded = False
         self._grids: dict[int, tuple[PatchGrid, ...]] = {}
         self._cache = PictureCache(self._describe, self.picture_bytes, cache_bytes, workers=0)
@@ -182,10 +192,19 @@ class OnDemandPatches:
         return self._cache.statistics
 
     def _describe(self, index: int) -> tuple[np.ndarray, ...]:
-        settings = self._settings
-        picture = read_image(self._pictures.paths[index], settings.exif_rotation)
+        settings, path = self._settings, self._pictures.paths[index]
+        found = None if self._kept is None else self._kept.get(path)
+        if found is not None:
+            map_size, arrays = found
+            self._grids[index] = self._model.grids(*map_size)
+            self._bytes = sum(array.nbytes for array in arrays)
+            return arrays
+        picture = read_image(path, settings.exif_rotation)
         tensor = prepare_image(picture, settings.imageresizeh, settings.imageresizew)
         features = self._model.describe(tensor[None].to(self._model.device)).picture(0)
         self._grids[index] = features.grids
         self._bytes = features.nbytes
-        return tuple(descriptors.cpu().numpy() for descriptors in features.descriptors)
+        arrays = tuple(descriptors.cpu().numpy() for descriptors in features.descriptors)
+        if self._kept is not None and features.grids:
+            self._kept.put(path, (features.grids[0].map_height, features.grids[0].map_width), arrays)
+        return arrays

@@ -18,7 +18,8 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import reason, sync_files
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_codes import PatchCodec
+from patchnetvlad.patch_codes import PatchCodec, rows_to_code
+from patchnetvlad.store.feature_blocks import Block
 from patchnetvlad.store.feature_files import StoredArray, codec_of
 from patchnetvlad.store.feature_header import StoreHeader
 from patchnetvlad.store.feature_layouts import Blocks, Finished, Layout, PictureFiles
@@ -59,9 +60,11 @@ class PictureWriter:
         wanted: Sequence[int],
         record: Callable[[Sequence[Written]], None],
         kept: Callable[[], str],
+        short: Sequence[Block] = (),
         queue_size: int = 4,
     ) -> None:
-        """wanted: the pictures that will be written, ascending; trained: the quantiser of a header with codes.
+        """wanted: the pictures that will be written, ascending; trained: the quantiser of a header with codes; short:
+        blocks of a packed folder that lack some of the pictures at their end.
 
         record: called in the background thread with pictures that are on the disk; kept: says for an error how many
         pictures the folder keeps.
@@ -74,7 +77,7 @@ class PictureWriter:
         self._queue_size = max(1, queue_size)
         self._wanted = set(wanted)
         writes = Blocks if header.layout == "packed" else PictureFiles
-        self._layout: Layout = writes(folder, pictures, header, sorted(self._wanted))
+        self._layout: Layout = writes(folder, pictures, header, sorted(self._wanted), short)
         self._made: dict[int, tuple[NDArray[np.float32], tuple[int, int] | None]] = {}  # rows of unfinished pictures
         self._unrecorded: list[Finished] = []
         self._recorded_at = time.monotonic()
@@ -104,7 +107,7 @@ class PictureWriter:
         self._check(index, global_, patches)
         encoded = None
         if any(tensor.device.type != "cpu" for tensor in patches.descriptors):
-            encoded = self._encode(index, patches.descriptors)  # made small before they are transferred
+            encoded = self._encode(index, patches)  # made small before they are transferred
         row = global_.detach().cpu().numpy().astype(np.float32)
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._queue_size):
             self._pending.popleft().result()
@@ -146,7 +149,10 @@ class PictureWriter:
             if tuple(tensor.shape) != (len(grid), header.num_dims):
                 raise ValueError(f"patch descriptors have shape {tuple(tensor.shape)} on {grid}")
 
-    def _encode(self, index: int, descriptors: Sequence[Tensor]) -> list[StoredArray]:
+    def _encode(self, index: int, patches: PatchFeatures) -> list[StoredArray]:
+        descriptors = patches.descriptors
+        if self.header.coded:
+            descriptors = rows_to_code(descriptors, patches.grids)
         try:
             return [self._codec.encode(tensor) for tensor in descriptors]
         except ValueError as error:
@@ -160,7 +166,7 @@ class PictureWriter:
         try:
             if not np.isfinite(row).all():
                 raise self._not_finite(index)
-            stored = self._encode(index, patches.descriptors) if encoded is None else encoded
+            stored = self._encode(index, patches) if encoded is None else encoded
             self._made[index] = row, map_size
             finished = self._layout.add(index, map_size, stored)
         except (UserError, OSError) as error:
