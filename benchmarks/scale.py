@@ -100,7 +100,9 @@ def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[li
     count = SAMPLE_ROWS // len(pictures) + 1
     generator = torch.Generator().manual_seed(0)
     rows = [torch.cat(picture) for picture in pictures]
-    sample = torch.cat([some[torch.randperm(len(some), generator=generator)[:count]] for some in rows])
+    sample = torch.cat(
+        [rows_of_picture[torch.randperm(len(rows_of_picture), generator=generator)[:count]] for rows_of_picture in rows]
+    )
     codec = train_codec(sample, num_bytes)
     return codec, [[codec.encode(descriptors) for descriptors in picture] for picture in pictures]
 
@@ -146,7 +148,9 @@ def write_database(
                 continue
             with BlockWriter(folder, layout, number) as writer:
                 for _ in layout.pictures(number):
-                    writer.add(map_size, [made_over(part, rng) for part in codes[rng.integers(len(codes))]])
+                    writer.add(
+                        map_size, [made_over(patch_codes, rng) for patch_codes in codes[rng.integers(len(codes))]]
+                    )
                 finished.append(writer.finish())
             file.write(block_line(finished[-1]))
 
@@ -272,7 +276,7 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
 
 def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:
     """Let a new process answer queries with a database of that many pictures."""
-    found = build(count, args, real)
+    costs = build(count, args, real)
     folder = args.work / f"city{count}"
     forget_files(folder)
     command = [sys.executable, __file__, "--answer", str(folder), str(args.features[-1]), str(args.lists[-1])]
@@ -280,7 +284,7 @@ def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> 
     if not args.keep:
         folder.with_suffix(".json").unlink()
         shutil.rmtree(folder)
-    return found | json.loads(done.stdout.splitlines()[-1])
+    return costs | json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -272,7 +272,7 @@ def evaluate(run: MatchingRun, progress: bool = False, rerank_all: RerankAll | N
     if rankings.scores is not None:
         stages[RERANKING] = rankings.indices
     judged = {} if run.ground_truth is None else _judge(run, run.ground_truth, rankings, stages)
-    measures = {stage: measure(part, options.n_values_all) for stage, part in judged.items()}
+    measures = {stage: measure(stage_judged, options.n_values_all) for stage, stage_judged in judged.items()}
     if run.ground_truth is not None and run.ground_truth.unit == "frames":
         _tell_shift(run.ground_truth, rankings.indices)
     return Evaluation(run.queries, run.database, rankings, stages, run.ground_truth, judged, measures)

@@ -343,8 +343,8 @@ def _array_info(file: BinaryIO, path: Path) -> ArrayInfo:
         raise UserError(f"{path}: holds Python objects, which are not read (made by another program)")
     info = ArrayInfo(shape, fortran_order, dtype, file.tell())
     wanted = info.offset + math.prod(shape) * dtype.itemsize
-    found = file.seek(0, io.SEEK_END)
-    if found != wanted:
-        raise UserError(f"{path}: has {found} bytes, its header says {wanted} (interrupted copy or full disk)")
+    size = file.seek(0, io.SEEK_END)
+    if size != wanted:
+        raise UserError(f"{path}: has {size} bytes, its header says {wanted} (interrupted copy or full disk)")
     file.seek(info.offset)
     return info

@@ -197,11 +197,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     whole_bytes = len(lines[0])
     for number, line in enumerate(lines[1:], start=2):
         parse = _parse_block if header.layout == "packed" else _parse_entry
-        found = parse(line, header, num_pictures) if line.endswith(b"\n") else None
-        if isinstance(found, Block):
-            blocks[found.number] = found
-        elif found is not None:
-            entries[found.index] = found
+        record = parse(line, header, num_pictures) if line.endswith(b"\n") else None
+        if isinstance(record, Block):
+            blocks[record.number] = record
+        elif record is not None:
+            entries[record.index] = record
         elif number < len(lines):
             raise UserError(f"{path}: line {number} does not describe a picture or block ({_DAMAGED})")
         else:

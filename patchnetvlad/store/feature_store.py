@@ -165,8 +165,8 @@ class FeatureStore:
             return PatchFeatures(descriptors, picture.grids)
         if self._rounded and self.coded:
             return PatchFeatures(descriptors, picture.grids).round_as("reference")
-        parts = [torch.from_numpy(array) for array in arrays[count:]]
-        rounded = tuple(RoundedPatches(*parts[first : first + 4]) for first in range(0, len(parts), 4))
+        tensors = [torch.from_numpy(array) for array in arrays[count:]]
+        rounded = tuple(RoundedPatches(*tensors[first : first + 4]) for first in range(0, len(tensors), 4))
         return PatchFeatures(descriptors, picture.grids, rounded)
 
     def round_references(self) -> None:
@@ -205,7 +205,7 @@ class FeatureStore:
         if self._rounded and not self.coded:  # beside codes they would fill the cache
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
                 rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
-                arrays += [part.numpy() for part in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]
+                arrays += [tensor.numpy() for tensor in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]
         return tuple(arrays)
 
     def _load_array(self, path: Path, grid: PatchGrid) -> np.ndarray:
@@ -262,7 +262,7 @@ class _PackedPictures(Sequence[StoredPicture]):
 
     def __getitem__(self, index: int | slice) -> StoredPicture | list[StoredPicture]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(self._count))]
+            return [self[number] for number in range(*index.indices(self._count))]
         stored, places, grids = self._read(self._reader.map_size(index))
         table = self._reader.scales(index)
         scales: tuple[tuple[float, ...] | None, ...] = (None,) * len(places)
@@ -364,10 +364,10 @@ def _published_pictures(
     for name, stem, feature_name in zip(listed.names, stems, listed.feature_names, strict=True):
         # The published code wrote pictures of one stem over each other: that file is of nobody knows which.
         candidates = (stem, feature_name) if counts[stem] == 1 else (feature_name,)
-        found = candidates[0]
+        file_stem = candidates[0]
         for candidate in candidates:
             if patch_file_name(grids[0].patch_size, candidate) in there:
-                found = candidate
+                file_stem = candidate
                 break
         else:
             if patch_file_name(grids[0].patch_size, stem) in there:
@@ -375,7 +375,7 @@ def _published_pictures(
                     f"{folder}: the features of {name} may be another picture's, {counts[stem]} pictures of the list "
                     f"are called {stem} (the published code wrote them over each other; extract again)"
                 )
-        files = tuple(folder / patch_file_name(grid.patch_size, found) for grid in grids)
+        files = tuple(folder / patch_file_name(grid.patch_size, file_stem) for grid in grids)
         pictures.append(StoredPicture(files, grids, scales, grids))
     return pictures
 

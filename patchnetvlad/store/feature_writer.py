@@ -124,21 +124,21 @@ class FeatureWriter:
         rows, manifest = self._opened.rows, self._opened.manifest
         assert rows is not None  # these pictures are missing, so the rows are not complete
         try:
-            for part in written:
-                for index, row in zip(part.pictures, part.rows, strict=True):
+            for batch in written:
+                for index, row in zip(batch.pictures, batch.rows, strict=True):
                     rows.seek(self._opened.rows_offset + index * row.nbytes)
                     write_all(rows, row.tobytes())
             os.fsync(rows.fileno())
-            _append(manifest, b"".join(part.line for part in written))
+            _append(manifest, b"".join(batch.line for batch in written))
             os.fsync(manifest.fileno())
         except OSError as error:
             name = self.pictures.names[written[0].pictures[0]]
             raise disk_error(self.folder, name, error, self._kept()) from error
-        for part in written:
-            self._in_order = self._in_order and part.pictures[0] > self._last
-            self._last = max(self._last, part.pictures[-1])
+        for batch in written:
+            self._in_order = self._in_order and batch.pictures[0] > self._last
+            self._last = max(self._last, batch.pictures[-1])
             with self._lock:
-                self._missing.difference_update(part.pictures)
+                self._missing.difference_update(batch.pictures)
 
     def finish(self) -> None:
         """Wait for the background thread, bring the manifest into the order of the list, and give the complete global
