@@ -131,18 +131,20 @@ class TrainConfig:
 
     batchsize: int = setting(4, whole(1))  # triplet sets in one step
     cachebatchsize: int = setting(20, whole(1))  # pictures described at a time in mining and validation
-    optim: str = setting("SGD", choice("SGD", "ADAM"))  # ADAM goes without weight decay and schedule
+    optim: str = setting("SGD", choice("SGD", "ADAM", "ADAMW"))  # ADAM goes without weight decay and schedule
     seed: int = setting(123, whole(0))  # of every random generator
     lr: float = setting(1e-4, real(0, above=True))  # learning rate
     lrstep: int = setting(5, whole(1))  # epochs from one reduction of the learning rate to the next
     lrgamma: float = setting(0.5, real(0, above=True))  # factor of one reduction
-    weightdecay: float = setting(1e-3, real(0))  # of SGD
+    weightdecay: float = setting(1e-3, real(0))  # of SGD and ADAMW
     momentum: float = setting(0.9, real(0, 1))  # of SGD
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
     loss: str = setting("triplet", some_text())  # one of losses.LOSSES
     # Changes that happen to queries by chance, others in every epoch; of picture_changes.CHANGES.
     augmentation: tuple[str, ...] = setting((), names())
+    # Weight of the loss of local features at points whose places augmentation knows, beside the loss of descriptors.
+    local_weight: float = setting(0.0, real(0))
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too

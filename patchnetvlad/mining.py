@@ -104,7 +104,7 @@ class Describer:
                 maps = self._frozen(pictures)
                 if keep:
                     self._frozen.keep(found, maps)
-                rows[[row_of[number] for number in found]] = self._learned(maps).float().cpu().numpy()
+                rows[[row_of[number] for number in found]] = self._learned(maps)[0].float().cpu().numpy()
                 bar.update(len(found))
         return self._processes.joined(rows)
 

@@ -144,6 +144,11 @@ def _check_run(config: Config, processes: Processes) -> None:
     train = config.train
     find_loss(train.loss)
     check_changes(train.augmentation)
+    if train.local_weight and not train.augmentation:
+        raise UserError(
+            f"[train] local_weight = {train.local_weight:g}: local features are compared between a query and its "
+            "changed view, and augmentation = None (name some changes, or set local_weight = 0)"
+        )
     if min(train.imageresizew, train.imageresizeh) < 1:
         raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -286,7 +291,7 @@ def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> No
     train = config.train
     trained = train.batchsize * (2 + train.nneg)
     size = (train.imageresizeh, train.imageresizew)
-    estimate = estimate_memory(model, size, train.cachebatchsize, trained, train.mixed_precision, train.optim == "ADAM")
+    estimate = estimate_memory(model, size, train.cachebatchsize, trained, train.mixed_precision, train.optim != "SGD")
     pictures = min(len(places.paths), 2 * train.subset_queries + train.subset_negatives)
     kept = min(pictures * estimate.output, int(train.frozen_cache_gb * 1e9))
     gigabytes = [value / 1e9 for value in (estimate.peak, estimate.frozen, estimate.learned, kept)]

@@ -200,7 +200,7 @@ def test_configurations_are_kept_with_features(
         ("[feature_match]\ncache_gb = inf", ["cache_gb = inf", "a number of 0 or more"]),
         ("[train]\nlr = 0", ["lr = 0", "a number above 0"]),
         ("[train]\nwhitening = 1.5", ["whitening = 1.5", "at most 1"]),
-        ("[train]\noptim = RMSprop", ["optim = RMSprop", "SGD, ADAM"]),
+        ("[train]\noptim = RMSprop", ["optim = RMSprop", "SGD, ADAM, ADAMW"]),
         ("[train]\nseed = 1\nseed = 2", ["line 3", "[train] seed", "second time"]),
         ("[train]\nseed = 1\n[train]\n", ["line 3", "[train]", "second time"]),
         ("num_pcs = 1", ["line 1", "expected a section"]),

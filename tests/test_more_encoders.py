@@ -177,9 +177,10 @@ def test_two_parts_equal_the_encoder_and_only_the_second_learns(name, learns):
     pictures = torch.randn(2, 3, 64, 96)
     frozen, learned = FrozenPart(model, False, 0), LearnedPart(model, False)
     maps = frozen(pictures)
-    descriptors = learned(maps)
+    descriptors, feature_map = learned(maps)
     with torch.no_grad():
         torch.testing.assert_close(descriptors, model(pictures), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(feature_map, model.encoder(pictures), atol=1e-6, rtol=1e-5)
     (descriptors[0] - descriptors[1]).norm().backward()
     changed = {key for key, value in model.encoder.named_parameters() if value.grad is not None}
     prefixes = {"last": tuple(f"model.{layer}." for layer in layers), "all": ("model.",), "none": ()}[learns]
