@@ -30,6 +30,7 @@ TOOLS = {
     "export": ["export_onnx", "export_hloc"],
     "examples": ["demo", "render_example_places", "render_msls"],
     "architecture": ["draw_architecture"],
+    "bundled_model": ["make_bundled_model"],
 }
 
 setup(

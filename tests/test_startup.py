@@ -183,6 +183,11 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--num_pcs", "0"], "--num_pcs"),
         (["--global_path", BUNDLED, "--patches_path", BUNDLED, "--output_path", BUNDLED], "exists already"),
     ),
+    "tools/make_bundled_model": each(
+        ["--dataset_root_dir", ABSENT, "--work_dir", "made", "--output_path", "made/model.pth.tar"],
+        ([], f"{ABSENT}: no such folder"),
+        (["--dataset_root_dir", EXAMPLES], "images.csv: no such file"),
+    ),
     "tools/draw_architecture": each([], (["--root", ABSENT], "README.md")),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),
     "tools/render_example_places": each([], (["--width", "3"], "--width")),
