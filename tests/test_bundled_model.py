@@ -28,7 +28,7 @@ def test_frames_become_places(floors: Path) -> None:
     """Frames side by side are positives; the three next ones are none, but no negatives; other videos are."""
     (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
     data = read_training_csv(floors / "frames.csv", floors)
-    train = load_config(require_file("learn_builtin.ini", "configs")).train
+    train = load_config(require_file("learn_rootsift.ini", "configs")).train
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
     names = [path.stem for path in places.paths]
     found = {
@@ -83,7 +83,7 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
 
 
 def test_the_settings_fit_together() -> None:
-    config = load_config(require_file("learn_builtin.ini", "configs"))
+    config = load_config(require_file("learn_rootsift.ini", "configs"))
     config.check_training()
-    bundled = load_config(require_file("builtin.ini", "configs"))
+    bundled = load_config(require_file("rootsift.ini", "configs"))
     assert np.isclose(config.global_params.num_pcs, 512) and bundled.global_params.num_pcs in (256, 512)

@@ -60,7 +60,7 @@ def each(beginning: list[str], *cases: Case) -> list[Case]:
 
 EXAMPLES, ABSENT = str(ROOT / "example_images"), "nowhere/absent"
 LISTS = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
-BUNDLED = str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")
+BUNDLED = str(ROOT / "pretrained_models/rootsift_WPCA512.pth.tar")
 FEATURES = ["--query_input_features_dir", EXAMPLES, "--index_input_features_dir", EXAMPLES]
 LISTED = ["--dataset_file_path", "example_imageNames_query.txt"]
 CONFIGURED = [
@@ -130,7 +130,7 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--nEpochs", "0"], "--nEpochs"),
     ),
     "add_pca": each(
-        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
+        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/rootsift_WPCA512.pth.tar")],
         *CONFIGURED,
         ROOT_ABSENT,
         (["--resume_path", ABSENT], f"{ABSENT}"),
@@ -215,7 +215,7 @@ import json, sys
 from pathlib import Path
 from patchnetvlad.ini import load_config
 sizes = [f"feature_{part}.imageresize{side}" for part in ("extract", "match") for side in ("w=160", "h=120")]
-config = load_config(Path("configs/builtin.ini"), sizes)
+config = load_config(Path("configs/rootsift.ini"), sizes)
 """
 
 

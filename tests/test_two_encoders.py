@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused(joined: Path, tmp_path: Path) -> None:
         join_models(parts[0], parts[1], 30)
     with pytest.raises(UserError, match="pooling = netvlad has no patches"):
         Config(global_params=replace(PARAMS, pooling="netvlad"))
-    options = ["--config_path", "builtin.ini", "--dataset_root_dir", str(EXAMPLES), "-q", "--nocuda"]
+    options = ["--config_path", "rootsift.ini", "--dataset_root_dir", str(EXAMPLES), "-q", "--nocuda"]
     options += ["--output_path", str(tmp_path / "no.pth.tar")]
     assert fit_model([*options, "--set", "global_params.patch_backbone=rootsift"]) == 2
     assert fit_model([*options, "--set", "train.augmentation=noise"]) == 2
@@ -111,11 +111,11 @@ def test_a_whole_run(joined: Path, tmp_path: Path) -> None:
         *("feature_extract.imageresizew=160", "feature_extract.imageresizeh=120"),
         *("feature_match.imageresizew=160", "feature_match.imageresizeh=120"),
     ]
-    options = ["--config_path", "builtin.ini", *(part for item in overrides for part in ("--set", item))]
+    options = ["--config_path", "rootsift.ini", *(part for item in overrides for part in ("--set", item))]
     queries, database = example_names("queries")[:4], example_names("database")[:8]
     results = run(options, EXAMPLES, tmp_path, queries, database)
     scores = np.load(results / "scores.npz")
-    config = load_config(Path(__file__).parent.parent / "configs/builtin.ini", overrides)
+    config = load_config(Path(__file__).parent.parent / "configs/rootsift.ini", overrides)
     places = PlaceRecognizer.load(config)
     described = places.database([EXAMPLES / name for name in database])
     for row, name in enumerate(queries):

@@ -51,7 +51,7 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         "[train] num_clusters, whitening and seed, and num_pcs.",
         "fit_model.py",
     )
-    parser.add_config_options("builtin.ini")
+    parser.add_config_options("rootsift.ini")
     parser.add_argument(
         "--dataset_root_dir", required=True, nargs="+", metavar="DIR", help="one or several folders with pictures"
     )

@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 
+from patchnetvlad.encoders.efficientnet_lite import EfficientNetLite0
 from patchnetvlad.encoders.half_size import HalfSize
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
@@ -17,6 +18,7 @@ from patchnetvlad.patch_grid import EncoderGeometry
 ENCODERS: dict[str, Callable[..., Encoder]] = {
     "vgg16": VGG16,
     "rootsift": DenseRootSIFT,
+    "efficientnet_lite0": EfficientNetLite0,
     "timm": TimmEncoder,
     "half": lambda *name: HalfSize(make_encoder(":".join(name))),
 }
