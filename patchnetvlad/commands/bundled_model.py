@@ -22,7 +22,7 @@ METRES_A_FRAME = 8  # so that the frames beside one are within [train] positive_
 METRES_A_VIDEO = 10_000
 JUDGED_BY = ("floor3", "floor15")  # floors that training does not learn from, but is watched on
 PLACES = "4"  # times those of the small tree of rendered cities
-EPOCHS = "8"
+EPOCHS = "4"
 
 
 def make_bundled_model(arguments: Sequence[str] | None = None) -> int:
