@@ -152,6 +152,8 @@ class TrainConfig:
     imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
     imageresizeh: int = setting(480, whole())
     whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
+    # With augmentation: what is whitened, the differences that changes make, or the spread of all descriptors.
+    whitens: str = setting("changes", choice("changes", "all"))
     # imagenet: as published; none: random; package:NAME: of an installed Python package; or a file's path.
     pretrained: str = setting("imagenet", weights_source())  # encoder's start
     # What of the encoder learns beside the pooling: its last stage (VGG16's conv5), all of it, or none of it.

@@ -127,4 +127,4 @@ def changed_settings(checkpoint: Checkpoint, settings: Mapping[str, str]) -> lis
 
 
 # Keys of [train] that change nothing in the course of a run: its ends, its start, and memory
-_WITHOUT_EFFECT = ("patience", "pretrained", "frozen_cache_gb", "whitening", "num_clusters")
+_WITHOUT_EFFECT = ("patience", "pretrained", "frozen_cache_gb", "whitening", "whitens", "num_clusters")

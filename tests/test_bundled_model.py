@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from patchnetvlad.commands import bundled_model
-from patchnetvlad.commands.bundled_model import METRES_A_FRAME, frames_table, make_bundled_model
+from patchnetvlad.commands.bundled_model import DIMENSIONS, METRES_A_FRAME, frames_table, make_bundled_model
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import require_file
@@ -28,7 +27,7 @@ def test_frames_become_places(floors: Path) -> None:
     """Frames side by side are positives; the three next ones are none, but no negatives; other videos are."""
     (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
     data = read_training_csv(floors / "frames.csv", floors)
-    train = load_config(require_file("learn_rootsift.ini", "configs")).train
+    train = load_config(require_file("learn_builtin.ini", "configs")).train
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
     names = [path.stem for path in places.paths]
     found = {
@@ -69,7 +68,7 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
     step("add_pca", "Nov25_10-00-00_seed3/checkpoints/checkpoint_WPCA512.pth.tar")
     step("combine_models")
     arguments = ["--dataset_root_dir", f"{floors}", "--work_dir", f"{tmp_path / 'work'}", "--seed", "3"]
-    arguments += ["--output_path", f"{tmp_path / 'model_WPCA256.pth.tar'}"]
+    arguments += ["--output_path", f"{tmp_path / 'model_WPCA352.pth.tar'}"]
     assert make_bundled_model(arguments) == 0
     assert [name for name, _ in calls] == ["render_msls", "train", "add_pca", "combine_models"]
     assert "train.seed=3" in calls[1][1] and "train.seed=3" in calls[2][1]
@@ -83,7 +82,9 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
 
 
 def test_the_settings_fit_together() -> None:
-    config = load_config(require_file("learn_rootsift.ini", "configs"))
+    config = load_config(require_file("learn_builtin.ini", "configs"))
     config.check_training()
-    bundled = load_config(require_file("rootsift.ini", "configs"))
-    assert np.isclose(config.global_params.num_pcs, 512) and bundled.global_params.num_pcs in (256, 512)
+    bundled = load_config(require_file("builtin.ini", "configs"))
+    assert config.global_params.num_pcs == 512  # what add_pca.py writes is looked for by that number
+    assert config.global_params.backbone == bundled.global_params.backbone
+    assert bundled.global_params.num_pcs == DIMENSIONS

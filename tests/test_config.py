@@ -86,7 +86,7 @@ def test_absent_keys_take_defaults(tmp_path: Path) -> None:
         ("speed", 512, (5,), (1.0,), "spatialApproximator"),
         ("storage", 128, (5,), (1.0,), "spatialApproximator"),
         ("rootsift", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
-        ("builtin", 256, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
+        ("builtin", 352, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
     ],
 )
 def test_shipped_matching_files(

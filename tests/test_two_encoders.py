@@ -28,7 +28,8 @@ def write_model(path: Path, backbone: str, clusters: int, num_pcs: int, seed: in
     torch.manual_seed(seed)
     model = PlaceModel(backbone, "netvlad", clusters, num_pcs)
     assert isinstance(model.pool, NetVLAD)
-    model.pool.initialise(torch.rand(clusters, 128), torch.rand(200, 128) ** 4)
+    channels = model.pool.channels
+    model.pool.initialise(torch.rand(clusters, channels), torch.rand(200, channels) ** 4)
     write_checkpoint(path, model)
     return path
 
@@ -73,6 +74,30 @@ def test_each_part_is_that_of_its_model(joined: Path) -> None:
     assert described.grids == alone[1].grids
     for ours, theirs in zip(described.patches, alone[1].patches, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_encoders_are_kept_in_16_bits(tmp_path: Path) -> None:
+    """Their convolutions alone, which are most of them; batch normalisation and clusters stay as they are."""
+    first = write_model(tmp_path / "global.pth.tar", "half:efficientnet_lite0", 4, 24, 0)
+    second = write_model(tmp_path / "patches.pth.tar", "rootsift", 8, 24, 1)
+    options = ["--global_path", str(first), "--patches_path", str(second), "-q"]
+    assert combine_models([*options, "--output_path", str(tmp_path / "both_WPCA24.pth.tar")]) == 0
+    state = torch.load(tmp_path / "both_WPCA24.pth.tar", weights_only=True)["state_dict"]
+    halves = {key for key, value in state.items() if value.dtype == torch.float16}
+    convolutions = {key for key, value in state.items() if value.ndim == 4}
+    assert convolutions - halves == {"pool.conv.weight", "patch_branch.pool.conv.weight"}
+    assert halves < convolutions and len(halves) > 20
+    params = replace(PARAMS, backbone="half:efficientnet_lite0")
+    model, alone = (
+        build_model(read_checkpoint(path), one)
+        for path, one in (
+            (tmp_path / "both_WPCA24.pth.tar", params),
+            (first, GlobalParams(backbone="half:efficientnet_lite0", pooling="netvlad", num_pcs=24)),
+        )
+    )
+    pictures = torch.randn(2, 3, 128, 192)
+    similar = (model.describe(pictures).global_ * alone.describe(pictures).global_).sum(dim=1)
+    assert similar.min() > 0.999
 
 
 def test_a_global_model_of_the_same_file(joined: Path) -> None:

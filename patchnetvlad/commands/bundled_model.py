@@ -22,7 +22,8 @@ METRES_A_FRAME = 8  # so that the frames beside one are within [train] positive_
 METRES_A_VIDEO = 10_000
 JUDGED_BY = ("floor3", "floor15")  # floors that training does not learn from, but is watched on
 PLACES = "4"  # times those of the small tree of rendered cities
-EPOCHS = "4"
+EPOCHS = "3"
+DIMENSIONS = 352  # of both kinds of descriptors: as many as fit into a file of 10 MB
 
 
 def make_bundled_model(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +55,7 @@ def _make(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UserError(f"--seed: {args.seed}: expected a whole number of 0 or more")
     patches = find_checkpoint(PATCHES, 0) or require_file(PATCHES, "pretrained_models")
-    dims = 256
-    check_new_checkpoint(Path(args.output_path), dims, args.overwrite)
+    check_new_checkpoint(Path(args.output_path), DIMENSIONS, args.overwrite)
     make_folder(work)
     frames, cities = work / "frames.csv", work / "cities"
     write_text(frames, frames_table(table))
@@ -73,7 +73,7 @@ def _make(args: argparse.Namespace) -> None:
     both = ["--global_path", f"{last.parent / 'checkpoint_WPCA512.pth.tar'}", "--patches_path", f"{patches}"]
     _run(
         combine_models,
-        [*both, "--num_pcs", f"{dims}", "--output_path", args.output_path, "--overwrite", *quiet],
+        [*both, "--num_pcs", f"{DIMENSIONS}", "--output_path", args.output_path, "--overwrite", *quiet],
     )
 
 
