@@ -21,7 +21,16 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
 from patchnetvlad.images import ChangePicture
 from patchnetvlad.losses import ViewPair, find_loss, seen_positions, view_loss
-from patchnetvlad.mining import Describer, Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
+from patchnetvlad.mining import (
+    Describer,
+    Subset,
+    TripletSet,
+    epoch_queries,
+    make_subset,
+    mine,
+    training_batches,
+    with_all_negatives,
+)
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.picture_changes import Picture, changed, changed_view
 from patchnetvlad.training_data import CityPictures, TripletPlaces
@@ -149,11 +158,13 @@ class Trainer:
         if not triplets:
             logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
             return
-        steps = [self._widened(step) for step in training_batches(triplets, train.batchsize)]
+        steps = training_batches(triplets, train.batchsize)
+        if self._loss.whole_step:
+            steps = [with_all_negatives(step, self._places) for step in steps]
         shares = [self._processes.share(step) for step in steps]
         # A process without a share of the last step takes part with weight 0, since all must
         taken = [self._both_views(share or step[:1]) for share, step in zip(shares, steps, strict=True)]
-        pictures = [list(dict.fromkeys(number for triplet in share for number in _numbers(triplet))) for share in taken]
+        pictures = [list(dict.fromkeys(number for triplet in share for number in triplet.pictures)) for share in taken]
         outputs = self._frozen.steps(
             pictures,
             self._paths,
@@ -233,17 +244,6 @@ class Trainer:
         progress.loss_steps += 1
         return loss
 
-    def _widened(self, step: list[TripletSet]) -> list[TripletSet]:
-        """A step with all of its database pictures as negatives of all queries that are not near, if the loss wants."""
-        if not self._loss.whole_step:
-            return step
-        shown = dict.fromkeys(number for triplet in step for number in _numbers(triplet)[1:])
-        near = {triplet.query: set(self._places.near[triplet.query].tolist()) for triplet in step}
-        return [
-            replace(triplet, negatives=tuple(number for number in shown if number not in near[triplet.query]))
-            for triplet in step
-        ]
-
     def _both_views(self, triplets: list[TripletSet]) -> list[TripletSet]:
         """The sets, and behind each one the same with its query unchanged, where local features are compared."""
         if not self._config.train.local_weight:
@@ -305,10 +305,6 @@ class Trainer:
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self._checkpoints / LAST}"
-
-
-def _numbers(triplet: TripletSet) -> tuple[int, ...]:
-    return (triplet.query, triplet.positive, *triplet.negatives)
 
 
 class _TrainingLog:

@@ -402,7 +402,7 @@ def test_models_are_written_under_names_that_load(small_model, tmp_path, capsys)
 def test_a_missing_checkpoint_names_the_ways_out(small_model, tmp_path, capsys):
     options = [*small_model, "--set", f"global_params.resumepath={tmp_path / 'none_WPCA'}"]
     assert extract(options, INDEX_LIST, tmp_path / "out") == 2
-    assert "none_WPCA32.pth.tar" in (line := failure(capsys)) and "rootsift.ini" in line
+    assert "none_WPCA32.pth.tar" in (line := failure(capsys)) and "builtin.ini" in line
 
 
 def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
@@ -413,7 +413,7 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     assert download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
-    assert "no network" in line and "rootsift.ini" in line and not list(tmp_path.iterdir())
+    assert "no network" in line and "builtin.ini" in line and not list(tmp_path.iterdir())
 
 
 def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):

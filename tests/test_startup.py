@@ -215,7 +215,7 @@ import json, sys
 from pathlib import Path
 from patchnetvlad.ini import load_config
 sizes = [f"feature_{part}.imageresize{side}" for part in ("extract", "match") for side in ("w=160", "h=120")]
-config = load_config(Path("configs/rootsift.ini"), sizes)
+config = load_config(Path("configs/builtin.ini"), sizes)
 """
 
 
