@@ -23,6 +23,7 @@ SCRIPTS = {  # module of patchnetvlad.commands: its commands
 }
 TOOLS = {
     "models": ["fit_model", "combine_models"],
+    "training": ["make_training_csv"],
     "features": ["build_index"],
     "places": ["evaluate_poses", "locate"],
     "datasets": ["make_dataset", "measure", "reproduce", "gen_image_file_list", "convert_kapture_to_msls"],

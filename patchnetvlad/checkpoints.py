@@ -1,6 +1,5 @@
 """Checkpoints: read, check and write the published format."""
 
-import hashlib
 import logging
 import pickle
 import re
@@ -8,7 +7,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,7 +18,7 @@ from torch import Tensor
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.encoders.table import is_encoder, same_encoder
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import some_of, told, writing_with_torch
+from patchnetvlad.files import file_sha256, some_of, writing_with_torch
 from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
@@ -78,22 +76,6 @@ class Checkpoint:
         """The INI name of the patches' own encoder, None where they have none."""
         name = self.extras.get("patch_backbone")
         return None if name is None else str(name)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
-    with told(path, "cannot be read"):
-        state = path.stat()
-        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _file_sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -7,14 +7,17 @@ from pathlib import Path
 from patchnetvlad.config_values import (
     choice,
     code_bytes,
+    encoder_name,
     flag,
+    index_name,
     list_of,
-    names,
+    named,
     optional,
     real,
     recall_counts,
     scale_weights,
     setting,
+    some_of_names,
     some_text,
     storage_type,
     value_text,
@@ -22,7 +25,7 @@ from patchnetvlad.config_values import (
     whole,
 )
 from patchnetvlad.errors import UserError
-from patchnetvlad.paths import find_checkpoint, require_checkpoint
+from patchnetvlad.paths import find_checkpoint, package_weights, require_checkpoint, require_file
 
 MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
     "train": (
@@ -34,6 +37,21 @@ MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
     "test": ("miami", "athens", "buenosaires", "stockholm", "bengaluru", "kampala"),
 }
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
+
+# What tables of the method have, by name, so that a wrong name is refused before torch is imported. A script that adds
+# to a table adds its name here: ranking.add_matcher and encoders.table.add_encoder do both.
+MATCHERS = ["RANSAC", "spatialApproximator"]
+ENCODERS = ["vgg16", "rootsift", "efficientnet_lite0"]
+ENCODERS_WITH_ARGUMENTS = ("timm", "half")  # behind a colon: timm:NAME:LAYER, half:ENCODER
+ENCODER_ALIASES = {
+    "resnet50": "timm:resnet50.tv2_in1k:layer3",
+    "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
+}
+LOSSES = ("triplet", "multi_similarity")
+CHANGES = ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
+BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
+_ONE_GPU = "ngpu = 1 and one process for each part of the list, with --device cuda:N; torchrun is for train.py"
+_ENCODER = encoder_name(ENCODERS, ENCODERS_WITH_ARGUMENTS, ENCODER_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class FeatureExtractConfig:
 class FeatureMatchConfig:
     """[feature_match]: ranking database pictures."""
 
-    matcher: str = setting("RANSAC", some_text())  # scores a pair's matches; one of reranking.MATCHERS
+    matcher: str = setting("RANSAC", named(MATCHERS))  # scores a pair's matches
     n_values_all: tuple[int, ...] = setting((1, 5, 10, 20, 50, 100), recall_counts())  # N of Recall@N
     dataset_name: str | None = setting(None, optional(some_text()))  # a label, without effect on results
     # File with the candidates of another method, in place of the search.
@@ -73,7 +91,7 @@ class FeatureMatchConfig:
     rerank_top: int | None = setting(None, optional(whole(1)))
     panorama_cutouts: int = setting(1, whole(1))  # cut-outs a panorama in the database; Tokyo 24/7: 12
     # Flat, the exact search; a faiss factory string; or the .json file that tools/build_index.py made.
-    index: str = setting("Flat", some_text())
+    index: str = setting("Flat", index_name(BUILT_INDEX))
     # Patch descriptors are read from the store, or made when a candidate needs them.
     local_features: str = setting("stored", choice("stored", "on_demand"))
     # Patches are compared by float32 products, by 8-bit ones that are checked in float32 (same matches, on a CPU), or
@@ -110,10 +128,10 @@ class GlobalParams:
     # Positions from one patch to the next, for each patch size; not given: 1 each.
     strides: tuple[int, ...] = setting((), list_of(whole(1), "whole numbers of 1 or more"))
     vladv2: bool = setting(False, flag())  # NetVLAD's soft assignment has a bias
-    backbone: str = setting("vgg16", some_text())  # encoder; one of encoders.ENCODERS, or timm:NAME:LAYER
+    backbone: str = setting("vgg16", _ENCODER)
 
     # Encoder of the patches where it is another one; only with pooling = patchnetvlad.
-    patch_backbone: str | None = setting(None, optional(some_text()))
+    patch_backbone: str | None = setting(None, optional(_ENCODER))
 
     def __post_init__(self) -> None:
         if not self.strides:
@@ -140,9 +158,9 @@ class TrainConfig:
     momentum: float = setting(0.9, real(0, 1))  # of SGD
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
-    loss: str = setting("triplet", some_text())  # one of losses.LOSSES
-    # Changes that happen to queries by chance, others in every epoch; of picture_changes.CHANGES.
-    augmentation: tuple[str, ...] = setting((), names())
+    loss: str = setting("triplet", named(LOSSES))
+    # Changes that happen to queries by chance, others in every epoch.
+    augmentation: tuple[str, ...] = setting((), some_of_names(CHANGES))
     # Weight of the loss of local features at points whose places augmentation knows, beside the loss of descriptors.
     local_weight: float = setting(0.0, real(0))
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
@@ -192,10 +210,12 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
-        if self.global_params.patch_backbone is not None and self.global_params.pooling != "patchnetvlad":
+        pooling, patches = self.global_params.pooling, self.global_params.patch_backbone
+        if patches is not None and pooling != "patchnetvlad":
+            place = self._place("global_params.patch_backbone", "global_params.pooling")
             raise UserError(
-                f"{self._place}: [global_params] patch_backbone = {self.global_params.patch_backbone}: pooling = "
-                f"{self.global_params.pooling} has no patches (expected patchnetvlad, or patch_backbone = None)"
+                f"{place}: [global_params] patch_backbone = {patches}: pooling = {pooling} has no patches (expected "
+                "patchnetvlad, or patch_backbone = None)"
             )
         if len(strides) != len(sizes):
             place = self._place("global_params.strides", "global_params.patch_sizes")
@@ -224,10 +244,79 @@ class Config:
         """The same; raises UserError where there is none. A published one may still have to be downloaded to there."""
         return require_checkpoint(self.global_params.resumepath, self.global_params.num_pcs, self.path)
 
+    def require_pretrained(self) -> Path | None:
+        """The file that [train] pretrained names; None for imagenet and none, which name no file.
+
+        Raises UserError where there is none such.
+        """
+        source, params = self.train.pretrained, self.global_params
+        if source in ("imagenet", "none"):
+            return None
+        package = source.removeprefix("package:")
+        if package != source:
+            try:
+                return package_weights(package)
+            except UserError as error:
+                raise UserError(f"{self._place('train.pretrained')}: [train] pretrained = {source}: {error}") from error
+        found = find_checkpoint(source, params.num_pcs, self.path) or find_checkpoint(source, 0, self.path)
+        return found or require_file(source, "pretrained_models", self.path)
+
     @property
     def describes_on_demand(self) -> bool:
         """Whether matching makes patch descriptors when it needs them, in place of reading them."""
         return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
+
+    def check_one_gpu(self, work: str) -> None:
+        """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
+        if self.global_params.ngpu > 1:
+            place = self._place("global_params.ngpu")
+            raise UserError(
+                f"{place}: [global_params] ngpu = {self.global_params.ngpu}: {work} uses one GPU ({_ONE_GPU})"
+            )
+
+    def check_one_process(self, work: str) -> None:
+        """The same, and where torchrun has started several processes, which would all do the same."""
+        self.check_one_gpu(work)
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1":
+            raise UserError(f"WORLD_SIZE = {count}: {work} is one process, and torchrun started several ({_ONE_GPU})")
+
+    def check_own_candidates(self, without: str) -> None:
+        """Raises UserError for the candidates of another method, where there is no list of queries.
+
+        without: what has none, and how they are used.
+        """
+        given = self.feature_match.pred_input_path
+        if given is not None:
+            place = self._place("feature_match.pred_input_path")
+            raise UserError(
+                f"{place}: [feature_match] pred_input_path = {given}: belongs to a list of queries, not to {without}"
+            )
+
+    def check_fitting(self) -> None:
+        """Raises UserError unless a model can be fitted without training."""
+        params, train = self.global_params, self.train
+        if train.augmentation and params.pooling == "patchnetvlad":
+            raise UserError(
+                f"{self._place('train.augmentation')}: [train] augmentation: WPCA learns from changed pictures for a "
+                "global model alone, since a changed picture's patches lie elsewhere (set [global_params] pooling = "
+                "netvlad, or augmentation = None)"
+            )
+        if params.patch_backbone is not None:
+            raise UserError(
+                f"{self._place('global_params.patch_backbone')}: [global_params] patch_backbone = "
+                f"{params.patch_backbone}: global descriptors and patches are fitted one by one, and joined by "
+                "tools/combine_models.py (set it to None)"
+            )
+        self.require_pretrained()
+
+    def check_projecting(self) -> None:
+        """Raises UserError where WPCA is to be added and no dimensions are given."""
+        if not self.global_params.num_pcs:
+            raise UserError(
+                f"{self._place('global_params.num_pcs')}: [global_params] num_pcs = 0: expected the number of "
+                "dimensions to project to"
+            )
 
     def check_matching(self) -> None:
         """Raises UserError unless [feature_match] fits the patch sizes and the picture size of extraction."""
@@ -260,8 +349,19 @@ class Config:
         return replace(self, global_params=params, feature_extract=sizes)
 
     def check_training(self) -> None:
-        """Raises UserError unless [train] has the picture size of extraction, and radii that fit together."""
+        """Raises UserError unless [train] has the picture size of extraction, one for all, and what fits together."""
         self._check_picture_size("train", self.train)
+        if min(self.train.imageresizew, self.train.imageresizeh) < 1:
+            place = self._place(*(f"train.{key}" for key in PICTURE_SIZE))
+            raise UserError(
+                f"{place}: [train] imageresizew, imageresizeh: training needs one size for all pictures, above 0"
+            )
+        if self.train.local_weight and not self.train.augmentation:
+            raise UserError(
+                f"{self._place('train.local_weight', 'train.augmentation')}: [train] local_weight = "
+                f"{self.train.local_weight:g}: local features are compared between a query and its changed view, and "
+                "augmentation = None (name some changes, or set local_weight = 0)"
+            )
         near, far = self.train.positive_radius, self.train.negative_radius
         if near > far:
             place = self._place("train.positive_radius", "train.negative_radius")
@@ -294,5 +394,4 @@ SECTIONS = {  # section of the file, and its type
     "global_params": GlobalParams,
     "train": TrainConfig,
 }
-BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 PICTURE_SIZE = ("imageresizew", "imageresizeh")

@@ -3,21 +3,35 @@
 import configparser
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 _CODES = re.compile(r"pq([1-9][0-9]*)")
+# Words of faiss's factory strings, between digits and marks
+_INDEX_WORD = re.compile(
+    "R?Flat|FlatL|Refine|IVF|IMI|HNSW|NSG|NNDescent|O?PQ|x|fsr?|np|PCAW?R?|RR|ITQ|LSHr?t?|L|[Nn]orm|Pad|SQ(fp|bf)?|"
+    "bit|direct|signed|P?RQ|P?LSQ|RCQ|Residual|N(qint|cqint|float|none|norm|lsq|rq)|ZnLattice|RaBitQ|IDMap"
+)
 
 
 @dataclass(frozen=True)
 class Rule(Generic[T]):
-    """How the text of a key is read: ``parse`` raises ValueError, ``expected`` completes "expected …"."""
+    """How the text of a key is read: ``parse`` raises ValueError, ``told`` completes "expected …".
+
+    names: those that go behind ``expected``; a table of names may have grown since the rule was made.
+    """
 
     expected: str
     parse: Callable[[str], T]
+    names: Sequence[str] = ()
+
+    @property
+    def told(self) -> str:
+        """What the text must be."""
+        return " ".join([self.expected, ", ".join(self.names)]).strip()
 
 
 def setting(default: T, rule: Rule[T]) -> T:
@@ -61,6 +75,11 @@ def flag() -> Rule[bool]:
 
 def choice(*names: str) -> Rule[str]:
     """One of the names, in any case; the value is the name as written here."""
+    return named(names)
+
+
+def named(names: Sequence[str]) -> Rule[str]:
+    """The same of a list that may grow."""
 
     def parse(text: str) -> str:
         for name in names:
@@ -68,7 +87,40 @@ def choice(*names: str) -> Rule[str]:
                 return name
         raise ValueError
 
-    return Rule("one of " + ", ".join(names), parse)
+    return Rule("one of", parse, names)
+
+
+def encoder_name(plain: Sequence[str], with_arguments: Sequence[str], short: Mapping[str, str]) -> Rule[str]:
+    """An encoder by its name, and by what stands behind a colon where one takes arguments.
+
+    short: names that stand for longer ones.
+    """
+
+    def check(text: str) -> None:
+        kind, colon, arguments = short.get(text, text).partition(":")
+        takes = kind in with_arguments
+        if not (takes or kind in plain) or bool(colon) != takes or bool(arguments) != takes:
+            raise ValueError
+        if kind == "half":
+            check(arguments)
+
+    def parse(text: str) -> str:
+        check(text)
+        return text
+
+    return Rule(f"one of timm:NAME, timm:NAME:LAYER, half:ENCODER, {', '.join(short)},", parse, plain)
+
+
+def index_name(ending: str) -> Rule[str]:
+    """Flat, another factory string of faiss, or a file with this ending."""
+
+    def parse(text: str) -> str:
+        words = re.findall("[A-Za-z]+", text)
+        if not text.endswith(ending) and (not words or not all(map(_INDEX_WORD.fullmatch, words))):
+            raise ValueError
+        return text
+
+    return Rule(f"Flat, another factory string of faiss such as HNSW32, or a {ending} file of build_index.py", parse)
 
 
 def code_bytes(dtype: str) -> int | None:
@@ -81,7 +133,7 @@ def storage_type(*names: str) -> Rule[str]:
     """One of the names, or pqN."""
     plain = choice(*names)
     return Rule(
-        f"{plain.expected} or pqN (N bytes a patch)",
+        f"{plain.told} or pqN (N bytes a patch)",
         lambda text: text.lower() if code_bytes(text.lower()) is not None else plain.parse(text),
     )
 
@@ -97,7 +149,10 @@ def some_text() -> Rule[str]:
 
 def optional(rule: Rule[T]) -> Rule[T | None]:
     """None, written so in any case or as nothing at all, or what the rule takes."""
-    return Rule(f"{rule.expected}, or None", lambda text: None if text.lower() in ("", "none") else rule.parse(text))
+    none = ("", "none")
+    return Rule(
+        f"None, or {rule.expected}", lambda text: None if text.lower() in none else rule.parse(text), rule.names
+    )
 
 
 def weights_source() -> Rule[str]:
@@ -119,10 +174,12 @@ def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[
     return Rule(f"{expected}, separated by commas", parse)
 
 
-def names() -> Rule[tuple[str, ...]]:
-    """Different names; None, or nothing at all, for no name."""
-    rule = list_of(some_text(), "names", distinct=True)
-    return Rule(f"{rule.expected}, or None", lambda text: () if text.lower() in ("", "none") else rule.parse(text))
+def some_of_names(names: Sequence[str]) -> Rule[tuple[str, ...]]:
+    """Different ones of the names; None, or nothing at all, for no name."""
+    rule, none = list_of(named(names), "different names", distinct=True), ("", "none")
+    return Rule(
+        f"None, or {rule.expected}: some of", lambda text: () if text.lower() in none else rule.parse(text), names
+    )
 
 
 def recall_counts() -> Rule[tuple[int, ...]]:

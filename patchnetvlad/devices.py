@@ -1,13 +1,11 @@
-"""What runs depend on of a machine's accelerators: their memory, TF32, and how many a run may use."""
+"""What runs depend on of a machine's accelerators: their memory, and TF32."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
 import torch
 
-from patchnetvlad.config import GlobalParams
 from patchnetvlad.errors import UserError
 
 EXTRACTION_MEMORY = "[feature_extract] cachebatchsize, or imageresizew and imageresizeh"
@@ -16,7 +14,6 @@ MATCHING_MEMORY = (
 )
 TRAINING_MEMORY = "[train] batchsize, cachebatchsize, nneg, or imageresizew and imageresizeh"
 
-_WAY_OUT = "ngpu = 1 and one process for each part of the list, with --device cuda:N; torchrun is for train.py"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's errors of other devices say
 _FLAGS = RLock()  # torch keeps one setting of TF32 for all threads
 
@@ -73,17 +70,3 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def check_one_gpu(params: GlobalParams, work: str) -> None:
-    """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
-    if params.ngpu > 1:
-        raise UserError(f"[global_params] ngpu = {params.ngpu}: {work} uses one GPU ({_WAY_OUT})")
-
-
-def require_one_process(params: GlobalParams, work: str) -> None:
-    """The same, and where torchrun has started several processes, which would all do the same."""
-    check_one_gpu(params, work)
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        raise UserError(f"WORLD_SIZE = {count}: {work} is one process, and torchrun started several ({_WAY_OUT})")

@@ -1,9 +1,10 @@
 """A matching run: lists, features and ground truth, ranked, held against the truth, and written for others."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import BUILT_INDEX, Config
-from patchnetvlad.devices import require_one_process
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header, tell_precision
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
@@ -28,6 +28,8 @@ from patchnetvlad.result_files import (
     FORMATS,
     RERANKING,
     RETRIEVAL,
+    WRITTEN,
+    check_new_city,
     name_rankings,
     read_predictions,
     write_msls_predictions,
@@ -37,8 +39,10 @@ from patchnetvlad.result_files import (
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
 from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.feature_header import has_manifest
 from patchnetvlad.store.feature_store import FeatureStore
 from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
+from patchnetvlad.store.spot_check import check_by_pictures
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -107,32 +111,45 @@ class Evaluation:
 
 
 @contextmanager
-def open_run(config: Config, sources: Sources, device: torch.device, progress: bool = False) -> Iterator[MatchingRun]:
+def open_run(
+    config: Config,
+    sources: Sources,
+    device: torch.device,
+    progress: bool = False,
+    formats: Sequence[str] = WRITTEN,
+    city_file: Path | None = None,
+) -> Iterator[MatchingRun]:
     """Open lists, features and ground truth; patches can be read as long as the context lasts.
 
+    formats, city_file: what `write_results` and `add_city` will write, whose names are checked now.
     Raises UserError for whatever does not fit together.
     """
     config.check_matching()
-    require_one_process(config.global_params, "matching")
+    config.check_one_process("matching")
     find_matcher(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
+    _check_names(queries, database, formats, city_file)
     truth = _ground_truth(sources, config, queries, database)
     given = _given_candidates(config, queries, database)
-    model = None
     if config.describes_on_demand:
         for pictures in (queries, database):
             require_readable(pictures.paths, pictures.source, config.global_params.loading_threads, progress)
+
+    @lru_cache(maxsize=1)
+    def find_model() -> PlaceModel:
         model = load_model(config)[0].to(device)
         tell_precision(model)
+        return model
+
     memory = cache_bytes(config.feature_match.cache_gb)
     if config.global_params.pooling == "patchnetvlad":
         source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
         logger.info("memory for patches: %.3g GB (cache_gb, %s)", memory / 1e9, source)
-    for_queries = memory // _QUERY_SHARE
+    for_queries, folders = memory // _QUERY_SHARE, (sources.query_features, sources.index_features)
     with (
-        open_features(config, queries, sources.query_features, for_queries, model) as query_features,
-        open_features(config, database, sources.index_features, memory - for_queries, model) as database_features,
+        open_features(config, queries, folders[0], for_queries, find_model, folders[1]) as query_features,
+        open_features(config, database, folders[1], memory - for_queries, find_model, folders[0]) as database_features,
     ):
         if isinstance(query_features.patches, FeatureStore) and query_features.patches.coded:
             raise UserError(
@@ -144,14 +161,29 @@ def open_run(config: Config, sources: Sources, device: torch.device, progress: b
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device)
 
 
+def _check_names(queries: ImageList, database: ImageList, formats: Sequence[str], city_file: Path | None) -> None:
+    """Raises UserError for names that the files to be written cannot hold."""
+    for form in (FORMATS[name] for name in formats):
+        form.check(queries.source, form.names(queries), ())
+        form.check(database.source, (), form.names(database))
+    if city_file is not None:
+        check_new_city(city_file, queries.names, database.names)
+
+
 @contextmanager
 def open_features(
-    config: Config, pictures: ImageList, folder: Path, memory: int, model: PlaceModel | None = None
+    config: Config,
+    pictures: ImageList,
+    folder: Path,
+    memory: int,
+    find_model: Callable[[], PlaceModel],
+    beside: Path | None = None,
 ) -> Iterator[DescribedPictures]:
-    """Open a list's feature folder, checked against the configuration.
+    """Open a list's feature folder, checked against the configuration, or by describing two pictures again.
 
-    memory: bytes that patch descriptors may take; model: describes patches when they are asked for, needed where
-    [feature_match] local_features says so.
+    memory: bytes that patch descriptors may take; find_model: gives the model, and is asked where [feature_match]
+    local_features = on_demand, or where the folder has no manifest and the weights are at hand; beside: the folder that
+    this one is compared with, None for pictures that are described now.
     """
     expected = expected_header(config)
     if config.describes_on_demand:
@@ -160,12 +192,28 @@ def open_features(
     stride = expected.geometry.stride
     map_size = (height // stride, width // stride) if min(height, width) > 0 else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
+        if not has_manifest(folder):
+            if not config.describes_on_demand:
+                _tell_mixed(folder, beside)
+            check_by_pictures(folder, pictures, store.global_, config, find_model)
         if config.global_params.pooling != "patchnetvlad":
             yield DescribedPictures(store.global_, None)
-        elif model is not None and config.describes_on_demand:
-            yield DescribedPictures(store.global_, OnDemandPatches(model, pictures, config.feature_extract, memory))
+        elif config.describes_on_demand:
+            patches = OnDemandPatches(find_model(), pictures, config.feature_extract, memory)
+            yield DescribedPictures(store.global_, patches)
         else:
             yield DescribedPictures(store.global_, store)
+
+
+def _tell_mixed(folder: Path, beside: Path | None) -> None:
+    if beside is not None and not has_manifest(beside):
+        return
+    logger.warning(
+        "%s: has no manifest.jsonl, and %s: patches that the published code described are not quite those of this "
+        "program (docs/migrate.md), so extract both, or neither",
+        folder,
+        "it is compared with pictures described now" if beside is None else f"{beside} has one",
+    )
 
 
 def make_search_index(
@@ -210,7 +258,7 @@ def evaluate(run: MatchingRun, progress: bool = False) -> Evaluation:
     return Evaluation(run.queries, run.database, rankings, stages, run.ground_truth, judged, measures)
 
 
-def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] = ("kapture",)) -> tuple[Path, ...]:
+def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] = WRITTEN) -> tuple[Path, ...]:
     """Write rankings, scores, and with ground truth recalls, into a folder; returns the files.
 
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
@@ -220,11 +268,7 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     for stage, indices in evaluation.stages.items():
         for form in (FORMATS[name] for name in formats):
             files.append(results / f"{stage}_{form.ending}")
-            names = [
-                [str(path) for path in pictures.paths] if form.full_paths else pictures.names
-                for pictures in (queries, database)
-            ]
-            form.write(files[-1], name_rankings(names[0], names[1], indices))
+            form.write(files[-1], name_rankings(form.names(queries), form.names(database), indices))
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
         write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)

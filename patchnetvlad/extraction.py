@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from patchnetvlad.checkpoints import Checkpoint, file_sha256
+from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config, FeatureExtractConfig
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors
-from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, require_one_process, synchronize
+from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import file_sha256
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.ini import record_config
@@ -62,7 +63,7 @@ def extract(
     Every picture is checked before the first is described. Raises UserError for unreadable pictures, weights that do
     not fit, a folder with other features, too little disk.
     """
-    require_one_process(config.global_params, "extraction")
+    config.check_one_process("extraction")
     model, checkpoint = load_model(config)
     model.to(device)
     pictures = read_image_list(list_path, root)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
@@ -266,3 +267,19 @@ def some_of(names: Sequence[str], shown: int = 5, separator: str = ", ") -> str:
     """The first names, and how many more there are: a, b, c and 12 more."""
     more = f"{separator.strip(', ')} and {len(names) - shown} more" if len(names) > shown else ""
     return separator.join(names[:shown]) + more
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
+    with told(path, "cannot be read"):
+        state = path.stat()
+        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _file_sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -153,7 +153,7 @@ def _parse(place: str, section: str, key: str, text: str) -> object:
         return rule.parse(text)
     except ValueError as error:
         hint = " (an indented line continues the line above it)" if "\n" in text else ""
-        raise UserError(f"{place}: expected {rule.expected}{hint}") from error
+        raise UserError(f"{place}: expected {rule.told}{hint}") from error
 
 
 def _closest(word: str, known: list[str]) -> str:

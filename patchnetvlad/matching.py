@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from patchnetvlad.patch_rounding import (
     similarity_errors,
 )
 
-CLOSE = 1e-6  # similarities of unit rows that float32 may order either way
+CLOSE = 2e-6  # similarities of unit rows that float32 may order either way: several times its largest error
+TIED = 2.0**-40  # similarities in steps of this are equal, so that the order of a float64 sum's terms decides nothing
 DOUBTFUL = 0.02  # share of all pairs beyond which the float32 product is cheaper than single pairs
 _FEWEST_DIMS = 2  # torch's int8 product is undefined for one
 
@@ -78,46 +80,49 @@ def mutual_matches(query: Tensor, reference: Tensor) -> Matches:
     """Mutual nearest neighbours of two sets of unit descriptors, Pq×D and Pr×D, on any device.
 
     The nearest neighbour has the largest dot product, which orders pairs as the distance of unit vectors does; of
-    equal ones the lowest index is nearest, in both directions. Either set may be empty.
+    equal ones the lowest index is nearest, in both directions. Products that float32 cannot order are taken in
+    float64, so that no processor, device or number of threads decides. Either set may be empty.
     """
     if query.device.type != "cpu":
         return mutual_matches_batch(query, reference[None])[0]
     if len(query) == 0 or len(reference) == 0:
         return _no_matches()
-    # NumPy finds maxima, and where they are, several times faster than torch does on a processor
-    similarity = (query @ reference.T).numpy()  # Pq×Pr
-    nearest = similarity.argmax(axis=1)
-    column_best = similarity.max(axis=0)
-    best = np.take_along_axis(similarity, nearest[:, None], axis=1)[:, 0]
-    rows = np.flatnonzero(best == column_best[nearest])
-    # Each of these rows attains the maximum of its column; where another row does so too, only the first counts.
-    # Finding that row costs far more than the maximum, so it is done only if some column has a tie.
-    if np.count_nonzero(similarity == column_best) > len(reference):
-        rows = rows[similarity[:, nearest[rows]].argmax(axis=0) == rows]
-    return Matches(torch.from_numpy(rows), torch.from_numpy(nearest[rows]))
+    close = _close(_lengths(query), _lengths(reference))
+    similarity = query @ reference.T  # Pq×Pr
+    least = similarity.amax(dim=1) - close, similarity.amax(dim=0) - close
+    return _settle(_possible(similarity, *least), query, reference, close)
 
 
 def mutual_matches_batch(query: Tensor, references: Tensor, lengths: Tensor | None = None) -> list[Matches]:
     """`mutual_matches` of one query, Pq×D, with B references, B×Pr×D, for accelerators.
 
     lengths: (B,) integers, how many rows of each reference are patches, the rest being padding; None: all of them.
-    Nothing leaves the device before all B pairs are matched. Needs memory for B·Pq·Pr similarities.
+    All B products are computed before the pairs that may be nearest, a few in a thousand, leave the device. Needs
+    memory for B·Pq·Pr similarities and for a comparison of each.
     """
     count, padded, dims = references.shape
     if count == 0 or len(query) == 0 or padded == 0:
         return [_no_matches() for _ in range(count)]
+    close = _close(_lengths(query), _lengths(references))
     similarity = (references.reshape(count * padded, dims) @ query.T).reshape(count, padded, -1)  # B×Pr×Pq
     if lengths is not None:
         lengths = lengths.to(similarity.device)
         padding = torch.arange(padded, device=similarity.device) >= lengths[:, None]  # B×Pr
         similarity.masked_fill_(padding[:, :, None], -torch.inf)
-    nearest = similarity.argmax(dim=1)  # B×Pq
-    back = similarity.argmax(dim=2)  # B×Pr
-    mutual = back.gather(1, nearest) == torch.arange(len(query), device=similarity.device)
+    row_least, column_least = similarity.amax(dim=1) - close, similarity.amax(dim=2) - close  # B×Pq and B×Pr
+    near = similarity >= torch.minimum(row_least[:, None], column_least[:, :, None])
     if lengths is not None:
-        mutual &= (lengths > 0)[:, None]
-    pairs = zip(mutual.cpu(), nearest.cpu(), strict=True)
-    return [Matches(found.nonzero()[:, 0], indices[found]) for found, indices in pairs]
+        near &= ~padding[:, :, None]
+    index, row, column = near.transpose(1, 2).nonzero(as_tuple=True)
+    values = similarity[index, column, row]
+    of_row, of_column = values >= row_least[index, row], values >= column_least[index, column]
+    ends = index.bincount(minlength=count).cumsum(0).tolist()
+    listed = [numbers.cpu().numpy() for numbers in (row, column, values, of_row, of_column)]
+    matches = []
+    for reference, first, last in zip(references, [0, *ends], ends, strict=False):
+        pairs = _Pairs(*(numbers[first:last] for numbers in listed))
+        matches.append(_settle(pairs, query, reference, close))
+    return matches
 
 
 def rounded_mutual_matches(
@@ -125,75 +130,105 @@ def rounded_mutual_matches(
 ) -> Matches:
     """What `mutual_matches` gives for the float32 rows, Pq×D and Pr×D on the CPU, at a fraction of its cost.
 
-    rounded_query, rounded_reference: the rows after `round_patches` in these roles. Pairs that may be mutual within
-    the error of rounding, and their rivals, are compared in float32; where two of these are so close that the order of
-    a sum's terms decides, the answer is that of the float32 product itself. It is the same unless one of the Pq·Pr
-    similarities breaks its bound, which each does with a chance of 10⁻¹⁸.
+    rounded_query, rounded_reference: the rows after `round_patches` in these roles. Pairs that may be nearest within
+    the error of rounding are compared in float32: first those that may be so in their row and their column, then the
+    rivals of the best among them. The answer is the same unless one of the Pq·Pr similarities breaks its bound, which
+    each does with a chance of 10⁻¹⁸.
     """
     if len(query) == 0 or len(reference) == 0 or query.shape[1] < _FEWEST_DIMS:
         return mutual_matches(query, reference)
-    similarity = approximate_similarities(rounded_query, rounded_reference).numpy()  # Pq×Pr
-    row_error, column_error = (
-        error.numpy() for error in similarity_errors(rounded_query, rounded_reference)
-    )  # Pq and Pr
-    row_least = similarity.max(axis=1) - 2 * row_error
-    column_least = similarity.max(axis=0) - 2 * column_error
-    rows, columns = _where(similarity >= _of_both(torch.maximum, row_least, column_least))
-    if len(rows) > DOUBTFUL * similarity.size:
+    similarity = approximate_similarities(rounded_query, rounded_reference)  # Pq×Pr
+    row_error, column_error = similarity_errors(rounded_query, rounded_reference)  # Pq and Pr
+    least = similarity.amax(dim=1) - 2 * row_error, similarity.amax(dim=0) - 2 * column_error
+    rows, columns, rough, of_row, of_column = _possible(similarity, *least)
+    if len(rows) > DOUBTFUL * similarity.numel():
         return mutual_matches(query, reference)
-    exact = _similarities(query, reference, rows, columns)
-    close = CLOSE * max(1.0, float(rounded_query.norm.max() * rounded_reference.norm.max()))
-    keep = exact >= _largest(exact, rows, len(query))[rows] - close
-    keep &= exact >= _largest(exact, columns, len(reference))[columns] - close
-    rows, columns, exact = rows[keep], columns[keep], exact[keep]
-    # What is left is the best of its row and column among the possible pairs; others may still beat it
-    beaten = _beaten(similarity, (row_error, column_error), query, reference, (rows, columns, exact), close)
-    if beaten is None:
-        return mutual_matches(query, reference)
-    return Matches(torch.from_numpy(rows[~beaten]), torch.from_numpy(columns[~beaten]))
+    close = _close(rounded_query.norm, rounded_reference.norm)
+    exact = np.full(len(rows), -np.inf, np.float32)
+    hopeful = np.flatnonzero(of_row & of_column)
+    exact[hopeful] = _similarities(query, reference, rows[hopeful], columns[hopeful])
+    row_best, column_best = _largest(exact, rows, len(query)), _largest(exact, columns, len(reference))
+    best = hopeful[(exact >= row_best[rows] - close)[hopeful] & (exact >= column_best[columns] - close)[hopeful]]
+    # A pair that is not the best among these cannot be mutual; one that is may still have a rival elsewhere
+    row_bar, column_bar = np.full(len(query), np.inf, np.float32), np.full(len(reference), np.inf, np.float32)
+    row_bar[rows[best]], column_bar[columns[best]] = exact[best], exact[best]
+    of_row &= rough >= (row_bar - row_error.numpy())[rows] - close
+    of_column &= rough >= (column_bar - column_error.numpy())[columns] - close
+    of_row[best], of_column[best] = True, True
+    unknown = np.flatnonzero((of_row | of_column) & np.isinf(exact))
+    exact[unknown] = _similarities(query, reference, rows[unknown], columns[unknown])
+    wanted = np.flatnonzero(of_row | of_column)
+    pairs = _Pairs(rows[wanted], columns[wanted], exact[wanted], of_row[wanted], of_column[wanted])
+    return _settle(pairs, query, reference, close)
 
 
-def _beaten(
-    similarity: NDArray[np.float32],
-    errors: tuple[NDArray[np.float32], NDArray[np.float32]],
-    query: Tensor,
-    reference: Tensor,
-    pairs: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]],
-    close: float,
-) -> NDArray[np.bool_] | None:
-    """Which of n pairs another of their row or column beats, bool (n,); None where one comes too close to tell.
+class _Pairs(NamedTuple):
+    """n pairs of patches, row after row: which may be the nearest of their row and which of their column."""
 
-    similarity: Pq×Pr, within errors (Pq and Pr); pairs: rows, columns and float32 similarities, (n,) each.
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float32]  # similarities, in float32
+    of_row: NDArray[np.bool_]
+    of_column: NDArray[np.bool_]
+
+
+def _possible(similarity: Tensor, row_least: Tensor, column_least: Tensor) -> _Pairs:
+    """The pairs of Pq×Pr similarities that are no less than the least (Pq) of their row or the least (Pr) of their
+    column."""
+    values = similarity.numpy()
+    # torch combines rows with columns faster than NumPy does; NumPy finds places faster
+    near = values >= torch.minimum(row_least[:, None], column_least).numpy()
+    rows, columns = np.divmod(np.flatnonzero(near), near.shape[1])
+    chosen = values[rows, columns]
+    return _Pairs(rows, columns, chosen, chosen >= row_least.numpy()[rows], chosen >= column_least.numpy()[columns])
+
+
+def _settle(pairs: _Pairs, query: Tensor, reference: Tensor, close: float) -> Matches:
+    """The mutual ones of pairs, among which are all that may be nearest to a patch of any mutual pair.
+
+    What is closer to the best of its row or column than float32 can tell is compared in float64.
     """
-    rows, columns, exact = pairs
-    of_row, of_column = (np.full(count, np.inf, np.float32) for count in similarity.shape)
-    of_row[rows], of_column[columns] = exact, exact
-    if np.isfinite(of_row).sum() < len(rows) or np.isfinite(of_column).sum() < len(rows):
-        return None  # two pairs of one row or column
-    near = similarity >= _of_both(torch.minimum, of_row - errors[0], of_column - errors[1])
-    near[rows, columns] = False
-    rival_rows, rival_columns = _where(near)
-    rivals = _similarities(query, reference, rival_rows, rival_columns)
-    row_lead, column_lead = rivals - of_row[rival_rows], rivals - of_column[rival_columns]
-    if (np.minimum(np.abs(row_lead), np.abs(column_lead)) <= close).any():
-        return None
-    row_beaten, column_beaten = (np.zeros(count, dtype=bool) for count in similarity.shape)
-    row_beaten[rival_rows[row_lead > 0]] = True
-    column_beaten[rival_columns[column_lead > 0]] = True
-    return row_beaten[rows] | column_beaten[columns]
+    rows, columns = pairs.rows, pairs.columns
+    values = pairs.values.astype(np.float64)
+    sides = [(rows, pairs.of_row, len(query)), (columns, pairs.of_column, len(reference))]
+    near = []
+    for groups, member, count in sides:
+        best = _largest(np.where(member, values, -np.inf), groups, count)
+        near.append(member & (values >= best[groups] - close))
+    mutual = near[0] & near[1]
+    doubtful = np.zeros(len(rows), dtype=bool)
+    for (groups, _, count), close_by in zip(sides, near, strict=True):
+        crowded = np.bincount(groups[close_by], minlength=count) > 1
+        crowded &= np.bincount(groups[mutual], minlength=count) > 0
+        doubtful |= close_by & crowded[groups]
+    if doubtful.any():
+        values[doubtful] = _exact(query, reference, rows[doubtful], columns[doubtful])
+        for (groups, _, count), close_by in zip(sides, near, strict=True):
+            best = _largest(np.where(close_by, values, -np.inf), groups, count)
+            nearest = np.flatnonzero(close_by & (values == best[groups]))
+            first = nearest[np.unique(groups[nearest], return_index=True)[1]]  # of equal ones, in the order of pairs
+            mutual &= np.isin(np.arange(len(rows)), first)
+    return Matches(torch.from_numpy(rows[mutual]), torch.from_numpy(columns[mutual]))
 
 
-def _of_both(
-    choose: Callable[[Tensor, Tensor], Tensor], rows: NDArray[np.float32], columns: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """What to choose of the values of each row and each column; torch is faster at it than NumPy."""
-    return choose(torch.from_numpy(rows)[:, None], torch.from_numpy(columns)).numpy()
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _where(condition: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns where a matrix is true, row after row."""
-    rows, columns = np.divmod(np.flatnonzero(condition), condition.shape[1])
-    return rows, columns
+def _close(query: Tensor, reference: Tensor) -> float:
+    """How near to each other float32 similarities may be before their order is uncertain, for rows of these lengths."""
+    return CLOSE * max(1.0, float(query.max()) * float(reference.max()))
+
+
+def _exact(
+    query: Tensor, reference: Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Similarities of n pairs in float64, in steps of TIED."""
+    (which_rows, row), (which_columns, column) = (np.unique(index, return_inverse=True) for index in (rows, columns))
+    chosen = (patches[torch.from_numpy(which)] for patches, which in ((query, which_rows), (reference, which_columns)))
+    left, right = (patches.cpu().double() for patches in chosen)
+    similarity: NDArray[np.float64] = (left @ right.T).numpy()[row, column]
+    return np.round(similarity / TIED) * TIED
 
 
 def _similarities(
@@ -211,9 +246,12 @@ def _similarities(
     return torch.sparse.sampled_addmm(wanted, query, reference.T, beta=0.0).values().numpy()
 
 
-def _largest(values: NDArray[np.float32], groups: NDArray[np.int64], count: int) -> NDArray[np.float32]:
+Float = TypeVar("Float", np.float32, np.float64)
+
+
+def _largest(values: NDArray[Float], groups: NDArray[np.int64], count: int) -> NDArray[Float]:
     """The largest value of each of ``count`` groups, −∞ for an empty one."""
-    largest = np.full(count, -np.inf, np.float32)
+    largest = np.full(count, -np.inf, values.dtype)
     np.maximum.at(largest, groups, values)
     return largest
 

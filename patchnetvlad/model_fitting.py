@@ -15,8 +15,7 @@ from tqdm import tqdm
 from patchnetvlad.checkpoints import build_model, read_checkpoint, without_projection, write_checkpoint
 from patchnetvlad.clustering import Clusters, find_clusters
 from patchnetvlad.config import Config
-from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, require_one_process
-from patchnetvlad.errors import UserError
+from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
@@ -46,8 +45,9 @@ def fit_model(
     """
     started = time.perf_counter()
     params = config.global_params
-    _check_fit(config)
-    require_one_process(params, "fitting")
+    config.check_fitting()
+    check_changes(config.train.augmentation)
+    config.check_one_process("fitting")
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
         params.backbone,
@@ -70,21 +70,6 @@ def fit_model(
     return model, wpca
 
 
-def _check_fit(config: Config) -> None:
-    params, train = config.global_params, config.train
-    check_changes(train.augmentation)
-    if train.augmentation and params.pooling == "patchnetvlad":
-        raise UserError(
-            "[train] augmentation: WPCA learns from changed pictures for a global model alone, since a changed "
-            "picture's patches lie elsewhere (set [global_params] pooling = netvlad, or augmentation = None)"
-        )
-    if params.patch_backbone is not None:
-        raise UserError(
-            f"[global_params] patch_backbone = {params.patch_backbone}: global descriptors and patches are fitted one "
-            "by one, and joined by tools/combine_models.py (set it to None)"
-        )
-
-
 @memory_errors(EXTRACTION_MEMORY)
 def add_wpca(
     config: Config, resume_path: Path, paths: list[Path], source: Path, device: torch.device, progress: bool = False
@@ -97,10 +82,9 @@ def add_wpca(
     Raises UserError when num_pcs is not below the number of pictures, or above the descriptors' length, and when one
     of the sample's pictures cannot be read.
     """
-    require_one_process(config.global_params, "fitting")
+    config.check_one_process("fitting")
+    config.check_projecting()
     num_pcs = config.global_params.num_pcs
-    if not num_pcs:
-        raise UserError("[global_params] num_pcs = 0: expected the number of dimensions to project to")
     checkpoint = read_checkpoint(resume_path)
     config = config.for_training()
     model = build_model(without_projection(checkpoint), config.global_params).to(device)

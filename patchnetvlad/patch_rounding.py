@@ -49,8 +49,8 @@ def round_patches(rows: Tensor, role: Role) -> RoundedPatches:
         chunk = slice(first, first + ROWS_AT_ONCE)
         block = rows[chunk]
         norm[chunk] = torch.linalg.vector_norm(block, dim=1)
-        lowest, highest = block.aminmax(dim=1)
-        scale[chunk] = torch.maximum(-lowest, highest).div_(LEVELS).clamp_(min=1e-30)
+        # aminmax of rows takes twenty times as long as both
+        scale[chunk] = torch.maximum(-block.amin(dim=1), block.amax(dim=1)).div_(LEVELS).clamp_(min=1e-30)
         whole = torch.addcmul(dither, block, scale[chunk].reciprocal()[:, None]).floor_()
         levels[chunk] = whole
         offset[chunk] = whole @ other

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,13 +20,17 @@ PUBLISHED_CHECKPOINTS = {  # local name: name on the hub
     for num_pcs in (128, 512, 4096)
 }
 
+_WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _PACKAGE = Path(__file__).resolve().parent
 _OLD_LAYOUT = "patchnetvlad"  # folder that held the data folders in the published release
-_ADVICE = {
-    "dataset_imagenames": "image lists of public datasets are not shipped, the makers in tools/ write them",
-    "dataset_gt_files": "ground truth of public datasets is not shipped, the makers in tools/ write it",
-    "pretrained_models": "download_models.py fetches the published weights",
-}
+# What begins the names of a public dataset's files, and the arguments that make them
+_MADE_BY = (
+    (re.compile(r"pitts(30|250)k_(train|val)"), r"pitts\1k PICTURES --split \2"),
+    (re.compile(r"pitts(30|250)k"), r"pitts\1k PICTURES"),
+    (re.compile(r"(tokyo247|nordland)"), r"\1 PICTURES"),
+    (re.compile(r"(robotcar|extended_cmu)"), r"\1 --help"),
+    (re.compile(r"mapillary([a-z]+)"), r"msls PICTURES --cities \1"),
+)
 
 
 def shipped_folder(kind: Kind) -> Path:
@@ -52,6 +57,11 @@ def in_checkout() -> bool:
     return _checkout() is not None
 
 
+def command_name(script: str) -> str:
+    """How a script of the checkout, such as tools/measure.py, is called here: by its file, or by what is installed."""
+    return f"python {script}" if in_checkout() else f"patchnetvlad-{Path(script).stem.replace('_', '-')}"
+
+
 def making_folder(kind: Kind) -> Path:
     """Where made lists and ground truth go: the checkout's folder of the kind, otherwise the current folder."""
     return Path() if _checkout() is None else _shipped(kind)
@@ -76,10 +86,25 @@ def require_file(name: str, kind: Kind, beside: Path | None = None) -> Path:
     if kind == "configs":
         advice = "shipped: " + ", ".join(sorted(file.stem for file in shipped_folder(kind).glob("*.ini")))
     else:
-        advice = _ADVICE.get(kind, "")
+        advice = _advice(Path(name), kind)
     folders = dict.fromkeys(str(candidate.parent) for candidate in _candidates(name, kind, beside))
     advice = f" ({advice})" if advice else ""
     raise UserError(f"{name}: no such file, searched in {', '.join(folders)}{advice}")
+
+
+def _advice(name: Path, kind: Kind) -> str:
+    """The command that makes a file which is not there, as far as its name tells."""
+    if kind == "pretrained_models":
+        return f"{command_name('download_models.py')} fetches the published weights"
+    if kind == "example_images":
+        shipped = f"{command_name('match_two.py')} without pictures compares two of the examples here"
+        return shipped if kind in name.parts else ""
+    maker = command_name("tools/make_dataset.py")
+    for beginning, arguments in _MADE_BY:
+        found = beginning.match(name.name)
+        if found:
+            return f"lists and ground truth are not shipped; made by: {maker} {found.expand(arguments)}"
+    return f"{maker} makes lists and ground truth, of public datasets and of your own pictures"
 
 
 def find_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> Path | None:
@@ -108,6 +133,19 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
         f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
         f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
     )
+
+
+def package_weights(package: str) -> Path:
+    """The one file of weights in an installed Python package; raises UserError for none or several."""
+    spec = find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        raise UserError("no such package is installed")
+    files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if file.suffix in _WEIGHT_FILES]
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"expected one file of weights in it, found {found}")
+    return files[0]
 
 
 def with_wpca(path: Path, num_pcs: int) -> Path:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from patchnetvlad import config
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
@@ -33,6 +34,7 @@ from patchnetvlad.workers import Workers, choose_way
 logger = logging.getLogger(__name__)
 
 CANDIDATES_AT_ONCE = 25  # matched in one batch on an accelerator
+MOST_A_THREAD = 4  # candidates that a thread is given at a time: with one, handing over takes as long as small pairs do
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,8 @@ class Ranker:
         features = (database.patches(index) for index in head)
         weights = self._options.patchweights2use
         if self._device.type == "cpu":
-            return rerank(query, features, weights, self._matcher, run=self._workers.map)
+            share = min(MOST_A_THREAD, max(1, len(head) // (2 * self._workers.count)))
+            return rerank(query, features, weights, self._matcher, share, self._workers.map)
         return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
@@ -167,6 +170,13 @@ class Ranker:
             self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 database.round_references()
+
+
+def add_matcher(name: str, matcher: Matcher) -> None:
+    """Add a matcher, or replace one of that name; from then on a configuration may name it."""
+    MATCHERS[name] = matcher
+    if name not in config.MATCHERS:
+        config.MATCHERS.append(name)
 
 
 def find_matcher(name: str) -> Matcher:

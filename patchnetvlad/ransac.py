@@ -188,14 +188,13 @@ def _models_needed(share: Tensor) -> Tensor:
 
 def _samples(counts: Tensor, first: int, last: int) -> Tensor:
     """Samples of four different matches out of counts (B,), the first-th to the last-th that are ever drawn: 4×B×n."""
-    drawn = [samples_of(count)[:, first:last] for count in counts.tolist()]
+    drawn = [samples_of(count, last)[:, first:last] for count in counts.tolist()]
     return torch.stack(drawn, dim=1).to(counts.device, torch.int64)
 
 
-@lru_cache(maxsize=256)
-def samples_of(count: int) -> Tensor:
-    """Samples of four different matches out of count, as many as are ever drawn: int32 4×n."""
-    wanted = sum(BLOCKS)
+@lru_cache(maxsize=1024)
+def samples_of(count: int, wanted: int) -> Tensor:
+    """The first samples of four different matches out of count: int32 4×wanted. Most searches need few."""
     needed = wanted * sum(count / (count - before) for before in range(SAMPLE))  # expected; 0.3 % at most is usual
     numbers = _random_numbers()[: math.ceil(1.02 * needed) + 200]
     drawn = (numbers % np.uint32(count)).astype(np.int32)
@@ -209,6 +208,8 @@ def _sample_positions(drawn: NDArray[np.int32], wanted: int) -> NDArray[np.int64
     the places where they are not are found first, and between two of these every fourth place begins a sample.
     """
     places, positions = _recurrent(drawn)
+    if len(places) == 0:
+        return SAMPLE * np.arange(wanted) + np.arange(SAMPLE)[:, None]
     begins = np.append(positions[-1] + 1, 0)  # where the next sample begins, and last where the first one does
     # From each beginning, in steps of four, the first recurrent place with the same remainder; -1: none
     order = np.argsort(places % SAMPLE, kind="stable")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.devices import check_one_gpu, memory_errors
+from patchnetvlad.devices import memory_errors
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import tell_precision
 from patchnetvlad.image_lists import ImageList, read_image_list
@@ -168,7 +168,7 @@ class PlaceRecognizer:
         """
         if not isinstance(config, Config):
             config = load_config(require_file(str(config), "configs"), overrides)
-        check_one_gpu(config.global_params, "a PlaceRecognizer")
+        config.check_one_gpu("a PlaceRecognizer")
         model, _ = load_model(config)
         tell_precision(model.to(device))
         return cls(model.to(device), config)
@@ -223,7 +223,9 @@ class PlaceRecognizer:
             positions = truth.utm_database
         with ExitStack() as opened:
             memory = cache_bytes(self.config.feature_match.cache_gb)
-            stored = opened.enter_context(open_features(self.config, pictures, Path(features), memory, self.model))
+            stored = opened.enter_context(
+                open_features(self.config, pictures, Path(features), memory, lambda: self.model)
+            )
             return PlaceDatabase(self, _Stored(stored, pictures), positions, stored, opened.pop_all())
 
 
@@ -319,7 +321,7 @@ class PlaceDatabase:
         self._opened = opened or ExitStack()
         with ExitStack() as closing_after_errors:
             closing_after_errors.push(self._opened)
-            _check_candidates(recognizer.config)
+            recognizer.config.check_own_candidates("a database (feature_match takes it)")
             if stored is None:
                 _check_in_memory(recognizer.config, self.pictures)
                 stored = described_pictures(recognizer, self.pictures)
@@ -368,15 +370,6 @@ def described_pictures(recognizer: PlaceRecognizer, pictures: Sequence[Descripti
     if recognizer.config.global_params.pooling != "patchnetvlad":
         return DescribedPictures(global_, None)
     return DescribedPictures(global_, PatchesInMemory(described.patches for described in pictures))
-
-
-def _check_candidates(config: Config) -> None:
-    options = config.feature_match
-    if options.pred_input_path is not None:
-        raise UserError(
-            f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, which a "
-            "database does not have (feature_match takes it)"
-        )
 
 
 def _check_in_memory(config: Config, pictures: Sequence[Description]) -> None:

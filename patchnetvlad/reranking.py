@@ -134,7 +134,7 @@ def rerank(
     """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
     candidates is consumed once, batch by batch, so they may come from disk one by one. batch_size: candidates matched
-    and scored in one go on the query's device; 1 suits the CPU, more an accelerator. run: calls a function for each
+    and scored in one go on the query's device; few suit the CPU, more an accelerator. run: calls a function for each
     batch and gives the results in order, as `map` does; several at a time if it likes.
     """
 
@@ -202,8 +202,9 @@ def _score_all(
 
 def _match_all(query: PatchFeatures, batch: Sequence[PatchFeatures]) -> list[tuple[Matches, ...]]:
     """Matches of each candidate, one for each patch size."""
-    if len(batch) == 1:
-        return [match_pair(query, batch[0].to(query.descriptors[0].device))]
+    device = query.descriptors[0].device
+    if device.type == "cpu" or len(batch) == 1:
+        return [match_pair(query, candidate.to(device)) for candidate in batch]
     by_size = [
         _match_batch(patches, [candidate.descriptors[scale] for candidate in batch])
         for scale, patches in enumerate(query.descriptors)

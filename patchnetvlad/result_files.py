@@ -10,7 +10,7 @@
 Every file appears complete or not at all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text, some_of, told, write_text, writing
+from patchnetvlad.image_lists import ImageList
 from patchnetvlad.recall import Recall
 
 RETRIEVAL, RERANKING = "NetVLAD", "PatchNetVLAD"  # names of the two stages
@@ -56,29 +57,33 @@ def write_kapture_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
                 yield f"{ranking.query}, {name}, {1 / rank:.10g}"
 
     rankings = list(rankings)
-    _check_kapture_names(path, rankings)
+    _check_kapture_names(path, *_all_names(rankings))
     _write_lines(path, lines())
 
 
-def _check_kapture_names(path: Path, rankings: Sequence[Ranking]) -> None:
-    for name in _all_names(rankings):
+def _check_kapture_names(place: Path, *sides: Iterable[str]) -> None:
+    for name in chain(*sides):
         if "," in name or name.startswith("#") or name != name.strip():
             raise UserError(
-                f"{path}: picture {name!r}: a name in a Kapture pairs file holds no comma, starts with no # and has no "
-                "white space around it (rename the picture)"
+                f"{place}: picture {name!r}: a name in a Kapture pairs file holds no comma, starts with no # and has "
+                "no white space around it (rename the picture, or write hloc pairs)"
             )
 
 
 def write_hloc_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
     """Raises UserError for a name that this format cannot hold."""
     rankings = list(rankings)
-    for name in _all_names(rankings):
+    _check_hloc_names(path, *_all_names(rankings))
+    _write_lines(path, (f"{ranking.query} {name}" for ranking in rankings for name in ranking.database))
+
+
+def _check_hloc_names(place: Path, *sides: Iterable[str]) -> None:
+    for name in chain(*sides):
         if name.split() != [name] or name.startswith("#") or name.endswith(","):
             raise UserError(
-                f"{path}: picture {name!r}: a name in an hloc pairs file holds no white space, starts with no # and "
-                "ends with no comma (rename the picture)"
+                f"{place}: picture {name!r}: a name in an hloc pairs file holds no white space, starts with no # and "
+                "ends with no comma (rename the picture, or write Kapture pairs)"
             )
-    _write_lines(path, (f"{ranking.query} {name}" for ranking in rankings for name in ranking.database))
 
 
 def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool = False) -> None:
@@ -88,23 +93,41 @@ def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool
     and no average precision. Raises UserError for a query without predictions, a query that the file already has,
     white space in a key, and two pictures with one key.
     """
-    rows: list[list[str]] = []
-    if append and path.exists():
-        rows = [line.split() for _, line in read_lines(path)]
+    rows = _msls_rows(path) if append else []
     rankings = list(rankings)
-    query_key = _key_table(path, dict.fromkeys(ranking.query for ranking in rankings))
-    database_key = _key_table(path, dict.fromkeys(name for ranking in rankings for name in ranking.database))
+    query_key, database_key = (_key_table(path, names) for names in _all_names(rankings))
     present = {row[0] for row in rows}
     for ranking in rankings:
         key = query_key[ranking.query]
         if not ranking.database:
             raise UserError(f"{path}: {ranking.query} has no prediction: MSLS expects some for every query")
-        if key in present:
-            raise UserError(f"{path}: query {key} appears a second time (was this city added before?)")
+        _check_new_query(path, key, present)
         present.add(key)
         rows.append([key, *(database_key[name] for name in ranking.database)])
     width = max(map(len, rows), default=0)
     _write_lines(path, (" ".join(row + row[-1:] * (width - len(row))) for row in rows))
+
+
+def check_new_city(path: Path, query_names: Sequence[str], database_names: Sequence[str]) -> None:
+    """Raises UserError where `write_msls_predictions` could not add these lists' rankings to a file."""
+    present = {row[0] for row in _msls_rows(path)}
+    _key_table(path, database_names)
+    for key in _key_table(path, query_names).values():
+        _check_new_query(path, key, present)
+
+
+def _check_new_query(path: Path, key: str, present: Collection[str]) -> None:
+    if key in present:
+        raise UserError(f"{path}: query {key} appears a second time (was this city added before?)")
+
+
+def _msls_rows(path: Path) -> list[list[str]]:
+    return [line.split() for _, line in read_lines(path)] if path.exists() else []
+
+
+def _check_msls_names(place: Path, *sides: Iterable[str]) -> None:
+    for names in sides:
+        _key_table(place, names)
 
 
 def write_published_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
@@ -113,26 +136,36 @@ def write_published_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
     Raises UserError for a name that this format cannot hold.
     """
     rankings = list(rankings)
-    _check_kapture_names(path, rankings)
+    _check_kapture_names(path, *_all_names(rankings))
     pairs = (f"{ranking.query}, {name}" for ranking in rankings for name in ranking.database)
     _write_lines(path, chain(_PUBLISHED_HEADER, pairs))
 
 
 @dataclass(frozen=True)
 class PredictionFormat:
-    """A way to write rankings. ending: of the file's name, after the stage; full_paths: names are whole paths."""
+    """A way to write rankings.
+
+    ending: of the file's name, after the stage; check: raises UserError, which begins with the path given, for names
+    of the queries and of the database that the format cannot hold; full_paths: names are whole paths.
+    """
 
     ending: str
     write: Callable[[Path, Iterable[Ranking]], None]
+    check: Callable[[Path, Iterable[str], Iterable[str]], None]
     full_paths: bool = False
+
+    def names(self, pictures: ImageList) -> Sequence[str]:
+        """What a list's pictures are called in this format."""
+        return [str(path) for path in pictures.paths] if self.full_paths else pictures.names
 
 
 FORMATS = {
-    "kapture": PredictionFormat("predictions.txt", write_kapture_pairs),
-    "published": PredictionFormat("predictions.txt", write_published_pairs, full_paths=True),
-    "hloc": PredictionFormat("pairs_hloc.txt", write_hloc_pairs),
-    "msls": PredictionFormat("predictions_msls.txt", write_msls_predictions),
+    "kapture": PredictionFormat("predictions.txt", write_kapture_pairs, _check_kapture_names),
+    "published": PredictionFormat("predictions.txt", write_published_pairs, _check_kapture_names, full_paths=True),
+    "hloc": PredictionFormat("pairs_hloc.txt", write_hloc_pairs, _check_hloc_names),
+    "msls": PredictionFormat("predictions_msls.txt", write_msls_predictions, _check_msls_names),
 }
+WRITTEN = ("kapture",)  # where no format is asked for
 
 
 def check_formats(names: Sequence[str]) -> None:
@@ -282,14 +315,16 @@ def _plain(name: str) -> str:
     return name
 
 
-def _all_names(rankings: Iterable[Ranking]) -> Iterable[str]:
-    return dict.fromkeys(name for ranking in rankings for name in (ranking.query, *ranking.database))
+def _all_names(rankings: Sequence[Ranking]) -> tuple[Iterable[str], Iterable[str]]:
+    """Those of the queries and those of the database, each once."""
+    queries = dict.fromkeys(ranking.query for ranking in rankings)
+    return queries, dict.fromkeys(name for ranking in rankings for name in ranking.database)
 
 
 def _key_table(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """MSLS key of each name."""
+    """MSLS key of each name, which may come more than once."""
     name_of: dict[str, str] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         key = PurePosixPath(name).stem
         if key.split() != [key] or "#" in key:
             raise UserError(f"{path}: picture {name!r}: an MSLS key holds no white space and no #")

@@ -1,10 +1,12 @@
-"""The user's own pictures as training data: one CSV file that says of each where it was taken and what it is for.
+"""Pictures other than MSLS as training data: one CSV file that says of each where it was taken and what it is for.
 
 Columns, in any case: ``image`` (path, relative to the dataset's root, or absolute); ``easting`` and ``northing`` in
 metres, or ``latitude`` and ``longitude`` in degrees; ``role``, one of ROLES. Optional: ``city`` (queries are only
 compared with the database of their city), and the flags ``night``, ``sideways``, ``panorama``.
 """
 
+import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ from pyproj import Transformer
 
 from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import write_text
+from patchnetvlad.ground_truth import UNKNOWN_UNIT, GroundTruth
+from patchnetvlad.image_lists import ImageList
 from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 
 ROLES = ("train_query", "train_database", "val_query", "val_database")
@@ -65,6 +70,28 @@ def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, c
         return tuple(found)
 
     return TrainingData(split("train"), split("val"))
+
+
+def write_training_csv(
+    path: Path, part: str, city: str, queries: ImageList, database: ImageList, truth: GroundTruth
+) -> None:
+    """Write the lists and ground truth of a dataset as such a file.
+
+    part: train or val, what its pictures are for; city: what the dataset is called beside others.
+    Raises UserError for coordinates other than easting and northing in metres; published ones are taken for these.
+    """
+    if truth.unit not in ("m", UNKNOWN_UNIT) or truth.utm_query.shape[1] != 2:
+        raise UserError(
+            f"{path}: the ground truth has {truth.utm_query.shape[1]} coordinates in {truth.unit}, and training needs "
+            "easting and northing in metres"
+        )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "easting", "northing", "role", "city"))
+    for pictures, positions, side in ((queries, truth.utm_query, "query"), (database, truth.utm_database, "database")):
+        for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True):
+            writer.writerow((name, easting, northing, f"{part}_{side}", city))
+    write_text(path, text.getvalue())
 
 
 def earth_centred(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:

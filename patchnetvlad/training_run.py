@@ -144,13 +144,6 @@ def _check_run(config: Config, processes: Processes) -> None:
     train = config.train
     find_loss(train.loss)
     check_changes(train.augmentation)
-    if train.local_weight and not train.augmentation:
-        raise UserError(
-            f"[train] local_weight = {train.local_weight:g}: local features are compared between a query and its "
-            "changed view, and augmentation = None (name some changes, or set local_weight = 0)"
-        )
-    if min(train.imageresizew, train.imageresizeh) < 1:
-        raise UserError("[train] imageresizew, imageresizeh: training needs one size for all pictures, above 0")
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
     if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:

@@ -53,8 +53,9 @@ class WPCA(nn.Module):
                 projected = F.linear(descriptors.float(), self.weight, self.bias)
             else:
                 product = F.linear(descriptors.to(precision), self._weight_as(precision))
-                projected = product.float() + self.bias
-            return F.normalize(projected, dim=-1, eps=EPSILON)
+                projected = product.float().add_(self.bias)
+            # In place, since the patches of one picture may take 46 MB, except where gradients need the former values
+            return F.normalize(projected, dim=-1, eps=EPSILON, out=None if projected.requires_grad else projected)
 
     def _weight_as(self, precision: torch.dtype) -> Tensor:
         """The weight in another precision, kept until it changes."""

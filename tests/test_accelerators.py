@@ -13,7 +13,7 @@ from patchnetvlad import extraction, training_run
 from patchnetvlad import model as model_module
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
-from patchnetvlad.devices import float32_products, memory_errors, require_one_process
+from patchnetvlad.devices import float32_products, memory_errors
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
@@ -187,7 +187,7 @@ def test_several_gpus_are_refused_where_one_is_used(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_bundled_configurations_use_one_gpu(path: Path) -> None:
-    require_one_process(load_config(path).global_params, "extraction")
+    load_config(path).check_one_process("extraction")
 
 
 def test_the_estimate_waits_for_the_device_and_leaves_its_first_batch_out(

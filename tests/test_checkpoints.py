@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from patchnetvlad.checkpoints import build_model, file_sha256, read_checkpoint, write_checkpoint
+from patchnetvlad.checkpoints import build_model, read_checkpoint, write_checkpoint
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import file_sha256
 from patchnetvlad.model import PlaceModel
 
 

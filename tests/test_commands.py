@@ -19,7 +19,9 @@ from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_fi
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.models import download_models, fit_model
 from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
+from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.result_files import read_pairs
 
 EXAMPLES = ROOT / "example_images"
@@ -86,6 +88,101 @@ def test_predictions_as_the_published_code_writes_them(small_model, features, tm
     capsys.readouterr()
     assert match(small_model, features, tmp_path, "--formats", "kapture", "published") == 2
     assert "both write files of one name" in failure(capsys)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        ("kapture", "a,b.jpg", "holds no comma"),
+        ("published", "a,b.jpg", "holds no comma"),
+        ("hloc", "a b.jpg", "holds no white space"),
+        ("msls", "a b.jpg", "no white space"),
+    ],
+)
+@pytest.mark.parametrize("side", ["query", "index"])
+def test_names_that_a_format_cannot_hold_are_refused_before_the_run(
+    small_model, tmp_path, capsys, monkeypatch, form, name, said, side
+):
+    shutil.copy(EXAMPLES / "database/place00_0.jpg", tmp_path / name)
+    (tmp_path / "plain.txt").write_text(f"{EXAMPLES}/queries/query00_0.jpg\n")
+    (tmp_path / "odd.txt").write_text(f"{name}\n")
+    lists = {"query": tmp_path / "plain.txt", "index": tmp_path / "plain.txt", side: tmp_path / "odd.txt"}
+    monkeypatch.setattr("patchnetvlad.evaluation.FeatureStore", None)  # nothing is opened
+    for folder in lists:
+        (tmp_path / folder).mkdir()
+    options = ["--formats", form, "--dataset_root_dir", str(tmp_path)]
+    chosen = {"truth": None, "query_list": lists["query"], "index_list": lists["index"]}
+    assert match(small_model, tmp_path, tmp_path / "results", *options, **chosen) == 2
+    line = failure(capsys)
+    assert f"{tmp_path / 'odd.txt'}: picture" in line and name in line and said in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_city_is_not_added_twice_after_hours(small_model, features, tmp_path, capsys):
+    (tmp_path / "all.txt").write_text("query00_0 place00_0\n")
+    added = ["--msls_predictions", str(tmp_path / "all.txt")]
+    assert match(small_model, features, tmp_path / "results", *added) == 2
+    assert "query query00_0 appears a second time" in failure(capsys)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture
+def unlabelled(features, tmp_path):
+    """The features of the example places as the published code leaves them: without a manifest."""
+    shutil.copytree(features, tmp_path / "features")
+    for part in ("query", "index"):
+        for name in ("manifest.jsonl", "settings.ini"):
+            (tmp_path / "features" / part / name).unlink()
+    return tmp_path / "features"
+
+
+def test_features_without_a_manifest_are_held_against_their_pictures(small_model, unlabelled, tmp_path, capsys):
+    loud = [option for option in small_model if option != "-q"]
+    assert match(loud, unlabelled, tmp_path / "results") == 0
+    said = capsys.readouterr().err
+    assert said.count("has no manifest.jsonl; 2 pictures described again agree with it") == 2
+    assert "extract both, or neither" not in said  # both are of one kind
+    rows = np.load(unlabelled / "index/globalfeats.npy")
+    np.save(unlabelled / "index/globalfeats.npy", np.roll(rows, 1, axis=0))
+    assert match(small_model, unlabelled, tmp_path / "results") == 2
+    line = failure(capsys)
+    assert "is not the descriptor of database/place04_0.jpg, which stands in row 12" in line and "another order" in line
+    np.save(unlabelled / "index/globalfeats.npy", np.roll(rows, 1, axis=1))
+    assert match(small_model, unlabelled, tmp_path / "results") == 2
+    line = failure(capsys)
+    assert "index: has no manifest.jsonl" in line and "another model" in line
+
+
+def test_what_is_not_at_hand_is_not_checked_and_said(small_model, unlabelled, tmp_path, capsys):
+    loud = [option for option in small_model if option != "-q"]
+    elsewhere = ["--dataset_root_dir", str(tmp_path)]
+    assert match(loud, unlabelled, tmp_path / "results", *elsewhere) == 0
+    assert capsys.readouterr().err.count("is not checked, since its pictures are not at hand") == 2
+    weights = ["--set", f"global_params.resumepath={tmp_path / 'absent'}"]
+    assert match([*loud, *weights], unlabelled, tmp_path / "results") == 0
+    assert capsys.readouterr().err.count("is not checked, since the weights are not at hand") == 2
+
+
+def test_features_of_two_programs_are_warned_of(small_model, features, unlabelled, tmp_path, capsys):
+    shutil.copytree(features / "query", unlabelled / "query", dirs_exist_ok=True)
+    assert match(small_model, unlabelled, tmp_path / "results") == 0
+    said = failure(capsys)
+    assert said.startswith(f"{unlabelled / 'index'}: has no manifest.jsonl, and {unlabelled / 'query'} has one")
+    on_demand = ["--set", "feature_match.local_features=on_demand"]
+    assert match(small_model, unlabelled, tmp_path / "results", *on_demand) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_database_in_python_is_checked_in_the_same_way(small_model, unlabelled, caplog):
+    overrides = [small_model[place + 1] for place, option in enumerate(small_model) if option == "--set"]
+    places = PlaceRecognizer.load("rootsift.ini", overrides=overrides)
+    with places.open_database(unlabelled / "index", INDEX_LIST, EXAMPLES) as database:
+        assert len(database) == 30
+    assert "it is compared with pictures described now" in caplog.text
+    rows = np.load(unlabelled / "index/globalfeats.npy")
+    np.save(unlabelled / "index/globalfeats.npy", rows[::-1])
+    with pytest.raises(UserError, match="another order"):
+        places.open_database(unlabelled / "index", INDEX_LIST, EXAMPLES)
 
 
 def test_features_know_the_configuration_they_were_made_with(small_model, features, tmp_path, capsys):
@@ -324,12 +421,12 @@ def test_what_does_not_fit_is_one_line(small_model, features, tmp_path, capsys):
     listed = require_file(QUERY_LIST, "dataset_imagenames").read_text().splitlines(keepends=True)
     shuffled.write_text("".join(reversed(listed)))
     cases = [
-        (["--set", "feature_match.matcher=RANSAK"], {}, "matcher = RANSAK"),
+        (["--set", "feature_match.matcher=RANSAK"], {}, "matcher=RANSAK"),
         (["--set", "feature_match.mather=RANSAC"], {}, "mather"),
         (["--set", "global_params.num_pcs=16"], {}, "16"),
         (["--set", "global_params.patch_sizes=2,4"], {}, "patch_sizes"),
         (["--set", "feature_match.imageresizew=320"], {}, "imageresizew = 320"),
-        (["--set", "feature_match.index=Fla"], {}, "index = Fla"),
+        (["--set", "feature_match.index=Fla"], {}, "index=Fla"),
         (["--set", "feature_match.pred_input_path=absent.npy"], {}, "absent.npy"),
         ([], {"query_list": INDEX_LIST}, "utmQ has 18 rows"),
         ([], {"query_list": INDEX_LIST, "truth": None}, "query"),
@@ -409,7 +506,7 @@ def test_interrupted_downloads_and_offline(monkeypatch, tmp_path, capsys):
     def unreachable(*arguments, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("patchnetvlad.weights.require_answer", unreachable)
+    monkeypatch.setattr("patchnetvlad.downloads.require_answer", unreachable)
     monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     assert download_models(["-q", "--models", "mapillary_WPCA512.pth.tar"]) == 2
     line = failure(capsys)
@@ -421,15 +518,16 @@ def test_downloads_are_checked_and_renamed(monkeypatch, tmp_path):
 
     class Metadata:
         etag = "0" * 64
+        size = 2_500_000
 
     def fetch(repository, name, local_dir):
         path = Path(local_dir) / name
         path.write_bytes(content)
         return str(path)
 
-    monkeypatch.setattr("patchnetvlad.weights.require_answer", lambda url: None)
-    monkeypatch.setattr("patchnetvlad.weights.get_hf_file_metadata", lambda url, timeout: Metadata)
-    monkeypatch.setattr("patchnetvlad.weights.hf_hub_download", fetch)
+    monkeypatch.setattr("patchnetvlad.downloads.require_answer", lambda url: None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: Metadata)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     monkeypatch.setattr("patchnetvlad.commands.models.download_folder", lambda: tmp_path)
     name = "pittsburgh_WPCA128.pth.tar"
     assert download_models(["-q", "--models", name]) == 2  # another hash

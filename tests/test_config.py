@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchnetvlad import paths
-from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config import CHANGES, Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import config_text, load_config, record_config, recorded_config
 from patchnetvlad.paths import shipped_folder
@@ -144,6 +144,26 @@ def test_checkpoint_by_the_beginning_of_its_name_or_the_whole(tmp_path: Path, mo
         if found is None:
             with pytest.raises(UserError, match=r"models/vgg32.pth.tar and models/vgg: no such checkpoint"):
                 config.require_checkpoint()
+
+
+def test_starting_weights_are_named_as_checkpoints_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine_WPCA64.pth.tar", "best.pth.tar", "weights.safetensors"):
+        (tmp_path / name).touch()
+    for source, found in (
+        ("mine_WPCA", "mine_WPCA64.pth.tar"),
+        ("mine_WPCA64", "mine_WPCA64.pth.tar"),
+        ("mine_WPCA64.pth.tar", "mine_WPCA64.pth.tar"),
+        ("best", "best.pth.tar"),
+        ("weights.safetensors", "weights.safetensors"),
+    ):
+        config = Config(global_params=GlobalParams(num_pcs=64), train=TrainConfig(pretrained=source))
+        assert config.require_pretrained() == tmp_path / found
+    for source in ("imagenet", "none"):
+        assert Config(train=TrainConfig(pretrained=source)).require_pretrained() is None
+    for source in ("worst", "package:absent_package"):
+        with pytest.raises(UserError, match=f"{source}: no such"):
+            Config(train=TrainConfig(pretrained=source)).require_pretrained()
 
 
 def test_published_checkpoint_is_named_where_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +366,7 @@ def configurations(draw: st.DrawFn) -> Config:
             imageresizew=draw(sizes),
             patchweights2use=tuple(draw(st.lists(weight, **each).filter(any))),
             rerank_top=draw(st.none() | counts),
-            index=draw(texts),
+            index=draw(st.sampled_from(["Flat", "IVF16,PQ4x4fs"]) | texts.map("{}.json".format)),
             cache_gb=draw(weight),
         ),
         GlobalParams(
@@ -355,9 +375,11 @@ def configurations(draw: st.DrawFn) -> Config:
             patch_sizes=patch_sizes,
             strides=tuple(draw(st.lists(counts, **each))),
             vladv2=draw(st.booleans()),
+            backbone=draw(st.sampled_from(["vgg16", "dinov2", "timm:a.b:c", "half:half:timm:a"])),
         ),
         TrainConfig(
             lr=draw(st.floats(0, 1e300, exclude_min=True)),
+            augmentation=tuple(draw(st.lists(st.sampled_from(CHANGES), unique=True))),
             whitening=draw(st.floats(0, 1).map(abs)),
             pretrained=draw(texts.filter(lambda text: text.lower() not in ("imagenet", "none"))),
             imageresizeh=draw(sizes),

@@ -1,4 +1,4 @@
-"""All ways of matching give the float32 matches, and the bounds on which they rest hold."""
+"""All ways of matching give the matches that exact products define, and the bounds on which they rest hold."""
 
 import math
 import time
@@ -17,7 +17,14 @@ from patchnetvlad.candidates import Candidates
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
-from patchnetvlad.matching import WAYS, Prepared, mutual_matches, rounded_mutual_matches, rounding_works
+from patchnetvlad.matching import (
+    WAYS,
+    Prepared,
+    mutual_matches,
+    mutual_matches_batch,
+    rounded_mutual_matches,
+    rounding_works,
+)
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.patch_rounding import (
     approximate_similarities,
@@ -204,17 +211,11 @@ def wild_rows(draw, count, dims):
     return rows
 
 
-def clear_matches(query, reference, clear):
-    """By definition, in float64: pairs that are mutual, and those that may be if similarities move by ``clear``."""
-    similarity = query.double() @ reference.double().T
-    best = torch.maximum(similarity.amax(dim=1)[:, None], similarity.amax(dim=0))
-    possible = {tuple(pair) for pair in (similarity >= best - clear).nonzero().tolist()}
-    sure = set()
-    for i, j in possible:
-        rivals = torch.cat([similarity[i, :j], similarity[i, j + 1 :], similarity[:i, j], similarity[i + 1 :, j]])
-        if bool((rivals < similarity[i, j] - clear).all()):
-            sure.add((i, j))
-    return sure, possible
+def defined_matches(query, reference):
+    """By definition: mutual nearest neighbours by float64 products, of which those within 2⁻⁴⁰ are equal."""
+    similarity = (query.double() @ reference.double().T * 2.0**40).round()
+    nearest, back = similarity.numpy().argmax(axis=1), similarity.numpy().argmax(axis=0)  # of equal ones the first
+    return [(i, j) for i, j in enumerate(nearest.tolist()) if back[j] == i]
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -232,11 +233,7 @@ def test_every_way_finds_what_float64_finds(name, data):
         reference[:shared] = query[:shared].flip(0)
     found = way.match(*prepared(way, query, reference))
     pairs = list(zip(found.query.tolist(), found.reference.tolist(), strict=True))
-    sure, possible = clear_matches(query, reference, 4e-7)
-    assert sure <= set(pairs) <= possible
-    assert found.query.tolist() == sorted(set(found.query.tolist()))
-    assert len(set(found.reference.tolist())) == len(pairs)
-    assert_equal(found, mutual_matches(query, reference))
+    assert pairs == defined_matches(query, reference)
 
 
 def prepared(way, query, reference):
@@ -245,15 +242,19 @@ def prepared(way, query, reference):
     return Prepared(query, round_patches(query, "query")), Prepared(reference, round_patches(reference, "reference"))
 
 
-def test_what_float32_cannot_order_is_left_to_its_product(monkeypatch):
-    rows = F.normalize(torch.randn(150, 256, generator=torch.Generator().manual_seed(3)), dim=1)
-    called = []
-    monkeypatch.setattr(matching, "mutual_matches", lambda *pair: called.append(pair) or mutual_matches(*pair))
-    assert_equal(*both_ways(rows, rows))
-    assert not called
-    twins = torch.cat([rows, rows[:1]])
-    assert_equal(*both_ways(rows, twins))
-    assert len(called) == 1
+def test_what_float32_cannot_order_is_ordered_in_float64(monkeypatch):
+    """Rows that lie so close together that the order of a float32 sum's terms would decide."""
+    monkeypatch.setattr(matching, "DOUBTFUL", 1.0)
+    generator = torch.Generator().manual_seed(3)
+    rows = F.normalize(torch.randn(150, 256, generator=generator), dim=1)
+    again = (rows + 1e-8 * torch.randn(150, 256, generator=generator)).repeat_interleave(2, dim=0)
+    again[1::2] += 1e-8 * torch.randn(150, 256, generator=generator)
+    expected = defined_matches(rows, again)
+    by_float32 = (rows @ again.T).argmax(dim=1)
+    assert len(expected) == 150 and sum(by_float32[i] != j for i, j in expected) > 5  # float32 would be wrong
+    found = [*both_ways(rows, again), *mutual_matches_batch(rows, again[None])]
+    for matches in found:
+        assert list(zip(matches.query.tolist(), matches.reference.tolist(), strict=True)) == expected
 
 
 @pytest.mark.skipif(not rounding_works(), reason="this processor saturates 8-bit products")

@@ -236,4 +236,5 @@ def test_samples_are_the_first_four_different_draws_one_after_the_other(count):
         if len(sample) == SAMPLE:
             samples.append(sample)
             sample = []
-    assert samples_of(count).T.tolist() == samples
+    for wanted in np.cumsum(BLOCKS).tolist():
+        assert samples_of(count, wanted).T.tolist() == samples[:wanted]

@@ -12,6 +12,14 @@ import pytest
 from conftest import ROOT
 
 import patchnetvlad
+from patchnetvlad import config
+from patchnetvlad.encoders.table import ENCODERS, add_encoder
+from patchnetvlad.errors import UserError
+from patchnetvlad.ini import load_config
+from patchnetvlad.losses import LOSSES
+from patchnetvlad.picture_changes import CHANGES
+from patchnetvlad.ranking import add_matcher
+from patchnetvlad.reranking import MATCHERS
 
 SCRIPTS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
@@ -69,7 +77,22 @@ CONFIGURED = [
     (["--set", "global_params.threads=-1"], "expected a whole number"),
     (["--device", "gpu"], "--device: gpu"),
 ]
+ONE_GPU = (["--set", "global_params.ngpu=2"], "uses one GPU")
+NAMES = [  # of tables whose modules import torch
+    (["--set", "feature_match.matcher=ransak"], "expected one of RANSAC, spatialApproximator"),
+    (["--set", "feature_match.index=Flatt"], "such as HNSW32"),
+    (["--set", "global_params.backbone=vgg17"], "resnet50, dinov2, vgg16, rootsift"),
+    (["--set", "global_params.backbone=vgg16:3"], "half:ENCODER"),
+    (["--set", "global_params.backbone=half:timm"], "half:ENCODER"),
+    (["--set", "global_params.patch_backbone=vgg17"], "None, or one of timm:NAME"),
+    (["--set", "train.loss=hinge"], "expected one of triplet, multi_similarity"),
+    (["--set", "train.augmentation=turn,fog"], "some of turn, roll, zoom"),
+]
 WEIGHTS = [(["--set", f"global_params.resumepath={ABSENT}"], "no such checkpoint")]
+PRETRAINED = [
+    (["--set", f"train.pretrained={ABSENT}"], f"{ABSENT}: no such file"),
+    (["--set", "train.pretrained=package:absent"], "no such package"),
+]
 
 TRAINING = ["--dataset_root_dir", EXAMPLES, "--config_path", "train.ini"]
 LOCATED = ["--ground_truth_path", "example.npz", "--index_file_path", LISTS[-1]]
@@ -80,13 +103,17 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
     "feature_extract": each(
         [*LISTED, "--dataset_root_dir", EXAMPLES],
         *CONFIGURED,
+        *NAMES,
         *WEIGHTS,
+        ONE_GPU,
         ROOT_ABSENT,
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
     ),
     "feature_match": each(
         [*LISTS, *FEATURES],
         *CONFIGURED,
+        *NAMES,
+        ONE_GPU,
         ROOT_ABSENT,
         (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
         (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
@@ -109,29 +136,50 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
     "match_two": each(
         [],
         *CONFIGURED,
+        *NAMES,
         *WEIGHTS,
+        ONE_GPU,
         (["--first_im_path", ABSENT, "--second_im_path", ABSENT], f"{ABSENT}: no such file"),
         (["--video", ABSENT], f"{ABSENT}: no such file"),
     ),
-    "match_realtime": each([], *CONFIGURED, *WEIGHTS, (["--video", ABSENT], f"{ABSENT}: no such file")),
+    "match_realtime": each(
+        [], *CONFIGURED, *NAMES, *WEIGHTS, ONE_GPU, (["--video", ABSENT], f"{ABSENT}: no such file")
+    ),
     "download_models": each([], (["--models", "odd"], "'odd'")),
     "tools/fit_model": each(
         ["--dataset_root_dir", EXAMPLES, "--output_path", "made/new.pth.tar"],
         *CONFIGURED,
+        *NAMES,
+        *PRETRAINED,
+        ONE_GPU,
+        (["--set", "train.augmentation=turn"], "a global model alone"),
+        (["--set", "global_params.patch_backbone=vgg16"], "combine_models.py"),
         ROOT_ABSENT,
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
     ),
     "train": each(
         TRAINING,
         *CONFIGURED,
+        *NAMES,
+        *PRETRAINED,
+        (["--set", "train.imageresizew=0", "--set", "feature_extract.imageresizew=0"], "above 0"),
         ROOT_ABSENT,
         (["--dataset_csv", ABSENT], f"{ABSENT}: no such file"),
         (["--resume_path", ABSENT], f"{ABSENT}"),
         (["--nEpochs", "0"], "--nEpochs"),
     ),
+    "tools/make_training_csv": each(
+        [*LISTS, "--ground_truth_path", "example.npz", "--part", "train", "--out_file", "made/table.csv"],
+        (["--index_file_path", ABSENT], f"{ABSENT}: no such file"),
+        (["--ground_truth_path", "pitts30k_val.npz"], "tools/make_dataset.py pitts30k PICTURES --split val"),
+        (["--part", "test"], "'test'"),
+    ),
     "add_pca": each(
         [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/rootsift_WPCA512.pth.tar")],
         *CONFIGURED,
+        *NAMES,
+        ONE_GPU,
+        (["--set", "global_params.num_pcs=0"], "expected the number of dimensions"),
         ROOT_ABSENT,
         (["--resume_path", ABSENT], f"{ABSENT}"),
         (["--dataset_file_path", ABSENT], f"{ABSENT}: no such file"),
@@ -145,7 +193,10 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
     "tools/locate": each(
         LOCATED,
         *CONFIGURED,
+        *NAMES,
         *WEIGHTS,
+        ONE_GPU,
+        (["--set", "feature_match.pred_input_path=pairs.txt"], "belongs to a list of queries"),
         ROOT_ABSENT,
         (["--ground_truth_path", ABSENT], f"{ABSENT}: no such file"),
         (["--index_input_features_dir", ABSENT], f"{ABSENT}: no such folder"),
@@ -173,6 +224,8 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
     "tools/recognize": each(
         ["--database", f"{EXAMPLES}/database", "--queries", f"{EXAMPLES}/queries"],
         *CONFIGURED,
+        *NAMES,
+        ONE_GPU,
         *WEIGHTS,
         (["--database", ABSENT], f"{ABSENT}: no such folder"),
         (["--position_csv", ABSENT, ABSENT], f"{ABSENT}: no such file"),
@@ -208,6 +261,56 @@ def test_answers_about_arguments_need_no_torch_and_leave_nothing(script, tmp_pat
         assert status == 2 and not out, arguments
         assert said in errors and len(errors.splitlines()) == 1, (arguments, errors)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_in_the_configuration_are_those_of_the_tables():
+    assert list(MATCHERS) == config.MATCHERS
+    assert [*config.ENCODERS, *config.ENCODERS_WITH_ARGUMENTS] == list(ENCODERS)
+    assert list(config.LOSSES) == list(LOSSES) and list(config.CHANGES) == list(CHANGES)
+
+
+@pytest.mark.parametrize(
+    ("add", "table", "names"),
+    [(add_matcher, MATCHERS, config.MATCHERS), (add_encoder, ENCODERS, config.ENCODERS)],
+    ids=["matcher", "encoder"],
+)
+def test_what_is_added_to_a_table_may_be_configured(add, table, names, tmp_path):
+    (tmp_path / "a.ini").write_text("[feature_match]\nmatcher = Mine\n[global_params]\nbackbone = Mine\n")
+    with pytest.raises(UserError, match="expected one of"):
+        load_config(tmp_path / "a.ini")
+    text = "[feature_match]\nmatcher = mine" if table is MATCHERS else "[global_params]\nbackbone = Mine"
+    (tmp_path / "a.ini").write_text(text)
+    try:
+        for _ in range(2):
+            add("Mine", next(iter(table.values())))
+        assert names.count("Mine") == 1
+        loaded = load_config(tmp_path / "a.ini")
+        assert "Mine" in (loaded.feature_match.matcher, loaded.global_params.backbone)
+    finally:
+        del table["Mine"]
+        names.remove("Mine")
+
+
+FACTORIES = """
+Flat IVF16,Flat HNSW32 PQ8 OPQ8_16,IVF4,PQ8 SQ8 SQfp16 SQbf16 LSH LSHr L2norm,Flat PCA16,Flat PCAR16,SQ8 PCAW8,Flat
+IVF16,PQ4x4fs PQ8x4fs,RFlat IDMap,Flat IDMap2,Flat NSG16 NSG16,Flat RR16,Flat ITQ16,LSH RQ4x4 PRQ2x2x4 LSQ4x4
+PLSQ2x2x4 Pad128,Flat IMI2x4,Flat IVF16_HNSW8,Flat PQ8np HNSW32_SQ8 ZnLattice2x4_6 Flat,Refine(SQ8) IVF4(HNSW8),Flat
+PQ8,Refine(Flat) RaBitQ IVF16,RaBitQ RQ4x4_Nqint8 IVF16,RQ2x4fs_32_Nrq2x4 IVF4,LSQ2x4_Nfloat
+"""
+
+
+def test_every_factory_string_of_faiss_may_be_configured(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    for text in FACTORIES.split():
+        faiss.index_factory(64, text)
+        (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")
+        assert load_config(tmp_path / "a.ini").feature_match.index == text
+    for text in ("flat", "Flatt", "hnsw32", "16"):
+        with pytest.raises(RuntimeError):
+            faiss.index_factory(64, text)
+        (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")
+        with pytest.raises(UserError, match=r"index = .*: expected Flat, another"):
+            load_config(tmp_path / "a.ini")
 
 
 BUILT = """
@@ -270,7 +373,6 @@ print(json.dumps(["well"]))
 
 def test_what_is_logged_before_the_folder_is_there_is_not_lost(tmp_path):
     from patchnetvlad.commands.command_line import log_file, logger
-    from patchnetvlad.errors import UserError
 
     path = tmp_path / "made" / "run.log"
     with pytest.raises(UserError), log_file(path):

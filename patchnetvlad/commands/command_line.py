@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from patchnetvlad import __version__
 from patchnetvlad.config import Config
+from patchnetvlad.downloads import download_text, published_bytes, ways_out
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config, recorded_config
-from patchnetvlad.paths import in_checkout, require_file
+from patchnetvlad.paths import command_name, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,7 @@ def run(
 
 def run_step(script: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run a command as part of another, and print how it is run alone; its exit status."""
-    installed = f"patchnetvlad-{Path(script).stem.replace('_', '-')}"
-    print(f"\n$ {f'python {script}' if in_checkout() else installed} {shlex.join(arguments)}", flush=True)
+    print(f"\n$ {command_name(script)} {shlex.join(arguments)}", flush=True)
     return command(arguments)
 
 
@@ -151,11 +151,31 @@ def how_to_use(checkpoint: Path, num_pcs: int, config_path: str, overrides: Sequ
     return [f"to use it, in an INI's [global_params]: {lines}", f"or as options: {shlex.join(options)}"]
 
 
-def folder(name: str | Path, option: str) -> Path:
-    """A folder that must exist; the empty name is the current one."""
+def require_checkpoint(config: Config) -> None:
+    """Refuse a configuration whose checkpoint is nowhere; ask on a terminal before a published one is fetched."""
+    path = config.require_checkpoint()
+    if path.exists() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    named = download_text(path.name, published_bytes(path.name, path.parent))
+    if not agreed(f"{named} is not at hand. Fetch it into {path.parent}?"):
+        raise UserError(f"{path.name}: not at hand, and not to be fetched; {ways_out(path.parent)}")
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal, yes being what is meant by nothing; raises UserError where nobody is there."""
+    print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("", "y", "yes")
+    except EOFError as error:
+        raise UserError("there is nobody to ask") from error
+
+
+def folder(name: str | Path, option: str, maker: str | None = None) -> Path:
+    """A folder that must exist; the empty name is the current one. maker: the script that makes such folders."""
     path = Path(name)
     if not path.is_dir():
-        raise UserError(f"{option} {name}: no such folder")
+        advice = f" ({command_name(maker)} makes it)" if maker else ""
+        raise UserError(f"{option} {name}: no such folder{advice}")
     return path
 
 

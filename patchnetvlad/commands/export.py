@@ -34,7 +34,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
         raise UserError(f"--output_path {path}: must end in {', '.join(_ENDINGS)}")
     if min(size.imageresizeh, size.imageresizew) <= 0:
         raise UserError("[feature_extract] imageresizeh, imageresizew: a size is needed (with --dynamic_size too)")
-    config.require_checkpoint()
+    command_line.require_checkpoint(config)
     from patchnetvlad.export import onnx_model
     from patchnetvlad.weights import load_model
 
@@ -60,7 +60,7 @@ def export_hloc(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export_hloc(args: argparse.Namespace) -> None:
-    features = command_line.folder(args.features_dir, "--features_dir")
+    features = command_line.folder(args.features_dir, "--features_dir", "feature_extract.py")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
     from patchnetvlad.export.hloc_features import write_hloc_descriptors

@@ -11,7 +11,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.paths import require_file
-from patchnetvlad.result_files import FORMATS, check_formats
+from patchnetvlad.result_files import FORMATS, WRITTEN, check_formats
 
 if TYPE_CHECKING:
     from patchnetvlad.evaluation import Evaluation, MatchingRun
@@ -44,7 +44,8 @@ def _extract(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     listed = require_file(args.dataset_file_path, "dataset_imagenames")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
-    config.require_checkpoint()
+    config.check_one_process("extraction")
+    command_line.require_checkpoint(config)
     from patchnetvlad.extraction import extract
 
     folder = Path(args.output_features_dir)
@@ -91,7 +92,7 @@ def _build_index(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     listed = require_file(args.index_file_path, "dataset_imagenames")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
     if path.suffix != BUILT_INDEX:
         raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
@@ -151,7 +152,7 @@ def _add_result_options(parser: Parser) -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=["kapture"],
+        default=list(WRITTEN),
         choices=list(FORMATS),
         metavar="FORMAT",
         help=f"prediction files to write: {', '.join(FORMATS)}",
@@ -176,16 +177,19 @@ def _match(args: argparse.Namespace) -> None:
         if truth is None and given is not None:
             raise UserError(f"{option}: needs --ground_truth_path, whose own it takes the place of")
     check_formats(args.formats)
-    query_features = command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
-    index_features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    query_features, index_features = (
+        command_line.folder(given, f"--{part}_input_features_dir", "feature_extract.py")
+        for part, given in (("query", args.query_input_features_dir), ("index", args.index_input_features_dir))
+    )
     config = command_line.configuration(args, index_features)
     config.check_matching()
+    config.check_one_process("matching")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     query_list = require_file(args.query_file_path, "dataset_imagenames")
     index_list = require_file(args.index_file_path, "dataset_imagenames")
     truth_path = None if truth is None else require_file(truth, "dataset_gt_files")
     if config.feature_match.local_features == "on_demand":
-        config.require_checkpoint()
+        command_line.require_checkpoint(config)
     if config.feature_match.pred_input_path is not None:
         require_file(config.feature_match.pred_input_path, "dataset_gt_files", config.path)
     if config.feature_match.index.endswith(BUILT_INDEX):
@@ -193,18 +197,19 @@ def _match(args: argparse.Namespace) -> None:
     from patchnetvlad.evaluation import Sources, add_city, evaluate, open_run, write_results
 
     results, progress = Path(args.result_save_folder), command_line.progress(args)
+    cities = None if args.msls_predictions is None else Path(args.msls_predictions)
     own_truth = (truth_path, args.posDistThr, args.distance_unit)
     sources = Sources(root, query_list, index_list, query_features, index_features, *own_truth)
     with command_line.log_file(results / "match.log"):
-        with open_run(config, sources, command_line.device(args), progress) as run:
+        with open_run(config, sources, command_line.device(args), progress, args.formats, cities) as run:
             evaluation = evaluate(run, progress)
             write_results(evaluation, results, args.formats)
             if args.report:
                 _write_report(results / "report.html", run, evaluation, progress)
         for line in evaluation.lines(details=True):
             logger.debug(line)
-        if args.msls_predictions is not None:
-            add_city(evaluation, Path(args.msls_predictions))
+        if cities is not None:
+            add_city(evaluation, cities)
     print("\n".join([*evaluation.lines(args.details), f"results in {results}"]))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
+from patchnetvlad.downloads import fetch_published
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import list_folder, read_image_list
 from patchnetvlad.paths import (
@@ -31,17 +32,8 @@ def _download(args: argparse.Namespace) -> None:
     for name in args.models:
         if (folder / name).exists():
             print(f"{folder / name}: at hand")
-        elif not args.ask_for_permission or _agreed(name):
-            from patchnetvlad.weights import download
-
-            print(f"{download(name, folder)}: fetched")
-
-
-def _agreed(name: str) -> bool:
-    try:
-        return input(f"Fetch {name}? [Y/n] ").strip().lower() in ("", "y", "yes")
-    except EOFError as error:
-        raise UserError("--ask_for_permission: there is nobody to ask (leave the option out)") from error
+        elif not args.ask_for_permission or command_line.agreed(f"Fetch {name}?"):
+            print(f"{fetch_published(name, folder)}: fetched")
 
 
 def fit_model(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +60,8 @@ def _fit(args: argparse.Namespace) -> None:
     config = command_line.configuration(args)
     path = Path(args.output_path)
     check_new_checkpoint(path, config.global_params.num_pcs, args.overwrite)
+    config.check_fitting()
+    config.check_one_process("fitting")
     pictures = _pictures(args)
     from patchnetvlad.checkpoints import write_checkpoint
     from patchnetvlad.images import require_readable

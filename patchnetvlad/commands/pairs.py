@@ -108,7 +108,8 @@ def _require_video(source: str) -> None:
 def _recognizer(args: argparse.Namespace) -> PlaceRecognizer:
     config = command_line.configuration(args)
     config.check_matching()
-    config.require_checkpoint()
+    config.check_one_gpu("a comparison")
+    command_line.require_checkpoint(config)
     from patchnetvlad.recognizer import PlaceRecognizer
 
     return PlaceRecognizer.load(config, command_line.device(args))

@@ -236,14 +236,16 @@ def _located_run(args: argparse.Namespace, truth_path: Path) -> list[Located]:
 def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Located]:
     if args.index_file_path is None or args.index_input_features_dir is None:
         raise UserError("--picture: needs --index_file_path and --index_input_features_dir, the database")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir")
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     config = command_line.configuration(args, features)
     config.check_matching()
+    config.check_own_candidates("single pictures (give the results of feature_match)")
+    config.check_one_gpu("locating")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
     pictures = [_picture(path, root) for path in args.picture]
     truth = read_ground_truth(truth_path, ground_truth_lengths(truth_path)[0], database.names)
-    config.require_checkpoint()
+    command_line.require_checkpoint(config)
     from patchnetvlad.localization.locating import locate_pictures
 
     device = command_line.device(args)

@@ -63,13 +63,14 @@ def recognize(arguments: Sequence[str] | None = None) -> int:
 def _recognize(args: argparse.Namespace) -> int:
     config = command_line.configuration(args)
     config.check_matching()
+    config.check_one_process("recognition")
     drives = [
         command_line.folder(name, option).resolve()
         for name, option in ((args.database, "--database"), (args.queries, "--queries"))
     ]
     root = _common_root(*drives)
     database, queries = (drive.relative_to(root).as_posix() for drive in drives)
-    config.require_checkpoint()
+    command_line.require_checkpoint(config)
     making = _making(args, root, database, queries)
     output = Path(args.output_dir)
     lists = {part: output / "lists" / f"{_NAME}_imageNames_{part}.txt" for part in ("query", "index")}

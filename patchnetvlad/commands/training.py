@@ -65,6 +65,7 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
+    config.require_pretrained()
     places = _sources(args)
     resumed = _checkpoint(args.resume_path) if args.resume_path else None
     from patchnetvlad.distributed import processes
@@ -121,6 +122,8 @@ def add_pca(arguments: Sequence[str] | None = None) -> int:
 
 def _add_pca(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
+    config.check_projecting()
+    config.check_one_process("fitting")
     places = _sources(args)
     resumed, num_pcs = _checkpoint(args.resume_path), config.global_params.num_pcs
     check_new_checkpoint(with_wpca(resumed, num_pcs), num_pcs, args.overwrite)
@@ -141,6 +144,39 @@ def _add_pca(args: argparse.Namespace) -> None:
         source, paths = sources[0].listed, [path for city in data.train for path in city.database.paths]
     written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
     print("\n".join([f"checkpoint in {written}", *_how_to_use(config, written, num_pcs)]))
+
+
+def make_training_csv(arguments: Sequence[str] | None = None) -> int:
+    """Turn lists and ground truth into a table to train on."""
+    parser = Parser(
+        "Write the lists and ground truth of a dataset, published ones or those of make_dataset.py, as a table for "
+        "--dataset_csv of train.py and add_pca.py.",
+        "make_training_csv.py",
+    )
+    parser.add_argument("--query_file_path", required=True, metavar="LIST", help="list of query pictures")
+    parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
+    parser.add_argument("--ground_truth_path", required=True, metavar="NPZ", help="where they were taken, in metres")
+    parser.add_argument(
+        "--part", required=True, choices=["train", "val"], help="to learn from, or to be judged by while learning"
+    )
+    parser.add_argument("--city", metavar="NAME", help="without it, the name of the ground truth")
+    parser.add_argument("--out_file", required=True, metavar="CSV", help="table to write")
+    return command_line.run(parser, _make_csv, arguments)
+
+
+def _make_csv(args: argparse.Namespace) -> None:
+    # The table has the lists' names as they are: where their pictures are does not matter here
+    queries, database = (
+        read_image_list(require_file(name, "dataset_imagenames"), Path())
+        for name in (args.query_file_path, args.index_file_path)
+    )
+    path = require_file(args.ground_truth_path, "dataset_gt_files")
+    from patchnetvlad.ground_truth import read_ground_truth
+    from patchnetvlad.training_csv import write_training_csv
+
+    truth = read_ground_truth(path, queries.names, database.names)
+    write_training_csv(Path(args.out_file), args.part, args.city or path.stem, queries, database, truth)
+    print(f"{len(queries)} queries and {len(database)} database pictures in {args.out_file}")
 
 
 def _checkpoint(name: str) -> Path:

@@ -13,7 +13,6 @@ from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
 from patchnetvlad.datasets.benchmark_files import Files
 from patchnetvlad.datasets.known_results import Known
-from patchnetvlad.devices import require_one_process
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.images import image_batches, require_readable
@@ -75,7 +74,7 @@ def reproduce(
     announce is called with the estimate before the long part; each part is searched in its own database.
     """
     started = time.perf_counter()
-    require_one_process(config.global_params, "a reproduction")
+    config.check_one_process("a reproduction")
     for listed in (pictures for part in files for pictures in (part.queries, part.database)):
         require_readable(listed.paths, listed.source, config.global_params.loading_threads, progress)
     model, checkpoint = load_model(config)

@@ -5,6 +5,8 @@ from typing import cast
 
 import torch
 
+from patchnetvlad import config
+from patchnetvlad.config import ENCODER_ALIASES, ENCODERS_WITH_ARGUMENTS
 from patchnetvlad.encoders.efficientnet_lite import EfficientNetLite0
 from patchnetvlad.encoders.half_size import HalfSize
 from patchnetvlad.encoders.interface import Encoder
@@ -22,11 +24,13 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "timm": TimmEncoder,
     "half": lambda *name: HalfSize(make_encoder(":".join(name))),
 }
-_WITH_ARGUMENTS = ("timm", "half")
-ALIASES = {
-    "resnet50": "timm:resnet50.tv2_in1k:layer3",
-    "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
-}
+
+
+def add_encoder(name: str, encoder: Callable[[], Encoder]) -> None:
+    """Add an encoder, or replace one of that name; from then on a configuration may name it."""
+    ENCODERS[name] = encoder
+    if name not in config.ENCODERS:
+        config.ENCODERS.append(name)
 
 
 def make_encoder(name: str) -> Encoder:
@@ -47,19 +51,19 @@ def encoder_geometry(name: str) -> EncoderGeometry:
 
 def same_encoder(one: str, other: str) -> bool:
     """Whether two names mean the same encoder."""
-    return ALIASES.get(one, one) == ALIASES.get(other, other)
+    return ENCODER_ALIASES.get(one, one) == ENCODER_ALIASES.get(other, other)
 
 
 def is_encoder(name: str) -> bool:
     """Whether the table has the kind of encoder that a name begins with."""
-    return ALIASES.get(name, name).partition(":")[0] in ENCODERS
+    return ENCODER_ALIASES.get(name, name).partition(":")[0] in ENCODERS
 
 
 def _kind(name: str) -> tuple[Callable[..., Encoder], list[str]]:
-    kind, *arguments = ALIASES.get(name, name).split(":", 2)
-    if kind not in ENCODERS or (arguments and kind not in _WITH_ARGUMENTS):
+    kind, *arguments = ENCODER_ALIASES.get(name, name).split(":", 2)
+    if kind not in ENCODERS or (arguments and kind not in ENCODERS_WITH_ARGUMENTS):
         raise UserError(
-            f"[global_params] backbone = {name}: expected one of {', '.join([*ENCODERS, *ALIASES])} (timm as "
+            f"[global_params] backbone = {name}: expected one of {', '.join([*ENCODERS, *ENCODER_ALIASES])} (timm as "
             "timm:NAME or timm:NAME:LAYER, half as half:ENCODER)"
         )
     return ENCODERS[kind], arguments

@@ -63,16 +63,12 @@ def locate_pictures(
 ) -> list[Located]:
     """Positions of single pictures: described, searched in a feature folder, re-ranked by their patches."""
     options = config.feature_match
-    if options.pred_input_path is not None:
-        raise UserError(
-            f"[feature_match] pred_input_path = {options.pred_input_path}: belongs to a list of queries, not to single "
-            "pictures (give the results of feature_match)"
-        )
+    config.check_own_candidates("single pictures (give the results of feature_match)")
     check_panoramas(options.panorama_cutouts, len(database_list), database)
     recognizer = PlaceRecognizer.load(config, device)
     queries = described_pictures(recognizer, recognizer.describe(pictures))
     memory = cache_bytes(options.cache_gb)
-    with open_features(config, database_list, features, memory, recognizer.model) as database_features:
+    with open_features(config, database_list, features, memory, lambda: recognizer.model) as database_features:
         database_features = with_built_index(config, database_list, database_features)
         rankings = Ranker(options, database_features, device).rank(queries)
     if rankings.scores is None:  # similarities in standard deviations, as fused scores are

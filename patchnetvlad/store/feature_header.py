@@ -148,14 +148,19 @@ def block_line(block: Block) -> bytes:
     return json.dumps({"block": block.number, "maps": block.maps}).encode("ascii") + b"\n"
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether something says what made the features of a folder; the published code wrote nothing."""
+    return (folder / MANIFEST_NAME).exists()
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a feature folder; None when it has none.
 
     Raises UserError when the manifest is of another version or damaged elsewhere than at its end.
     """
-    path = folder / MANIFEST_NAME
-    if not path.exists():
+    if not has_manifest(folder):
         return None
+    path = folder / MANIFEST_NAME
     with told(path, "cannot be read"):
         content = path.read_bytes()
     # Where a machine was lost while it wrote, a file may end in zero bytes.

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Whole runs of feature_match.py from cold files: 100 queries with 100 candidates each, for every preset.
+
+    python benchmarks/whole_runs.py --work WORK --output benchmarks
+
+renders a city, describes it with a model fitted on pictures (see matching.py; builtin.ini has its own), lets the
+system forget the files and times the run. Writes whole_runs.json, whole_runs.md and whole_runs.png. WORK takes 10 GB
+for performance.ini; a preset's features are removed after it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from matching import fit_on_examples, project
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from patchnetvlad.checkpoints import write_checkpoint
+from patchnetvlad.config import Config
+from patchnetvlad.examples.rendered_city import make_city, write_city
+from patchnetvlad.ini import load_config
+from patchnetvlad.model import PlaceModel
+from patchnetvlad.paths import require_file
+from patchnetvlad.whitening import WPCAFit
+
+PICTURES = CANDIDATES = 100  # of queries, and of the database that all of them are compared with
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *arguments: object) -> tuple[float, float, str]:
+    """Seconds of a command, its largest memory in GB, and what it says."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        started = time.perf_counter()
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{text}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1e6, text
+
+
+def forget(folder: Path) -> None:
+    """Let the system drop what it keeps of a folder's files, so that they are read from the disk again."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def read_rate(folder: Path) -> float:
+    """Bytes a second of reading a folder's files from the disk, one after the other."""
+    forget(folder)
+    started = time.perf_counter()
+    size = sum(len(path.read_bytes()) for path in folder.rglob("*.npy"))
+    return size / (time.perf_counter() - started)
+
+
+def product_seconds(config: Config, model: PlaceModel | None) -> float:
+    """Seconds a query of the float32 products of its patches with those of its candidates, with all cores."""
+    if model is None:
+        return 0.0
+    grids = model.grids(30, 40)
+    rows = [torch.randn(len(grid), config.global_params.num_pcs) for grid in grids]
+    least = min(_timed(rows) for _ in range(5))
+    return CANDIDATES * least
+
+
+def _timed(rows: list[torch.Tensor]) -> float:
+    started = time.perf_counter()
+    for patches in rows:
+        patches @ patches.T
+    return time.perf_counter() - started
+
+
+def measure(preset: str, work: Path, model: PlaceModel, fit: WPCAFit) -> dict[str, float]:
+    """Seconds a query of a preset's whole run and of its stages, memory, bytes, and the least that they could take."""
+    config = load_config(require_file(f"{preset}.ini", "configs"))
+    options: list[object] = ["--config_path", require_file(f"{preset}.ini", "configs")]
+    fitted = None
+    if preset != "builtin":
+        fitted = project(model, fit, config)
+        write_checkpoint(work / f"{preset}.pth.tar", fitted)
+        params = (f"global_params.resumepath={work / preset}.pth.tar", "global_params.num_clusters=16")
+        options += [word for setting in params for word in ("--set", setting)]
+    root, lists = work / "city_images", work / "dataset_imagenames"
+    shared = ["--dataset_root_dir", root]
+    for kind in ("index", "query"):
+        listed = lists / f"city_imageNames_{kind}.txt"
+        features = ["--output_features_dir", work / kind, "--overwrite"]
+        run("feature_extract.py", *options, *shared, "--dataset_file_path", listed, *features)
+    size = sum(path.stat().st_size for path in (work / "index").rglob("*.npy"))
+    rate = read_rate(work / "index")
+    forget(work / "index")
+    forget(work / "query")
+    files = ["--query_file_path", lists / "city_imageNames_query.txt"]
+    files += ["--index_file_path", lists / "city_imageNames_index.txt"]
+    files += ["--query_input_features_dir", work / "query", "--index_input_features_dir", work / "index"]
+    set_top = ["--set", f"feature_match.n_values_all={CANDIDATES}"]
+    seconds, memory, text = run(
+        "feature_match.py", *options, *shared, *files, *set_top, "--result_save_folder", work / "results"
+    )
+    retrieval = _logged(r"retrieval: .* in ([0-9.]+) s", text)
+    reranking = _logged(r"re-ranking: [0-9]+ pairs in ([0-9.]+) s", text)
+    for kind in ("index", "query"):
+        shutil.rmtree(work / kind)
+    return {
+        "s a query": seconds / PICTURES,
+        "retrieval": retrieval / PICTURES,
+        "re-ranking": reranking / PICTURES,
+        "rest": (seconds - retrieval - reranking) / PICTURES,
+        "one float32 product": product_seconds(config, fitted),
+        "reading": 2 * size / rate / PICTURES,
+        "memory, GB": memory,
+        "MB a picture": size / PICTURES / 1e6,
+        "disk, GB/s": rate / 1e9,
+    }
+
+
+def _logged(pattern: str, text: str) -> float:
+    match = re.search(pattern, text)
+    if match is None:
+        sys.exit(f"the log says nothing of {pattern}:\n{text}")
+    return float(match.group(1))
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The results as Markdown."""
+    columns = list(next(iter(results.values())))
+    lines = ["| preset | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for preset, values in results.items():
+        lines.append(f"| {preset} | " + " | ".join(f"{value:.3g}" for value in values.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Where a query's seconds go, beside what the products and the disk alone would take."""
+    figure = Figure(figsize=(8, 0.9 * len(results) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    presets = list(results)
+    left = [0.0] * len(presets)
+    for stage, colour in (("re-ranking", "#3b6ea8"), ("retrieval", "#e0a030"), ("rest", "#9aa0a6")):
+        values = [results[preset][stage] for preset in presets]
+        axes.barh(presets, values, left=left, color=colour, label=stage if stage != "rest" else "start, files, results")
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    for column, mark in (("one float32 product", "r|"), ("reading", "g|")):
+        shown = [(results[preset][column], preset) for preset in presets if results[preset][column]]
+        label = "its float32 products" if mark == "r|" else "reading both folders"
+        axes.plot(*zip(*shown, strict=True), mark, markersize=26, markeredgewidth=2, label=label)
+    axes.set(xscale="log", xlabel="seconds a query (100 candidates)")
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.savefig(path, dpi=110)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run the benchmark and write its files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["builtin", "storage", "speed", "performance"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    args = parser.parse_args()
+    if not (args.work / "city_images").exists():
+        write_city(make_city(50, (2, 2), (2, 2), seed=3), args.work, "city")
+    model, fit = fit_on_examples()
+    args.output.mkdir(parents=True, exist_ok=True)
+    stored = args.output / "whole_runs.json"
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    for preset in args.presets:
+        results[preset] = measure(preset, args.work, model, fit)
+        print(preset, json.dumps(results[preset], indent=1), flush=True)
+        stored.write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "whole_runs.md").write_text(table(results))
+    plot(results, args.output / "whole_runs.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
