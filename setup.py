@@ -11,7 +11,7 @@ DATA_FOLDERS = {
     "configs": ["*.ini"],
     "dataset_imagenames": ["*.txt"],
     "dataset_gt_files": ["*.npz"],
-    "pretrained_models": ["builtin_*", "README.md"],
+    "pretrained_models": ["builtin_*", "rootsift_*", "README.md", "NOTICE"],
     "example_images": ["*.json", "*.npz", "*/*.jpg"],
 }
 # Scripts that users know by their file names; the other commands have a thin script in tools/.
@@ -31,6 +31,7 @@ TOOLS = {
     "export": ["export_onnx", "export_hloc"],
     "examples": ["demo", "render_example_places", "render_msls"],
     "architecture": ["draw_architecture"],
+    "bundled_model": ["make_bundled_model"],
 }
 
 setup(

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """How much may change before a place is no longer found? Recall@1 of models against changes of known amount.
 
-    python benchmarks/robustness.py --config_path builtin.ini --output docs
+    python benchmarks/robustness.py
 
 The database is one picture by day of every place of a rendered city, some of whose places look alike; a query is the
 same place seen from aside or at dusk, as rendered, or the same picture changed as training changes pictures. Writes
-robustness.png and robustness.md.
+benchmarks/robustness.md and docs/robustness.png.
 """
 
 import argparse
@@ -120,22 +120,24 @@ def figure(names: Sequence[str], recalls: np.ndarray, amounts: Sequence[float], 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and write its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", nargs="+", default=["builtin.ini"])
+    parser.add_argument("--config_path", nargs="+", default=["builtin.ini", "rootsift.ini"])
     parser.add_argument("--places", type=int, default=40, help="a quarter of them look like others")
     parser.add_argument("--width", type=int, default=640, help="of the pictures as rendered; height is three quarters")
     parser.add_argument("--amounts", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--seed", type=int, default=777, help="of the city")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="changes every configuration")
-    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/robustness.md"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/robustness.png"))
     args = parser.parse_args(arguments)
     size = (args.width, args.width * 3 // 4)
     city = make_city(args.places, (1,), (1,), args.seed, args.places // 4, scale=args.width / 10)
     models = [PlaceRecognizer.load(config, overrides=args.set) for config in args.config_path]
     names = [Path(config).stem for config in args.config_path]
     recalls = measure(models, city, city.database, size, args.amounts)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "robustness.md").write_text(table(names, recalls, args.amounts), encoding="utf-8")
-    figure(names, recalls, args.amounts, args.output / "robustness.png")
+    for path in (args.output, args.figure):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(table(names, recalls, args.amounts), encoding="utf-8")
+    figure(names, recalls, args.amounts, args.figure)
     print(table(names, recalls, args.amounts))
 
 

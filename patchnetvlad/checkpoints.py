@@ -5,7 +5,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -281,16 +281,16 @@ def load_state(model: PlaceModel, state: Mapping[str, Tensor], path: Path) -> No
     model.load_state_dict(dict(state), strict=True)
 
 
-def write_checkpoint(path: Path, model: PlaceModel, half_precision_wpca: bool = False, **extras: Any) -> None:
+def write_checkpoint(path: Path, model: PlaceModel, half_precision: Sequence[str] = (), **extras: Any) -> None:
     """Write a checkpoint atomically, in the published format.
 
-    extras: plain numbers, strings, tensors, and lists or dicts of them. half_precision_wpca stores the WPCA weights
-    as float16, half the bytes.
+    extras: plain numbers, strings, tensors, and lists or dicts of them. half_precision: parts of the model, "WPCA" or
+    "encoder", whose convolutions are stored as float16, half the bytes.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    for key in ("WPCA.0.weight", f"{_PATCHES}WPCA.0.weight"):
-        if half_precision_wpca and key in state:
-            state[key] = state[key].half()
+    for key, value in state.items():
+        if value.ndim == 4 and key.removeprefix(_PATCHES).partition(".")[0] in half_precision:
+            state[key] = value.half()
     content = {
         "state_dict": state,
         "backbone": model.backbone,

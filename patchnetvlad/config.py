@@ -41,7 +41,7 @@ _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 # What tables of the method have, by name, so that a wrong name is refused before torch is imported. A script that adds
 # to a table adds its name here: ranking.add_matcher and encoders.table.add_encoder do both.
 MATCHERS = ["RANSAC", "spatialApproximator"]
-ENCODERS = ["vgg16", "rootsift"]
+ENCODERS = ["vgg16", "rootsift", "efficientnet_lite0"]
 ENCODERS_WITH_ARGUMENTS = ("timm", "half")  # behind a colon: timm:NAME:LAYER, half:ENCODER
 ENCODER_ALIASES = {
     "resnet50": "timm:resnet50.tv2_in1k:layer3",
@@ -152,18 +152,20 @@ class TrainConfig:
 
     batchsize: int = setting(4, whole(1))  # triplet sets in one step
     cachebatchsize: int = setting(20, whole(1))  # pictures described at a time in mining and validation
-    optim: str = setting("SGD", choice("SGD", "ADAM"))  # ADAM goes without weight decay and schedule
+    optim: str = setting("SGD", choice("SGD", "ADAM", "ADAMW"))  # ADAM goes without weight decay and schedule
     seed: int = setting(123, whole(0))  # of every random generator
     lr: float = setting(1e-4, real(0, above=True))  # learning rate
     lrstep: int = setting(5, whole(1))  # epochs from one reduction of the learning rate to the next
     lrgamma: float = setting(0.5, real(0, above=True))  # factor of one reduction
-    weightdecay: float = setting(1e-3, real(0))  # of SGD
+    weightdecay: float = setting(1e-3, real(0))  # of SGD and ADAMW
     momentum: float = setting(0.9, real(0, 1))  # of SGD
     patience: int = setting(10, whole(0))  # validations without a better Recall@5 before the end; 0: no end
     evalevery: int = setting(1, whole(1))  # epochs from one validation to the next
     loss: str = setting("triplet", named(LOSSES))
     # Changes that happen to queries by chance, others in every epoch.
     augmentation: tuple[str, ...] = setting((), some_of_names(CHANGES))
+    # Weight of the loss of local features at points whose places augmentation knows, beside the loss of descriptors.
+    local_weight: float = setting(0.0, real(0))
     margin: float = setting(0.1, real(0))  # its root, √0.1, is the loss's margin on Euclidean distances
     num_clusters: int = setting(16, whole(1))  # K of NetVLAD
     includepanos: bool = setting(False, flag())  # train on panoramas too
@@ -171,6 +173,8 @@ class TrainConfig:
     imageresizew: int = setting(640, whole())  # pixels, as in [feature_extract]
     imageresizeh: int = setting(480, whole())
     whitening: float = setting(1.0, real(0, 1))  # power of WPCA's whitening: 0 rotates only, 1 is full
+    # With augmentation: what is whitened, the differences that changes make, or the spread of all descriptors.
+    whitens: str = setting("changes", choice("changes", "all"))
     # imagenet: as published; none: random; package:NAME: of an installed Python package; or a file's path.
     pretrained: str = setting("imagenet", weights_source())  # encoder's start
     # What of the encoder learns beside the pooling: its last stage (VGG16's conv5), all of it, or none of it.
@@ -352,12 +356,18 @@ class Config:
         return replace(self, global_params=params, feature_extract=sizes)
 
     def check_training(self) -> None:
-        """Raises UserError unless [train] has the picture size of extraction, one for all, and radii that fit."""
+        """Raises UserError unless [train] has the picture size of extraction, one for all, and what fits together."""
         self._check_picture_size("train", self.train)
         if min(self.train.imageresizew, self.train.imageresizeh) < 1:
             place = self._place(*(f"train.{key}" for key in PICTURE_SIZE))
             raise UserError(
                 f"{place}: [train] imageresizew, imageresizeh: training needs one size for all pictures, above 0"
+            )
+        if self.train.local_weight and not self.train.augmentation:
+            raise UserError(
+                f"{self._place('train.local_weight', 'train.augmentation')}: [train] local_weight = "
+                f"{self.train.local_weight:g}: local features are compared between a query and its changed view, and "
+                "augmentation = None (name some changes, or set local_weight = 0)"
             )
         near, far = self.train.positive_radius, self.train.negative_radius
         if near > far:

@@ -17,7 +17,7 @@ from patchnetvlad.model import PlaceModel
 
 
 class LearnedPart(nn.Module):
-    """From the frozen layers' output (N×C×h×w) to global descriptors (N×D, unit rows, float32).
+    """From the frozen layers' output (N×C×h×w) to global descriptors (N×D, unit rows) and feature maps, float32.
 
     It shares its parameters with the model. With ``half`` the encoder's layers compute in bfloat16; pooling stays
     float32.
@@ -30,10 +30,11 @@ class LearnedPart(nn.Module):
         self.output_dims = model.output_dims
         self._half = half
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(maps.device.type, torch.bfloat16, enabled=self._half):
             maps = self.layers(maps)
-        return cast(Tensor, self.pool(maps.float()))
+        maps = maps.float()
+        return self.pool(maps), maps
 
 
 class FrozenPart:

@@ -1,4 +1,6 @@
-"""Losses by name: what training pulls together and pushes apart, given mined sets of a query, a positive, negatives."""
+"""Losses by name: what training pulls together and pushes apart, given mined sets of a query, a positive, negatives.
+
+And a loss of local features, where it is known which show the same point."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.patch_grid import PatchGrid
 
 Triplet: TypeAlias = tuple[int, int, Sequence[int]]
 """Rows of a query, of its positive and of its negatives among the descriptors of a step."""
@@ -16,15 +19,19 @@ Triplet: TypeAlias = tuple[int, int, Sequence[int]]
 POSITIVE_SHARPNESS = 1.0  # α, β and λ of the multi-similarity loss, as usual in place recognition
 NEGATIVE_SHARPNESS = 50.0
 SIMILARITY_MARGIN = 0.0
+TEMPERATURE = 0.1  # of the softmax over local features that could correspond
+FAR = 1.5  # strides from a point: positions beyond do not show it
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss. total: descriptors N×D of unit rows, triplets, [train] margin → the sum over all terms, in float32;
-    terms: how many there are, by which training divides, so that several processes can share a step."""
+    terms: how many there are, by which training divides, so that several processes can share a step; whole_step: a
+    query's negatives are all database pictures of a step that lie elsewhere, not those alone that were mined for it."""
 
     total: Callable[[Tensor, Sequence[Triplet], float], Tensor]
     terms: Callable[[Sequence[Triplet]], int]
+    whole_step: bool = False
 
 
 def triplet_loss(descriptors: Tensor, triplets: Sequence[Triplet], margin: float) -> Tensor:
@@ -53,9 +60,86 @@ def multi_similarity_loss(descriptors: Tensor, triplets: Sequence[Triplet], marg
     return total
 
 
+def correspondence_loss(
+    anchors: Tensor, matches: Tensor, candidates: Tensor, elsewhere: Tensor, others: Tensor
+) -> Tensor:
+    """Σ over points of −log softmax(a·m / T) of the true match among all that could be one (InfoNCE, T = TEMPERATURE).
+
+    anchors, matches: n×C, features of the same n points in two views of a picture; candidates: m×C, the second view's
+    whole map, and elsewhere: n×m, whether each of its positions is too far from the point to show it; others: k×C,
+    features of other pictures. Rows are normalised here.
+    """
+    anchors, matches, candidates, others = (
+        F.normalize(features.float(), dim=1) for features in (anchors, matches, candidates, others)
+    )
+    true = (anchors * matches).sum(dim=1, keepdim=True)
+    false = (anchors @ candidates.T).masked_fill(~elsewhere, -torch.inf)
+    logits = torch.cat([true, false, anchors @ others.T], dim=1) / TEMPERATURE
+    return (torch.logsumexp(logits, dim=1) - logits[:, 0]).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class ViewPair:
+    """Two views of one picture, known by a number.
+
+    first, second: their feature maps, C×h×w of the same size; homography: 3×3, from the pixels of the first view to
+    those of the second; positions: n rows of the first map's positions, row-major, each of which the second map shows
+    (`seen_positions`)."""
+
+    picture: int
+    first: Tensor
+    second: Tensor
+    homography: Tensor
+    positions: Tensor
+
+
+def view_loss(pairs: Sequence[ViewPair], grid: PatchGrid) -> Tensor:
+    """Σ over pairs of the mean `correspondence_loss` of their points; grid: of single positions of the maps.
+
+    The match of a point is interpolated in the second map; its positions more than FAR strides away could be mistaken
+    for it, and so could all points of other pictures.
+    """
+    centers = grid.centers().to(pairs[0].first.device)
+    targets = [moved(centers[pair.positions], pair.homography) for pair in pairs]
+    matches = [_interpolated(pair.second, target, grid) for pair, target in zip(pairs, targets, strict=True)]
+    total = pairs[0].first.new_zeros(())
+    for pair, target, match in zip(pairs, targets, matches, strict=True):
+        if not len(target):
+            continue
+        anchors, candidates = pair.first.flatten(1).T[pair.positions], pair.second.flatten(1).T
+        elsewhere = torch.cdist(target, centers) > FAR * grid.geometry.stride
+        found = zip(pairs, matches, strict=True)
+        others = torch.cat([match[:0], *(points for other, points in found if other.picture != pair.picture)])
+        total = total + correspondence_loss(anchors, match, candidates, elsewhere, others) / len(target)
+    return total
+
+
+def seen_positions(homography: Tensor, grid: PatchGrid) -> Tensor:
+    """Rows of the positions whose points a view moved by a homography shows between the centres of its positions."""
+    centers = grid.centers()
+    inside = moved(centers, homography)
+    low, high = centers.amin(dim=0), centers.amax(dim=0)
+    return torch.nonzero(((inside >= low) & (inside <= high)).all(dim=1)).flatten()
+
+
+def moved(points: Tensor, homography: Tensor) -> Tensor:
+    """n×2 points through a homography, 3×3; those that come to lie behind the camera are not a number."""
+    projected = F.pad(points.double(), (0, 1), value=1.0) @ homography.double().T
+    depth = projected[:, 2:]
+    return (projected[:, :2] / depth.where(depth > 0, torch.nan)).to(points.dtype)
+
+
+def _interpolated(feature_map: Tensor, points: Tensor, grid: PatchGrid) -> Tensor:
+    """n×C, a map bilinearly interpolated at n points in pixels."""
+    stride, first = grid.geometry.stride, grid.geometry.first_center
+    span = torch.tensor([max(1, grid.columns - 1), max(1, grid.rows - 1)], device=points.device) * stride
+    relative = 2 * (points - first) / span - 1
+    return F.grid_sample(feature_map[None], relative[None, None].to(feature_map.dtype), align_corners=True)[0, :, 0].T
+
+
 LOSSES: dict[str, Loss] = {
     "triplet": Loss(triplet_loss, lambda triplets: sum(len(negatives) for _, _, negatives in triplets)),
-    "multi_similarity": Loss(multi_similarity_loss, len),
+    "multi_similarity": Loss(multi_similarity_loss, len, whole_step=True),
 }
 
 

@@ -50,7 +50,7 @@ def estimate_memory(
             maps = frozen(torch.empty(described, 3, *size))
 
         def step() -> None:
-            learned(torch.empty(trained, *maps.shape[1:], dtype=maps.dtype)).sum().backward()
+            learned(torch.empty(trained, *maps.shape[1:], dtype=maps.dtype))[0].sum().backward()
 
         frozen_bytes = _peak_bytes(describe)
         learned_bytes = _peak_bytes(step)

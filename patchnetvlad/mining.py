@@ -4,7 +4,7 @@ Everything random follows from (seed, epoch, subset), so that a resumed run sees
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,11 @@ class TripletSet:
     query: int
     positive: int
     negatives: tuple[int, ...]
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """All of them, the query first."""
+        return (self.query, self.positive, *self.negatives)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,7 @@ class Describer:
                 maps = self._frozen(pictures)
                 if keep:
                     self._frozen.keep(found, maps)
-                rows[[row_of[number] for number in found]] = self._learned(maps).float().cpu().numpy()
+                rows[[row_of[number] for number in found]] = self._learned(maps)[0].float().cpu().numpy()
                 bar.update(len(found))
         return self._processes.joined(rows)
 
@@ -154,3 +159,13 @@ def hard_negatives(positive_distance: float, distances: Tensor, margin: float, c
 def training_batches(triplets: Sequence[TripletSet], batch_size: int) -> list[list[TripletSet]]:
     """Triplet sets in steps of ``batch_size``; the last may be smaller."""
     return [list(triplets[start : start + batch_size]) for start in range(0, len(triplets), batch_size)]
+
+
+def with_all_negatives(step: Sequence[TripletSet], places: TripletPlaces) -> list[TripletSet]:
+    """A step in which a query's negatives are all database pictures of the step that are not near it."""
+    shown = dict.fromkeys(number for triplet in step for number in triplet.pictures[1:])
+    near = {triplet.query: set(places.near[triplet.query].tolist()) for triplet in step}
+    return [
+        replace(triplet, negatives=tuple(number for number in shown if number not in near[triplet.query]))
+        for triplet in step
+    ]

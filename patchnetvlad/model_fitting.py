@@ -111,8 +111,9 @@ def initialise_pool(pool: NetVLAD, clusters: Clusters) -> None:
 def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, progress: bool) -> WPCAFit:
     """Fit WPCA on pictures, add it to the model, and say how good it is.
 
-    [global_params] num_pcs and [train] whitening, augmentation and seed are used: with augmentation every picture is
-    described changed as well, and what the changes do is whitened. Raises UserError when the pictures are too few.
+    [global_params] num_pcs and [train] whitening, whitens, augmentation and seed are used: with augmentation every
+    picture is described changed as well, and what the changes do is whitened, or with whitens = all the spread of
+    all. Raises UserError when the pictures are too few.
     """
     train, num_pcs, started = config.train, config.global_params.num_pcs, time.perf_counter()
     batches = picture_batches(config, paths, model.device, progress, "Sampling descriptors")
@@ -126,7 +127,7 @@ def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, pro
         descriptors = np.concatenate([descriptors, changed_ones])
     described = time.perf_counter()
     logger.info("WPCA: fitting %d dimensions to %d descriptors of %d numbers", num_pcs, *descriptors.shape)
-    if differences is None:
+    if differences is None or train.whitens == "all":
         fit = fit_wpca(descriptors, num_pcs, train.whitening)
     else:
         fit = fit_place_whitening(descriptors, differences, num_pcs, train.whitening)

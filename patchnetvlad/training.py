@@ -6,6 +6,7 @@ docs/training.md says the course in full; the paper's section 4.1 gives its sett
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,26 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.files import sync_files
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
 from patchnetvlad.images import ChangePicture
-from patchnetvlad.losses import find_loss
-from patchnetvlad.mining import Describer, Subset, TripletSet, epoch_queries, make_subset, mine, training_batches
-from patchnetvlad.picture_changes import Picture, changed
+from patchnetvlad.losses import ViewPair, find_loss, seen_positions, view_loss
+from patchnetvlad.mining import (
+    Describer,
+    Subset,
+    TripletSet,
+    epoch_queries,
+    make_subset,
+    mine,
+    training_batches,
+    with_all_negatives,
+)
+from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.picture_changes import Picture, changed, changed_view
 from patchnetvlad.training_data import CityPictures, TripletPlaces
 from patchnetvlad.training_state import BEST, LAST, Learning, learning_rate, run_settings, save_learning
 from patchnetvlad.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 
+_POINTS = 64  # of a picture whose local features are compared with those of its changed view
 _DECIDING_N = 5  # the best model is that of the best Recall@5
 
 
@@ -58,7 +70,9 @@ class Trainer:
         self._save_every_epoch = save_every_epoch
         self._progress = progress
         self._settings = run_settings(config, places)
-        self._loss = find_loss(train.loss)
+        # Behind all pictures come the queries once more, as they are: their numbers begin with `unchanged`
+        self._unchanged = len(places.paths)
+        self._paths = (*places.paths, *places.paths[: places.num_queries]) if train.local_weight else places.paths
         self._frozen = FrozenPart(learning.model, train.mixed_precision, train.frozen_cache_gb * 1e9)
         learned = LearnedPart(learning.model, train.mixed_precision)
         self._learned = processes.wrapped(learned)
@@ -95,7 +109,7 @@ class Trainer:
         for number in range(progress.subset, len(parts)):
             label = f"epoch {epoch}, subset {number + 1} of {len(parts)}"
             subset = make_subset(self._places, parts[number], train.subset_negatives, train.seed, epoch, number)
-            self._learn_from(subset, label, self._change(epoch))
+            self._learn_from(subset, label, epoch)
             progress.subset = number + 1
             self._save(LAST)
         if not progress.loss_steps:
@@ -127,13 +141,18 @@ class Trainer:
         def change(number: int, picture: Picture) -> Picture:
             if number >= self._places.num_queries:
                 return picture
-            return changed(picture, train.augmentation, np.random.default_rng([train.seed, epoch, number]))
+            return changed(picture, train.augmentation, self._random(epoch, number))
 
         return change
 
-    def _learn_from(self, subset: Subset, label: str, change: ChangePicture | None) -> None:
+    def _random(self, epoch: int, number: int) -> np.random.Generator:
+        """What changes a query in an epoch."""
+        return np.random.default_rng([self._config.train.seed, epoch, number])
+
+    def _learn_from(self, subset: Subset, label: str, epoch: int) -> None:
         """Mine one subset and take its steps."""
         train, progress, started = self._config.train, self._learning.progress, time.perf_counter()
+        change = self._change(epoch)
         self._frozen.clear()
         descriptors = self._describe(self._places.paths, subset.pictures.tolist(), f"Mining: {label}", True, change)
         triplets = self._mined(subset, descriptors)
@@ -141,13 +160,15 @@ class Trainer:
             logger.warning("%s: no query has a negative within the margin, the subset is skipped", label)
             return
         steps = training_batches(triplets, train.batchsize)
+        if self._loss.whole_step:
+            steps = [with_all_negatives(step, self._places) for step in steps]
         shares = [self._processes.share(step) for step in steps]
         # A process without a share of the last step takes part with weight 0, since all must
-        taken = [share or step[:1] for share, step in zip(shares, steps, strict=True)]
-        pictures = [list(dict.fromkeys(number for triplet in share for number in _numbers(triplet))) for share in taken]
+        taken = [self._both_views(share or step[:1]) for share, step in zip(shares, steps, strict=True)]
+        pictures = [list(dict.fromkeys(number for triplet in share for number in triplet.pictures)) for share in taken]
         outputs = self._frozen.steps(
             pictures,
-            self._places.paths,
+            self._paths,
             (train.imageresizeh, train.imageresizew),
             train.cachebatchsize,
             self._config.global_params.loading_threads,
@@ -156,8 +177,9 @@ class Trainer:
         total = 0.0
         bar = tqdm(steps, f"Learning: {label}", unit="step", leave=False, disable=not self._progress)
         for step, share, own, numbers, maps in zip(bar, shares, taken, pictures, outputs, strict=True):
-            num_terms = self._loss.terms([(triplet.query, triplet.positive, triplet.negatives) for triplet in step])
-            loss = self._step(maps, numbers, own, len(share) > 0, num_terms, label)
+            whole = [(triplet.query, triplet.positive, triplet.negatives) for triplet in self._both_views(step)]
+            terms = self._loss.terms(whole), len(step)
+            loss = self._step(maps, numbers, own, float(len(share) > 0), terms, epoch, label)
             total += loss
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._log.step(progress.step, loss, sum(len(triplet.negatives) for triplet in step))
@@ -185,20 +207,27 @@ class Trainer:
         maps: torch.Tensor,
         numbers: list[int],
         triplets: list[TripletSet],
-        counts: bool,
-        num_terms: int,
+        counts: float,
+        terms: tuple[int, int],
+        epoch: int,
         label: str,
     ) -> float:
-        """One step of the optimiser; returns the loss of the whole step, over all processes."""
-        learning, progress = self._learning, self._learning.progress
+        """One step of the optimiser; returns the loss of the whole step, over all processes.
+
+        counts: 0 for a process that only takes part; terms: of the loss in the whole step, and queries there.
+        """
+        learning, progress, train = self._learning, self._learning.progress, self._config.train
         row_of = {number: row for row, number in enumerate(numbers)}
         rows = [
             (row_of[triplet.query], row_of[triplet.positive], [row_of[number] for number in triplet.negatives])
             for triplet in triplets
         ]
         learning.optimizer.zero_grad(set_to_none=True)
-        descriptors = self._learned(maps)
-        part = self._loss.total(descriptors, rows, self._config.train.margin) / num_terms * float(counts)
+        descriptors, features = self._learned(maps)
+        part = self._loss.total(descriptors, rows, train.margin) / terms[0] * counts
+        if train.local_weight:
+            local = self._local_loss(features, row_of, triplets, epoch)
+            part = part + train.local_weight * counts * local / terms[1]
         (part * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
         loss = float(self._processes.sum(part.detach()))
         gradients = [parameter.grad for parameter in learning.parameters if parameter.grad is not None]
@@ -215,6 +244,32 @@ class Trainer:
         progress.loss_sum += loss
         progress.loss_steps += 1
         return loss
+
+    def _both_views(self, triplets: list[TripletSet]) -> list[TripletSet]:
+        """The sets, and behind each one the same with its query unchanged, where local features are compared."""
+        if not self._config.train.local_weight:
+            return triplets
+        return [
+            view for triplet in triplets for view in (triplet, replace(triplet, query=triplet.query + self._unchanged))
+        ]
+
+    def _local_loss(
+        self, features: torch.Tensor, row_of: dict[int, int], triplets: list[TripletSet], epoch: int
+    ) -> torch.Tensor:
+        """The loss of local features between the unchanged queries of a step and their changed views, both ways."""
+        train, pairs = self._config.train, []
+        height, width = features.shape[2:]
+        grid = PatchGrid(height, width, 1, geometry=self._learning.model.geometry)
+        for query in (triplet.query for triplet in triplets if triplet.query >= self._unchanged):
+            number = query - self._unchanged
+            rng = self._random(epoch, number)
+            there = torch.from_numpy(changed_view(train.augmentation, rng, train.imageresizew, train.imageresizeh))
+            views = features[row_of[query]], features[row_of[number]]
+            for first, second, homography in ((*views, there), (*views[::-1], torch.linalg.inv(there))):
+                seen = seen_positions(homography, grid)
+                chosen = seen[torch.from_numpy(rng.permutation(len(seen))[:_POINTS])]
+                pairs.append(ViewPair(number, first, second, homography.to(first.device), chosen.to(first.device)))
+        return view_loss(pairs, grid)
 
     def _validate(self) -> None:
         train, progress = self._config.train, self._learning.progress
@@ -251,10 +306,6 @@ class Trainer:
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self._checkpoints / LAST}"
-
-
-def _numbers(triplet: TripletSet) -> tuple[int, ...]:
-    return (triplet.query, triplet.positive, *triplet.negatives)
 
 
 class _TrainingLog:

@@ -282,9 +282,9 @@ def _cache(folder: Path | None) -> Iterator[Path]:
 
 def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> None:
     train = config.train
-    trained = train.batchsize * (2 + train.nneg)
+    trained = train.batchsize * (2 + train.nneg + bool(train.local_weight))  # with local features, queries twice
     size = (train.imageresizeh, train.imageresizew)
-    estimate = estimate_memory(model, size, train.cachebatchsize, trained, train.mixed_precision, train.optim == "ADAM")
+    estimate = estimate_memory(model, size, train.cachebatchsize, trained, train.mixed_precision, train.optim != "SGD")
     pictures = min(len(places.paths), 2 * train.subset_queries + train.subset_negatives)
     kept = min(pictures * estimate.output, int(train.frozen_cache_gb * 1e9))
     gigabytes = [value / 1e9 for value in (estimate.peak, estimate.frozen, estimate.learned, kept)]

@@ -50,17 +50,19 @@ def start_learning(model: PlaceModel, parameters: list[torch.nn.Parameter], trai
     optimizer: torch.optim.Optimizer
     if train.optim == "SGD":
         optimizer = torch.optim.SGD(parameters, train.lr, momentum=train.momentum, weight_decay=train.weightdecay)
+    elif train.optim == "ADAMW":
+        optimizer = torch.optim.AdamW(parameters, train.lr, weight_decay=train.weightdecay)
     else:
         optimizer = torch.optim.Adam(parameters, train.lr)
     return Learning(model, parameters, optimizer, Progress())
 
 
 def learning_rate(train: TrainConfig, epoch: int) -> float:
-    """The rate in an epoch, counted from 1: multiplied by lrgamma every lrstep epochs with SGD, constant with ADAM.
+    """The rate in an epoch, counted from 1: multiplied by lrgamma every lrstep epochs, but constant with ADAM.
 
     The schedule is a function of the epoch, so a resumed run has it without further state.
     """
-    return train.lr * train.lrgamma ** ((epoch - 1) // train.lrstep) if train.optim == "SGD" else train.lr
+    return train.lr * train.lrgamma ** ((epoch - 1) // train.lrstep) if train.optim != "ADAM" else train.lr
 
 
 def save_learning(path: Path, learning: Learning, settings: Mapping[str, str], device: torch.device) -> None:
@@ -125,4 +127,4 @@ def changed_settings(checkpoint: Checkpoint, settings: Mapping[str, str]) -> lis
 
 
 # Keys of [train] that change nothing in the course of a run: its ends, its start, and memory
-_WITHOUT_EFFECT = ("patience", "pretrained", "frozen_cache_gb", "whitening", "num_clusters")
+_WITHOUT_EFFECT = ("patience", "pretrained", "frozen_cache_gb", "whitening", "whitens", "num_clusters")

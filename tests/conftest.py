@@ -82,7 +82,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that make a script use a model fitted on a few example pictures at 160×120, in the builtin layout."""
     folder = tmp_path_factory.mktemp("small_model")
     options = [
-        *("--config_path", str(ROOT / "configs/builtin.ini"), "--nocuda", "-q"),
+        *("--config_path", str(ROOT / "configs/rootsift.ini"), "--nocuda", "-q"),
         *("--set", "feature_extract.imageresizew=160", "--set", "feature_extract.imageresizeh=120"),
         *("--set", "feature_match.imageresizew=160", "--set", "feature_match.imageresizeh=120"),
         *("--set", "global_params.num_pcs=32", "--set", "global_params.patch_sizes=2,3"),

@@ -1,7 +1,9 @@
 """add_pca.py writes a checkpoint that projects and whitens as the formulas say, and refuses what cannot be."""
 
+import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from patchnetvlad.commands.training import add_pca
 from patchnetvlad.config import GlobalParams
 from patchnetvlad.images import image_batches
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.model_fitting import add_projection
 from patchnetvlad.training_data import read_cities
 from patchnetvlad.whitening import fit_wpca, whiteness_error
 
@@ -142,3 +145,18 @@ def test_whiteness_tells_white_from_other() -> None:
     assert whiteness_error(samples, fit_wpca(samples, 10)) < 1e-6
     rotated = fit_wpca(samples, 10, whitening=0)
     assert whiteness_error(samples, rotated) == pytest.approx(rotated.eigenvalues[0] - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize(("whitens", "white"), [("all", True), ("changes", False)])
+def test_what_is_whitened(whitens: str, white: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Pictures as they are and changed are white together, or the differences between them are."""
+    names = sorted((Path(__file__).parent.parent / "example_images/database").glob("*.jpg"))[:14]
+    config = small(augmentation=("noise", "darkness", "turn"), whitens=whitens, whitening=1.0, num_clusters=4)
+    config = replace(config, global_params=replace(config.global_params, num_pcs=6))
+    torch.manual_seed(0)
+    model = PlaceModel("rootsift", "netvlad", 4)
+    with caplog.at_level("INFO"):
+        fit = add_projection(model, names, config, progress=False)
+    assert fit.num_samples == 2 * len(names) and len(fit.weight) == 6
+    said = re.search(r"covariance is within (\S+) of the identity", caplog.text)
+    assert said is not None and (float(said[1]) < 1e-3) == white

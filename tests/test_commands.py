@@ -176,7 +176,7 @@ def test_features_of_two_programs_are_warned_of(small_model, features, unlabelle
 
 def test_a_database_in_python_is_checked_in_the_same_way(small_model, unlabelled, caplog):
     overrides = [small_model[place + 1] for place, option in enumerate(small_model) if option == "--set"]
-    places = PlaceRecognizer.load("builtin.ini", overrides=overrides)
+    places = PlaceRecognizer.load("rootsift.ini", overrides=overrides)
     with places.open_database(unlabelled / "index", INDEX_LIST, EXAMPLES) as database:
         assert len(database) == 30
     assert "it is compared with pictures described now" in caplog.text

@@ -85,7 +85,8 @@ def test_absent_keys_take_defaults(tmp_path: Path) -> None:
         ("performance", 4096, (2, 5, 8), (0.45, 0.15, 0.4), "RANSAC"),
         ("speed", 512, (5,), (1.0,), "spatialApproximator"),
         ("storage", 128, (5,), (1.0,), "spatialApproximator"),
-        ("builtin", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
+        ("rootsift", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
+        ("builtin", 352, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
     ],
 )
 def test_shipped_matching_files(
@@ -101,8 +102,9 @@ def test_shipped_matching_files(
     assert config.feature_match.matcher == matcher
     assert config.feature_match.n_values_all == (1, 5, 10, 20, 50, 100)
     assert (config.feature_extract.imageresizew, config.feature_extract.imageresizeh) == (640, 480)
-    assert config.global_params.backbone == ("rootsift" if name == "builtin" else "vgg16")
-    trained_on = "builtin" if name == "builtin" else "mapillary"
+    ours = {"rootsift": ("rootsift", None), "builtin": ("half:efficientnet_lite0", "rootsift")}
+    assert (config.global_params.backbone, config.global_params.patch_backbone) == ours.get(name, ("vgg16", None))
+    trained_on = name if name in ours else "mapillary"
     assert config.require_checkpoint().name == f"{trained_on}_WPCA{pcs}.pth.tar"
 
 
@@ -176,7 +178,7 @@ def test_configurations_are_kept_with_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert recorded_config(tmp_path) is None
-    shipped = load_config(shipped_folder("configs") / "builtin.ini")
+    shipped = load_config(shipped_folder("configs") / "rootsift.ini")
     record_config(shipped, tmp_path)
     path = recorded_config(tmp_path)
     assert path is not None and load_config(path) == shipped
@@ -220,7 +222,7 @@ def test_configurations_are_kept_with_features(
         ("[feature_match]\ncache_gb = inf", ["cache_gb = inf", "a number of 0 or more"]),
         ("[train]\nlr = 0", ["lr = 0", "a number above 0"]),
         ("[train]\nwhitening = 1.5", ["whitening = 1.5", "at most 1"]),
-        ("[train]\noptim = RMSprop", ["optim = RMSprop", "SGD, ADAM"]),
+        ("[train]\noptim = RMSprop", ["optim = RMSprop", "SGD, ADAM, ADAMW"]),
         ("[train]\nseed = 1\nseed = 2", ["line 3", "[train] seed", "second time"]),
         ("[train]\nseed = 1\n[train]\n", ["line 3", "[train]", "second time"]),
         ("num_pcs = 1", ["line 1", "expected a section"]),

@@ -14,7 +14,7 @@ from tiny_run import tiny_model
 from patchnetvlad.paths import find_file
 
 ROOT = Path(__file__).parent.parent
-MODEL = "builtin_WPCA512.pth.tar"
+MODEL = "builtin_WPCA352.pth.tar"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # A line of a table whose last cell is one statement
@@ -50,13 +50,14 @@ def tables_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def small_builtin(checkout: Path) -> Path:
-    """The checkout with a builtin.ini of its own, found first: small pictures and 8 clusters, to save time."""
+    """The checkout with INI files of its own, found first: small pictures, RootSIFT, 8 clusters, to save time."""
     tiny_model(checkout)
-    text = (ROOT / "configs" / "builtin.ini").read_text(encoding="utf-8")
+    text = (ROOT / "configs" / "rootsift.ini").read_text(encoding="utf-8")
     for key, value in (("imageresizew", 320), ("imageresizeh", 240), ("num_pcs", 0), ("resumepath", "./tiny")):
         text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
         assert count
-    (checkout / "builtin.ini").write_text(text, encoding="utf-8")
+    for name in ("builtin.ini", "rootsift.ini"):
+        (checkout / name).write_text(text, encoding="utf-8")
     return checkout
 
 

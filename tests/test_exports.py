@@ -42,7 +42,7 @@ def test_onnx_describes_as_the_recognizer_does(tmp_path, capsys, dynamic):
     for height, width in [(120, 160), (96, 208)] if dynamic else [(120, 160)]:
         size = [f"feature_extract.imageresizeh={height}", f"feature_extract.imageresizew={width}"]
         size += [item.replace("extract", "match") for item in size]
-        recognizer = PlaceRecognizer.load(overrides=[*options[3::2], *size])
+        recognizer = PlaceRecognizer.load("rootsift.ini", overrides=[*options[3::2], *size])
         pictures = rgb(height, width)
         (expected,) = recognizer.describe(torch.from_numpy(pictures[0]))
         for batch in (1, 4):
@@ -76,7 +76,7 @@ def test_torch_runs_its_files_without_this_package(tmp_path, load):
     for height, width in sizes:
         own_size = [f"feature_extract.imageresizeh={height}", f"feature_extract.imageresizew={width}"]
         own_size += [item.replace("extract", "match") for item in own_size]
-        recognizer = PlaceRecognizer.load(overrides=[*options[3::2], *own_size])
+        recognizer = PlaceRecognizer.load("rootsift.ini", overrides=[*options[3::2], *own_size])
         (expected,) = recognizer.describe(torch.from_numpy(rgb(height, width)[0]))
         for count in (1, 3):
             with np.load(tmp_path / f"{height}_{count}.npz") as outputs:

@@ -40,7 +40,7 @@ def test_two_parts_equal_the_model(backbone: str, pooling: str) -> None:
     pictures = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         whole = model(pictures)
-        parts = LearnedPart(model, False)(FrozenPart(model, False, 0)(pictures))
+        parts = LearnedPart(model, False)(FrozenPart(model, False, 0)(pictures))[0]
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_only_the_last_three_convolutions_and_the_pooling_learn(vgg16: PlaceMode
     pictures = torch.randn(2, 3, *SIZE)
     maps = FrozenPart(vgg16, False, 0)(pictures)
     assert not maps.requires_grad
-    descriptors = LearnedPart(vgg16, False)(maps)
+    descriptors, _ = LearnedPart(vgg16, False)(maps)
     (descriptors[0] - descriptors[1]).norm().backward()
     learning = {name for name, parameter in vgg16.named_parameters() if parameter.grad is not None}
     convolutions = {f"encoder.{layer}.{kind}" for layer in (24, 26, 28) for kind in ("weight", "bias")}
@@ -91,7 +91,7 @@ def test_half_precision_leaves_pooling_in_float32(vgg16: PlaceModel) -> None:
     seen = []
     handle = vgg16.pool.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
-        descriptors = LearnedPart(vgg16, True)(maps)
+        descriptors, _ = LearnedPart(vgg16, True)(maps)
         exact = vgg16(pictures)
     handle.remove()
     assert seen[0][0].dtype == seen[0][1].dtype == descriptors.dtype == torch.float32

@@ -31,7 +31,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recognizer(options: list[str]) -> PlaceRecognizer:
-    return PlaceRecognizer.load(overrides=options[3:-2:2])
+    return PlaceRecognizer.load("rootsift.ini", overrides=options[3:-2:2])
 
 
 @pytest.fixture(scope="module")

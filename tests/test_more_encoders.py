@@ -44,6 +44,8 @@ KNOWN = {
     "timm:convnext_atto": (16, 7.5, 160),  # 4×4, 2×2 and 2×2, side by side
     "timm:efficientnet_lite0": (16, 0.0, 112),
     "timm:tf_efficientnet_lite0": (16, 15.0, 112),  # padded at the right and below: 1 + 2 + 4 + 8
+    "efficientnet_lite0": (16, 15.0, 112),  # as TensorFlow's
+    "half:efficientnet_lite0": (32, 30.5, 112),
     "timm:mobilenetv3_small_050": (16, 0.0, 24),
     "timm:vgg11": (16, 7.5, 512),
     "timm:densenet121:features.denseblock2": (8, 2.0, 512),  # 2×2 means at stride 4
@@ -157,6 +159,28 @@ def test_pictures_are_normalised_as_the_model_wants(name):
     torch.testing.assert_close(seen[0], (pixels - 0.5) / 0.5, atol=1e-5, rtol=1e-5)
 
 
+def test_our_efficientnet_is_that_of_tensorflow():
+    """Weights by their order, statistics of batch normalisation as small as some that are published."""
+    torch.manual_seed(0)
+    theirs, ours = make_encoder("timm:tf_efficientnet_lite0").eval(), make_encoder("efficientnet_lite0").eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0, 0.01)
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    assert ours.geometry == theirs.geometry
+    before, learned = ours.in_two()
+    assert sum(
+        parameter.numel() for name in ours.last_stage() for parameter in ours.get_submodule(name).parameters()
+    ) == (sum(parameter.numel() for parameter in learned.parameters()))
+    with torch.inference_mode():
+        for height, width in ((96, 128), (64, 208)):
+            pictures = torch.randn(2, 3, height, width)
+            expected = theirs(pictures)
+            torch.testing.assert_close(ours(pictures), expected, atol=1e-3 * expected.abs().max().item(), rtol=1e-4)
+            torch.testing.assert_close(learned(before(pictures)), ours(pictures))
+        assert ours(torch.zeros(1, 3, 95, 111)).shape == (1, 112, 5, 6)
+
+
 SPLIT = {  # what learns, and whether the layers before it can be computed once and kept
     "timm:resnet18": (("layer3",), True),
     "timm:tf_efficientnet_lite0": (("blocks.3", "blocks.4"), True),
@@ -177,9 +201,10 @@ def test_two_parts_equal_the_encoder_and_only_the_second_learns(name, learns):
     pictures = torch.randn(2, 3, 64, 96)
     frozen, learned = FrozenPart(model, False, 0), LearnedPart(model, False)
     maps = frozen(pictures)
-    descriptors = learned(maps)
+    descriptors, feature_map = learned(maps)
     with torch.no_grad():
         torch.testing.assert_close(descriptors, model(pictures), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(feature_map, model.encoder(pictures), atol=1e-6, rtol=1e-5)
     (descriptors[0] - descriptors[1]).norm().backward()
     changed = {key for key, value in model.encoder.named_parameters() if value.grad is not None}
     prefixes = {"last": tuple(f"model.{layer}." for layer in layers), "all": ("model.",), "none": ()}[learns]
@@ -346,7 +371,7 @@ def test_a_whole_run_with_random_weights(tmp_path, capsys, backbone):
     ]
     for section in ("feature_extract", "feature_match"):
         overrides += [f"{section}.imageresizew=128", f"{section}.imageresizeh=96"]
-    options = ["--config_path", "builtin.ini", *(part for item in overrides for part in ("--set", item)), "-q"]
+    options = ["--config_path", "rootsift.ini", *(part for item in overrides for part in ("--set", item)), "-q"]
     names = example_names("database")[:6]
     (tmp_path / "fit.txt").write_text("".join(f"{name}\n" for name in names))
     source = ["--dataset_root_dir", str(EXAMPLES), "--dataset_file_path", str(tmp_path / "fit.txt")]

@@ -11,6 +11,7 @@ from patchnetvlad.picture_changes import (
     FIELD_OF_VIEW,
     Picture,
     changed,
+    changed_view,
     check_changes,
     roll_homography,
     turn_homography,
@@ -112,6 +113,25 @@ def test_training_takes_the_named_changes_alone(picture: Picture) -> None:
     assert 15 <= untouched <= 35  # a chance of 0.35 to change
     assert all(math.dist(dot(version), dot(picture)) < 1 for version in versions[:10] if version.mean() > 0)
     np.testing.assert_array_equal(changed(picture, (), np.random.default_rng(0)), picture)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_moves_pixels_is_known(seed: int, picture: Picture) -> None:
+    names = ("turn", "roll", "zoom")
+    homography = changed_view(names, np.random.default_rng(seed), WIDTH, HEIGHT)
+    version = changed(picture, names, np.random.default_rng(seed))
+    x, y = moved(homography, *dot(picture))
+    if 0 <= x <= WIDTH - 1 and 0 <= y <= HEIGHT - 1:
+        (from_x, from_y), to_x, to_y = map(round, dot(picture)), round(x), round(y)
+        assert np.abs(version[to_y, to_x].astype(int) - picture[from_y, from_x]).max() < 30
+    if np.array_equal(homography, np.eye(3)):
+        assert math.dist(dot(version), dot(picture)) < 1
+
+
+def test_some_views_move_and_some_stay() -> None:
+    views = [changed_view(("turn", "noise"), np.random.default_rng(seed), WIDTH, HEIGHT) for seed in range(40)]
+    assert 5 <= sum(not np.array_equal(view, np.eye(3)) for view in views) <= 25
+    assert np.array_equal(changed_view(("noise",), np.random.default_rng(0), WIDTH, HEIGHT), np.eye(3))
 
 
 def test_unknown_names_are_refused() -> None:

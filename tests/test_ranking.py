@@ -97,9 +97,11 @@ def test_three_ways_to_query_are_one(places, tmp_path, key):
     overrides = [*options[3::2], *KEYS[key]]
     if key in ("on_demand", "cache"):  # which a database in memory cannot follow
         with pytest.raises(UserError, match=r"^\[feature_match\] (local_features|cache_gb) = .*memory"):
-            PlaceRecognizer.load(overrides=overrides).database([EXAMPLES / name for name in DATABASE])
+            PlaceRecognizer.load("rootsift.ini", overrides=overrides).database([EXAMPLES / name for name in DATABASE])
         return
-    database = PlaceRecognizer.load(overrides=overrides).database([EXAMPLES / name for name in DATABASE])
+    database = PlaceRecognizer.load("rootsift.ini", overrides=overrides).database(
+        [EXAMPLES / name for name in DATABASE]
+    )
     for query, row, fused in zip(QUERIES, expected, scores["fused"], strict=True):
         answers = database.query(EXAMPLES / query, top=len(row))
         assert [answer.index for answer in answers] == row
@@ -114,7 +116,7 @@ def test_given_candidates_belong_to_lists(places, tmp_path, capsys):
     assert located(places, tmp_path / "positions.csv", override) == 2
     assert "[feature_match] pred_input_path" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"\[feature_match\] pred_input_path = .*list of queries"):
-        PlaceRecognizer.load(overrides=[*places[1][3::2], override]).database([])
+        PlaceRecognizer.load("rootsift.ini", overrides=[*places[1][3::2], override]).database([])
 
 
 def test_databases_that_are_no_panoramas_are_refused(places, tmp_path, capsys):
@@ -131,7 +133,7 @@ def test_databases_that_are_no_panoramas_are_refused(places, tmp_path, capsys):
     for line, (_, words) in zip(errors, cases, strict=True):
         assert words in line and "[feature_match] panorama_cutouts" in line
     assert match(places, tmp_path, "feature_match.panorama_cutouts=3", truth="panoramas.npz") == 0
-    recognizer = PlaceRecognizer.load(overrides=[*places[1][3::2], "feature_match.panorama_cutouts=3"])
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=[*places[1][3::2], "feature_match.panorama_cutouts=3"])
     with pytest.raises(UserError, match="2 pictures, 0 panoramas and 2 more"):
         recognizer.database([EXAMPLES / name for name in DATABASE[:2]])
 

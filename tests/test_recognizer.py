@@ -29,7 +29,7 @@ def overrides(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recognizer(tmp_path_factory: pytest.TempPathFactory) -> PlaceRecognizer:
-    return PlaceRecognizer.load(overrides=overrides(tmp_path_factory.mktemp("model")))
+    return PlaceRecognizer.load("rootsift.ini", overrides=overrides(tmp_path_factory.mktemp("model")))
 
 
 def test_a_picture_is_the_same_in_every_form(recognizer):
@@ -114,7 +114,7 @@ def test_features_of_the_script_are_a_database(tmp_path):
     names = [f"database/place{number:02d}_0.jpg" for number in range(5)]
     results = run(options, EXAMPLES, tmp_path, ["queries/query03_0.jpg"], names)
     write_ground_truth(tmp_path / "truth.npz", ["queries/query03_0.jpg"], names)
-    recognizer = PlaceRecognizer.load(overrides=options[3::2])
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=options[3::2])
     files = (tmp_path / "database", tmp_path / "database.txt", EXAMPLES)
     with recognizer.open_database(*files, ground_truth=tmp_path / "truth.npz") as database:
         answers = database.query(QUERY, top=3)
@@ -143,7 +143,7 @@ def test_database(recognizer):
 
 
 def test_a_global_model_answers_by_its_descriptors(tmp_path):
-    recognizer = PlaceRecognizer.load(overrides=[*overrides(tmp_path), "global_params.pooling=netvlad"])
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=[*overrides(tmp_path), "global_params.pooling=netvlad"])
     database = recognizer.database([OTHER, SAME])
     assert database.query(SAME, top=1)[0].index == 1
     assert database.query(SAME, top=1)[0].score == pytest.approx(0, abs=1e-5)  # minus the squared distance
@@ -155,8 +155,9 @@ def test_torch_hub(tmp_path):
         "root, picture, *overrides = sys.argv[1:]\n"
         "sys.path.insert(0, root); import hubconf\n"
         "print([name for name, some in vars(hubconf).items() if callable(some) and name[0] != '_'])\n"
-        "recognizer = torch.hub.load(root, 'place_recognizer', source='local', overrides=overrides)\n"
-        "model = torch.hub.load(root, 'place_model', source='local', overrides=overrides)\n"
+        "chosen = {'source': 'local', 'config': 'rootsift.ini', 'overrides': overrides}\n"
+        "recognizer = torch.hub.load(root, 'place_recognizer', **chosen)\n"
+        "model = torch.hub.load(root, 'place_model', **chosen)\n"
         "print(len(recognizer.describe(picture)), model(torch.zeros(2, 3, 120, 160)).shape)\n"
     )
     environment = {**os.environ, "TORCH_HOME": str(tmp_path)}
@@ -178,7 +179,7 @@ def test_8_bit_products_give_the_same_answers(tmp_path, caplog):
     answers = []
     for similarity in ("float32", "int8"):
         chosen = [*overrides(tmp_path), f"feature_match.similarity={similarity}"]
-        places = PlaceRecognizer.load(overrides=chosen)
+        places = PlaceRecognizer.load("rootsift.ini", overrides=chosen)
         database = places.database([OTHER, SAME])
         answers.append(database.query(QUERY, top=2))
         assert ("8-bit products" in caplog.text) == (similarity == "int8")

@@ -54,7 +54,7 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
         Known("PatchNetVLAD", {1: 100.0}, "no band"),
     )
     list_pairs = tuple(ListPair(city, city) for city in ("north", "south"))
-    monkeypatch.setitem(BENCHMARKS, "corridor", Benchmark("builtin.ini", list_pairs, known, "nowhere"))
+    monkeypatch.setitem(BENCHMARKS, "corridor", Benchmark("rootsift.ini", list_pairs, known, "nowhere"))
     options = ["corridor", "--dataset_root_dir", str(cities), "--output_dir", str(tmp_path), *settings(small_model)]
     assert reproduce([*options, "--estimate_only"]) == 0
     printed = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_two_cities_against_a_known_result(cities, small_model, tmp_path, monkey
     predictions = (tmp_path / "results" / "predictions_msls.txt").read_text().splitlines()
     assert len(predictions) == 18 and len({len(line.split()) for line in predictions}) == 1
     # again: what is described stays, the joined predictions are not doubled; a band that does not hold fails
-    failing = Benchmark("builtin.ini", list_pairs, (Known("NetVLAD", {1: -5.0}, "impossible", (1.0, 1.0)),), "nowhere")
+    failing = Benchmark("rootsift.ini", list_pairs, (Known("NetVLAD", {1: -5.0}, "impossible", (1.0, 1.0)),), "nowhere")
     monkeypatch.setitem(BENCHMARKS, "corridor", failing)
     assert reproduce(options) == 1
     assert "FAILED" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def each(beginning: list[str], *cases: Case) -> list[Case]:
 
 EXAMPLES, ABSENT = str(ROOT / "example_images"), "nowhere/absent"
 LISTS = ["--query_file_path", "example_imageNames_query.txt", "--index_file_path", "example_imageNames_index.txt"]
-BUNDLED = str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")
+BUNDLED = str(ROOT / "pretrained_models/rootsift_WPCA512.pth.tar")
 FEATURES = ["--query_input_features_dir", EXAMPLES, "--index_input_features_dir", EXAMPLES]
 LISTED = ["--dataset_file_path", "example_imageNames_query.txt"]
 CONFIGURED = [
@@ -179,7 +179,7 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         (["--part", "test"], "'test'"),
     ),
     "add_pca": each(
-        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/builtin_WPCA512.pth.tar")],
+        [*TRAINING, "--resume_path", str(ROOT / "pretrained_models/rootsift_WPCA512.pth.tar")],
         *CONFIGURED,
         *NAMES,
         ONE_GPU,
@@ -239,6 +239,11 @@ WRONG_ARGUMENTS = {  # of every command: arguments that it refuses, and what its
         ([], f"{ABSENT}: no such file"),
         (["--num_pcs", "0"], "--num_pcs"),
         (["--global_path", BUNDLED, "--patches_path", BUNDLED, "--output_path", BUNDLED], "exists already"),
+    ),
+    "tools/make_bundled_model": each(
+        ["--dataset_root_dir", ABSENT, "--work_dir", "made", "--output_path", "made/model.pth.tar"],
+        ([], f"{ABSENT}: no such folder"),
+        (["--dataset_root_dir", EXAMPLES], "images.csv: no such file"),
     ),
     "tools/draw_architecture": each([], (["--root", ABSENT], "README.md")),
     "tools/demo": each([], (["--device", "gpu"], "--device: gpu")),

@@ -203,6 +203,48 @@ def test_augmentation_and_loss_by_name_resume_exactly(trained: TrainedRun, msls:
     assert scalars(plain.folder, "Val/Recall@1")[0] == scalars(whole.folder, "Val/Recall@1")[0]
 
 
+def test_local_features_learn_and_resume_exactly(msls: Path, tmp_path: Path) -> None:
+    """The loss of local features comes on top, follows from the seed, and needs an encoder's feature maps alone."""
+    timm = "timm:test_efficientnet"
+    size = {"imageresizew": 128, "imageresizeh": 96}
+    config = small(timm, augmentation=("darkness", "turn", "zoom"), loss="multi_similarity", local_weight=0.5, **size)
+    config = replace(config, feature_extract=FeatureExtractConfig(**size), feature_match=FeatureMatchConfig(**size))
+    whole = run(msls, tmp_path / "whole", config, epochs=2)
+    half = run(msls, tmp_path / "half", config, epochs=1)
+    resumed = run(msls, tmp_path / "half", config, 2, resume_path=half.folder / "checkpoints/checkpoint.pth.tar")
+    assert scalars(resumed.folder, "Train/Loss") == scalars(whole.folder, "Train/Loss")
+    without = replace(config, train=replace(config.train, local_weight=0.0))
+    plain = run(msls, tmp_path / "plain", without, epochs=1)
+    assert scalars(whole.folder, "Train/Loss")[1] > scalars(plain.folder, "Train/Loss")[1] + 0.5
+
+
+def test_local_features_need_changed_views(msls: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\[train\] local_weight = 0.5: .* augmentation = None"):
+        run(msls, tmp_path, small(local_weight=0.5))
+
+
+def test_negatives_of_a_whole_step(trained: TrainedRun, msls: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """multi_similarity pushes every query from all database pictures of its step that lie elsewhere."""
+    seen: list[tuple[int, int]] = []  # negatives of each query, and all that its step has
+
+    def total(descriptors: torch.Tensor, triplets: Any, margin: float) -> torch.Tensor:
+        others = {row for _, positive, negatives in triplets for row in (positive, *negatives)}
+        for query, positive, negatives in triplets:
+            assert positive not in negatives and query not in negatives
+            seen.append((len(negatives), len(others)))
+        return descriptors.sum()
+
+    monkeypatch.setitem(LOSSES, "multi_similarity", replace(LOSSES["multi_similarity"], total=total))
+    run(msls, tmp_path, small(loss="multi_similarity", nneg=2, batchsize=3), epochs=1)
+    assert max(count for count, _ in seen) > 2
+    assert all(count < every for count, every in seen)
+
+
+def test_adamw_follows_the_schedule(msls: Path, tmp_path: Path) -> None:
+    found = run(msls, tmp_path, small(optim="ADAMW", lr=0.001, lrgamma=0.1), epochs=2)
+    assert list(scalars(found.folder, "Train/LearningRate").values()) == pytest.approx([0.001, 0.0001])
+
+
 def test_without_a_cache_augmented_pictures_are_the_same(msls: Path, tmp_path: Path) -> None:
     """What a step reads again is changed as mining saw it."""
     losses = []

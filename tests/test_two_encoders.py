@@ -28,7 +28,8 @@ def write_model(path: Path, backbone: str, clusters: int, num_pcs: int, seed: in
     torch.manual_seed(seed)
     model = PlaceModel(backbone, "netvlad", clusters, num_pcs)
     assert isinstance(model.pool, NetVLAD)
-    model.pool.initialise(torch.rand(clusters, 128), torch.rand(200, 128) ** 4)
+    channels = model.pool.channels
+    model.pool.initialise(torch.rand(clusters, channels), torch.rand(200, channels) ** 4)
     write_checkpoint(path, model)
     return path
 
@@ -75,6 +76,30 @@ def test_each_part_is_that_of_its_model(joined: Path) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
+def test_encoders_are_kept_in_16_bits(tmp_path: Path) -> None:
+    """Their convolutions alone, which are most of them; batch normalisation and clusters stay as they are."""
+    first = write_model(tmp_path / "global.pth.tar", "half:efficientnet_lite0", 4, 24, 0)
+    second = write_model(tmp_path / "patches.pth.tar", "rootsift", 8, 24, 1)
+    options = ["--global_path", str(first), "--patches_path", str(second), "-q"]
+    assert combine_models([*options, "--output_path", str(tmp_path / "both_WPCA24.pth.tar")]) == 0
+    state = torch.load(tmp_path / "both_WPCA24.pth.tar", weights_only=True)["state_dict"]
+    halves = {key for key, value in state.items() if value.dtype == torch.float16}
+    convolutions = {key for key, value in state.items() if value.ndim == 4}
+    assert convolutions - halves == {"pool.conv.weight", "patch_branch.pool.conv.weight"}
+    assert halves < convolutions and len(halves) > 20
+    params = replace(PARAMS, backbone="half:efficientnet_lite0")
+    model, alone = (
+        build_model(read_checkpoint(path), one)
+        for path, one in (
+            (tmp_path / "both_WPCA24.pth.tar", params),
+            (first, GlobalParams(backbone="half:efficientnet_lite0", pooling="netvlad", num_pcs=24)),
+        )
+    )
+    pictures = torch.randn(2, 3, 128, 192)
+    similar = (model.describe(pictures).global_ * alone.describe(pictures).global_).sum(dim=1)
+    assert similar.min() > 0.999
+
+
 def test_a_global_model_of_the_same_file(joined: Path) -> None:
     checkpoint = read_checkpoint(joined / "both_WPCA24.pth.tar")
     alone = build_model(checkpoint, replace(PARAMS, pooling="netvlad", patch_backbone=None))
@@ -96,7 +121,7 @@ def test_what_does_not_fit_is_refused(joined: Path, tmp_path: Path) -> None:
         join_models(parts[0], parts[1], 30)
     with pytest.raises(UserError, match="pooling = netvlad has no patches"):
         Config(global_params=replace(PARAMS, pooling="netvlad"))
-    options = ["--config_path", "builtin.ini", "--dataset_root_dir", str(EXAMPLES), "-q", "--nocuda"]
+    options = ["--config_path", "rootsift.ini", "--dataset_root_dir", str(EXAMPLES), "-q", "--nocuda"]
     options += ["--output_path", str(tmp_path / "no.pth.tar")]
     assert fit_model([*options, "--set", "global_params.patch_backbone=rootsift"]) == 2
     assert fit_model([*options, "--set", "train.augmentation=noise"]) == 2
@@ -111,11 +136,11 @@ def test_a_whole_run(joined: Path, tmp_path: Path) -> None:
         *("feature_extract.imageresizew=160", "feature_extract.imageresizeh=120"),
         *("feature_match.imageresizew=160", "feature_match.imageresizeh=120"),
     ]
-    options = ["--config_path", "builtin.ini", *(part for item in overrides for part in ("--set", item))]
+    options = ["--config_path", "rootsift.ini", *(part for item in overrides for part in ("--set", item))]
     queries, database = example_names("queries")[:4], example_names("database")[:8]
     results = run(options, EXAMPLES, tmp_path, queries, database)
     scores = np.load(results / "scores.npz")
-    config = load_config(Path(__file__).parent.parent / "configs/builtin.ini", overrides)
+    config = load_config(Path(__file__).parent.parent / "configs/rootsift.ini", overrides)
     places = PlaceRecognizer.load(config)
     described = places.database([EXAMPLES / name for name in database])
     for row, name in enumerate(queries):

@@ -33,7 +33,7 @@ def tiny_model(folder: Path) -> list[str]:
     ]
     for section in ("feature_extract", "feature_match"):
         overrides += [f"{section}.imageresizew=160", f"{section}.imageresizeh=120"]
-    return ["--config_path", "builtin.ini", *(part for item in overrides for part in ("--set", item))]
+    return ["--config_path", "rootsift.ini", *(part for item in overrides for part in ("--set", item))]
 
 
 def example_names(kind: str) -> list[str]:

@@ -43,7 +43,7 @@ def fit_model(arguments: Sequence[str] | None = None) -> int:
         "[train] num_clusters, whitening and seed, and num_pcs.",
         "fit_model.py",
     )
-    parser.add_config_options("builtin.ini")
+    parser.add_config_options("rootsift.ini")
     parser.add_argument(
         "--dataset_root_dir", required=True, nargs="+", metavar="DIR", help="one or several folders with pictures"
     )
@@ -74,7 +74,7 @@ def _fit(args: argparse.Namespace) -> None:
     write_checkpoint(
         path,
         model,
-        half_precision_wpca=True,
+        half_precision=["WPCA"],
         fitted_on=f"{len(together)} pictures",
         explained_variance=wpca.explained_variance if wpca else 1.0,
     )
@@ -124,7 +124,7 @@ def _combine(args: argparse.Namespace) -> None:
     first, second = map(read_checkpoint, paths)
     model = join_models(first, second, args.num_pcs)
     check_new_checkpoint(path, model.output_dims, overwrite=True)  # what its name says
-    write_checkpoint(path, model, half_precision_wpca=True)
+    write_checkpoint(path, model, half_precision=["WPCA", "encoder"])
     backbones = [f"global_params.backbone={first.backbone}", f"global_params.patch_backbone={second.backbone}"]
     usage = command_line.how_to_use(path, model.output_dims, "builtin.ini", backbones)
     print("\n".join([f"model of {model.output_dims} dimensions in {path}", *usage]))

@@ -7,6 +7,7 @@ import torch
 
 from patchnetvlad import config
 from patchnetvlad.config import ENCODER_ALIASES, ENCODERS_WITH_ARGUMENTS
+from patchnetvlad.encoders.efficientnet_lite import EfficientNetLite0
 from patchnetvlad.encoders.half_size import HalfSize
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
@@ -19,6 +20,7 @@ from patchnetvlad.patch_grid import EncoderGeometry
 ENCODERS: dict[str, Callable[..., Encoder]] = {
     "vgg16": VGG16,
     "rootsift": DenseRootSIFT,
+    "efficientnet_lite0": EfficientNetLite0,
     "timm": TimmEncoder,
     "half": lambda *name: HalfSize(make_encoder(":".join(name))),
 }

@@ -1,0 +1,103 @@
+"""EfficientNet-Lite0 up to its last feature map 16 pixels apart: small, and quick on a processor."""
+
+import torch
+from torch import Tensor, nn
+
+from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
+from patchnetvlad.patch_grid import EncoderGeometry
+
+_STEM = 32  # channels behind the first convolution, of stride 2
+_STAGES = (  # channels, blocks, kernel, stride of the first block, expansion
+    (16, 1, 3, 1, 1),
+    (24, 2, 3, 2, 6),
+    (40, 2, 5, 2, 6),
+    (80, 3, 3, 2, 6),
+    (112, 3, 5, 1, 6),
+)
+_LEARNED = 2  # stages, those of the last resolution
+# As in TensorFlow, where the published weights come from: some of their channels hardly vary, so that epsilon matters
+_EPSILON = 1e-3
+_MEAN = _STD = 0.5  # of pictures
+
+
+def _before(kernel: int, stride: int) -> int:
+    """Zeros before the first pixel: TensorFlow pads less there than behind the last one where it takes every other."""
+    return (kernel - stride) // 2
+
+
+class EfficientNetLite0(nn.Sequential, Encoder):
+    """EfficientNet-Lite0 (Tan, Le 2019; without squeeze and excitation) up to its fifth stage: N×112×⌊H/16⌋×⌊W/16⌋.
+
+    The order of its weights is that of the whole network's, as published. The stages at the last resolution learn.
+    """
+
+    channels = _STAGES[-1][0]
+    geometry = EncoderGeometry.of_windows(
+        (kernel, stride, _before(kernel, stride))
+        for kernel, stride in [
+            (3, 2),
+            *((kernel, 1 if block else stride) for _, blocks, kernel, stride, _ in _STAGES for block in range(blocks)),
+        ]
+    )
+
+    def __init__(self) -> None:
+        super().__init__(_Normalisation(), *_layer(3, _STEM, 3, stride=2))
+        inputs = _STEM
+        for outputs, blocks, kernel, first_stride, expansion in _STAGES:
+            stage = nn.Sequential()
+            for stride in (first_stride, *[1] * (blocks - 1)):
+                stage.append(_Block(inputs, outputs, kernel, stride, expansion))
+                inputs = outputs
+            self.append(stage)
+        self.to(memory_format=torch.channels_last)
+
+    def last_stage(self) -> tuple[str, ...]:
+        return tuple(str(number) for number in range(len(self) - _LEARNED, len(self)))
+
+    def in_two(self) -> tuple[nn.Module, nn.Module]:
+        layers = list(self)
+        return nn.Sequential(*layers[:-_LEARNED]), nn.Sequential(*layers[-_LEARNED:])
+
+
+class _Normalisation(nn.Module):
+    """From ImageNet's normalisation to the network's own; no weights, so not in the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", std / _STD, persistent=False)
+        self.register_buffer("offset", (mean - _MEAN) / _STD, persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        prepared = pictures * self.get_buffer("scale") + self.get_buffer("offset")
+        return prepared.contiguous(memory_format=torch.channels_last)
+
+
+class _Block(nn.Module):
+    """An inverted residual: wider by a 1×1 convolution, filtered channel by channel, narrower again."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        widen = _layer(inputs, wide, 1) if expansion > 1 else ()
+        filter_ = _layer(wide, wide, kernel, stride, groups=wide)
+        narrow = _layer(wide, outputs, 1)[:-1]  # without activation
+        self.layers = nn.Sequential(*widen, *filter_, *narrow)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, maps: Tensor) -> Tensor:
+        made: Tensor = self.layers(maps)
+        return maps + made if self.residual else made
+
+
+def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[nn.Module, ...]:
+    before, behind = _before(kernel, stride), kernel // 2
+    pad = () if before == behind else (nn.ZeroPad2d((before, behind, before, behind)),)
+    padding = 0 if pad else behind
+    return (
+        *pad,
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=_EPSILON),
+        nn.ReLU6(inplace=True),
+    )

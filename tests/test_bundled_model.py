@@ -1,0 +1,90 @@
+"""The recipe of the bundled learned model: its table of frames, its settings, and the order of its steps."""
+
+from pathlib import Path
+
+import pytest
+
+from patchnetvlad.commands import bundled_model
+from patchnetvlad.commands.bundled_model import DIMENSIONS, METRES_A_FRAME, frames_table, make_bundled_model
+from patchnetvlad.errors import UserError
+from patchnetvlad.ini import load_config
+from patchnetvlad.paths import require_file
+from patchnetvlad.training_csv import read_training_csv
+from patchnetvlad.training_data import triplet_places
+
+FRAMES = [("a", 1, 3, "floor10"), ("b", 1, 4, "floor10"), ("c", 1, 7, "floor10"), ("d", 1, 8, "floor10")]
+FRAMES += [("e", 2, 3, "floor11"), ("f", 2, 4, "floor11"), ("g", 3, 1, "floor3"), ("h", 3, 2, "floor3")]
+
+
+@pytest.fixture
+def floors(tmp_path: Path) -> Path:
+    lines = [",".join(map(str, (f"frames/{name}.jpg", *rest))) for name, *rest in FRAMES]
+    (tmp_path / "images.csv").write_text("\n".join(["image_path,video_id,frame,label", *lines, ""]))
+    return tmp_path
+
+
+def test_frames_become_places(floors: Path) -> None:
+    """Frames side by side are positives; the three next ones are none, but no negatives; other videos are."""
+    (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
+    data = read_training_csv(floors / "frames.csv", floors)
+    train = load_config(require_file("learn_builtin.ini", "configs")).train
+    places = triplet_places(data.train, train.positive_radius, train.negative_radius)
+    names = [path.stem for path in places.paths]
+    found = {
+        names[query]: ([names[row] for row in places.positives[query]], [names[row] for row in places.near[query]])
+        for query in range(places.num_queries)
+    }
+    assert found == {"a": (["b"], ["b"]), "c": (["d"], ["b", "d"]), "e": (["f"], ["f"])}
+    assert [city.name for city in data.validation] == ["floor3"]
+    assert train.positive_radius / METRES_A_FRAME == pytest.approx(1.5, abs=0.49)
+
+
+def test_a_table_without_videos_is_refused(floors: Path) -> None:
+    (floors / "images.csv").write_text("image_path,frame,label\na.jpg,1,floor10\n")
+    with pytest.raises(UserError, match="video_id"):
+        frames_table(floors / "images.csv")
+
+
+def test_the_steps_come_in_order_and_a_failure_ends_them(
+    floors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is one of the package's commands, and finds what the one before it wrote."""
+    calls: list[tuple[str, list[str]]] = []
+    fails = ""
+
+    def step(name: str, *written: str) -> None:
+        def command(arguments: list[str]) -> int:
+            calls.append((name, list(arguments)))
+            for path in written:
+                target = tmp_path / "work" / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            return int(name == fails)
+
+        monkeypatch.setattr(bundled_model, name, command)
+
+    step("render_msls", "cities/train_val/sf/made")
+    step("train", "Nov25_10-00-00_seed3/checkpoints/checkpoint.pth.tar")
+    step("add_pca", "Nov25_10-00-00_seed3/checkpoints/checkpoint_WPCA512.pth.tar")
+    step("combine_models")
+    arguments = ["--dataset_root_dir", f"{floors}", "--work_dir", f"{tmp_path / 'work'}", "--seed", "3"]
+    arguments += ["--output_path", f"{tmp_path / 'model_WPCA352.pth.tar'}"]
+    assert make_bundled_model(arguments) == 0
+    assert [name for name, _ in calls] == ["render_msls", "train", "add_pca", "combine_models"]
+    assert "train.seed=3" in calls[1][1] and "train.seed=3" in calls[2][1]
+    trained = calls[2][1][calls[2][1].index("--resume_path") + 1]
+    assert trained.endswith("_seed3/checkpoints/checkpoint.pth.tar") and Path(trained).exists()
+    calls.clear()
+    fails = "train"
+    with pytest.raises(SystemExit) as ended:
+        make_bundled_model(arguments)
+    assert ended.value.code == 1 and [name for name, _ in calls] == ["train"]  # the cities are there
+
+
+def test_the_settings_fit_together() -> None:
+    config = load_config(require_file("learn_builtin.ini", "configs"))
+    config.check_training()
+    bundled = load_config(require_file("builtin.ini", "configs"))
+    assert config.global_params.num_pcs == 512  # what add_pca.py writes is looked for by that number
+    assert config.global_params.backbone == bundled.global_params.backbone
+    assert bundled.global_params.num_pcs == DIMENSIONS
