@@ -98,10 +98,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Read, and refused, as by `read_checkpoint`.
     """
     content = _content(path)
-    found = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else None
-    if not _is_state(found):
+    state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else None
+    if not _is_state(state):
         raise UserError(f"{path}: holds no state of tensors (not a file of weights?)")
-    return _plain(found)
+    return _plain(state)
 
 
 def _content(path: Path) -> Any:
@@ -113,10 +113,10 @@ def _content(path: Path) -> Any:
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
-        if found is None:
+        match = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
+        if match is None:
             raise UserError(f"{path}: is not a torch checkpoint (damaged or foreign file?)") from error
-        raise UserError(_refusal(path, found.group(1) or found.group(2))) from error
+        raise UserError(_refusal(path, match.group(1) or match.group(2))) from error
     except (OSError, MemoryError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint: {reason} (download incomplete?)") from error
@@ -268,8 +268,8 @@ def load_state(model: PlaceModel, state: Mapping[str, Tensor], path: Path) -> No
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        parts = [f"lacks {some_of(missing)}"] * bool(missing) + [f"has unknown {some_of(extra)}"] * bool(extra)
-        raise UserError(f"{path}: {' and '.join(parts)} (a checkpoint of another architecture?)")
+        faults = [f"lacks {some_of(missing)}"] * bool(missing) + [f"has unknown {some_of(extra)}"] * bool(extra)
+        raise UserError(f"{path}: {' and '.join(faults)} (a checkpoint of another architecture?)")
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(

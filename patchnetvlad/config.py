@@ -261,8 +261,8 @@ class Config:
                 return package_weights(package)
             except UserError as error:
                 raise UserError(f"{self._place('train.pretrained')}: [train] pretrained = {source}: {error}") from error
-        found = find_checkpoint(source, params.num_pcs, self.path) or find_checkpoint(source, 0, self.path)
-        return found or require_file(source, "pretrained_models", self.path)
+        checkpoint = find_checkpoint(source, params.num_pcs, self.path) or find_checkpoint(source, 0, self.path)
+        return checkpoint or require_file(source, "pretrained_models", self.path)
 
     @property
     def describes_on_demand(self) -> bool:

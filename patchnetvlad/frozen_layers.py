@@ -117,8 +117,8 @@ def freeze(model: PlaceModel, encoder_learns: str = "last") -> list[nn.Parameter
     encoder = model.encoder
     names = {"last": encoder.last_stage(), "all": ("",), "none": ()}[encoder_learns]
     model.requires_grad_(False)
-    for part in (model.pool, *(encoder.get_submodule(name) for name in names)):
-        part.requires_grad_(True)
+    for module in (model.pool, *(encoder.get_submodule(name) for name in names)):
+        module.requires_grad_(True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise UserError(

@@ -105,12 +105,12 @@ class Describer:
             batches_of_own = image_batches(
                 paths, *self._size, self._batch_size, self._threads, indices=own, change=change
             )
-            for found, pictures in batches_of_own:
+            for batch, pictures in batches_of_own:
                 maps = self._frozen(pictures)
                 if keep:
-                    self._frozen.keep(found, maps)
-                rows[[row_of[number] for number in found]] = self._learned(maps)[0].float().cpu().numpy()
-                bar.update(len(found))
+                    self._frozen.keep(batch, maps)
+                rows[[row_of[number] for number in batch]] = self._learned(maps)[0].float().cpu().numpy()
+                bar.update(len(batch))
         return self._processes.joined(rows)
 
 
@@ -131,7 +131,7 @@ def mine(
     row_of = {number: row for row, number in enumerate(subset.pictures.tolist())}
     rows = torch.from_numpy(descriptors).to(device)
     candidates = rows[[row_of[number] for number in subset.candidates.tolist()]]
-    found: dict[int, TripletSet] = {}
+    mined: dict[int, TripletSet] = {}
     distinct = np.unique(subset.queries).tolist()
     for start in range(0, len(distinct), _QUERIES_AT_ONCE):
         chunk = distinct[start : start + _QUERIES_AT_ONCE]
@@ -144,8 +144,8 @@ def mine(
             hard = hard_negatives(float(to_positives[nearest]), distances, margin, num_negatives)
             if hard:
                 negatives = tuple(int(subset.candidates[row]) for row in hard)
-                found[query] = TripletSet(query, int(positives[nearest]), negatives)
-    return [found[query] for query in subset.queries.tolist() if query in found]
+                mined[query] = TripletSet(query, int(positives[nearest]), negatives)
+    return [mined[query] for query in subset.queries.tolist() if query in mined]
 
 
 def hard_negatives(positive_distance: float, distances: Tensor, margin: float, count: int) -> list[int]:

@@ -102,8 +102,8 @@ def jpeg(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
     if amount <= 0:
         return picture
     quality = round(_QUALITY[0] + amount * (_QUALITY[1] - _QUALITY[0]))
-    _, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
     assert decoded is not None  # it was encoded here
     return np.ascontiguousarray(decoded[..., ::-1], dtype=np.uint8)
 

@@ -103,12 +103,12 @@ class Trainer:
         for group in self._learning.optimizer.param_groups:
             group["lr"] = rate
         queries = epoch_queries(self._places, train.seed, epoch)
-        parts = [
+        subsets = [
             queries[start : start + train.subset_queries] for start in range(0, len(queries), train.subset_queries)
         ]
-        for number in range(progress.subset, len(parts)):
-            label = f"epoch {epoch}, subset {number + 1} of {len(parts)}"
-            subset = make_subset(self._places, parts[number], train.subset_negatives, train.seed, epoch, number)
+        for number in range(progress.subset, len(subsets)):
+            label = f"epoch {epoch}, subset {number + 1} of {len(subsets)}"
+            subset = make_subset(self._places, subsets[number], train.subset_negatives, train.seed, epoch, number)
             self._learn_from(subset, label, epoch)
             progress.subset = number + 1
             self._save(LAST)
@@ -197,10 +197,10 @@ class Trainer:
 
     def _mined(self, subset: Subset, descriptors: NDArray[np.float32]) -> list[TripletSet]:
         """Triplet sets as the first process finds them: on other cards distances may round to another order."""
-        train, found = self._config.train, []
+        train, triplets = self._config.train, []
         if self._processes.is_first:
-            found = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
-        return self._processes.from_first(found)
+            triplets = mine(self._places, subset, descriptors, train.margin, train.nneg, self._processes.device)
+        return self._processes.from_first(triplets)
 
     def _step(
         self,
@@ -224,19 +224,19 @@ class Trainer:
         ]
         learning.optimizer.zero_grad(set_to_none=True)
         descriptors, features = self._learned(maps)
-        part = self._loss.total(descriptors, rows, train.margin) / terms[0] * counts
+        loss_share = self._loss.total(descriptors, rows, train.margin) / terms[0] * counts
         if train.local_weight:
             local = self._local_loss(features, row_of, triplets, epoch)
-            part = part + train.local_weight * counts * local / terms[1]
-        (part * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
-        loss = float(self._processes.sum(part.detach()))
+            loss_share = loss_share + train.local_weight * counts * local / terms[1]
+        (loss_share * self._processes.count).backward()  # gradients of processes are averaged, losses are summed
+        loss = float(self._processes.sum(loss_share.detach()))
         gradients = [parameter.grad for parameter in learning.parameters if parameter.grad is not None]
         steepness = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
         if not (math.isfinite(loss) and math.isfinite(steepness)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss's gradient is {steepness}"
+            fault = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss's gradient is {steepness}"
             places = ", ".join(self._places.paths[triplet.query].name for triplet in triplets[:4])
             raise UserError(
-                f"{label}, step {progress.step + 1}: {what}, training stops; queries {places} "
+                f"{label}, step {progress.step + 1}: {fault}, training stops; queries {places} "
                 f"({self._last_good()}; lower [train] lr, or mixed_precision = False?)"
             )
         learning.optimizer.step()
@@ -274,14 +274,14 @@ class Trainer:
     def _validate(self) -> None:
         train, progress = self._config.train, self._learning.progress
         n_values = sorted({*self._config.feature_match.n_values_all, _DECIDING_N})
-        found = validate(self._describe, self._validation, train.match_radius, n_values, self._processes.device)
-        result = self._processes.from_first(found)  # so that all of them end at the same epoch
-        for city, recall in result.cities.items():
+        measured = validate(self._describe, self._validation, train.match_radius, n_values, self._processes.device)
+        validation = self._processes.from_first(measured)  # so that all of them end at the same epoch
+        for city, recall in validation.cities.items():
             values = ", ".join(f"@{n} {100 * value:.1f}" for n, value in zip(n_values, recall.with_match, strict=True))
             logger.info("epoch %d: %s: Recall (%%) %s", progress.epoch, city, values)
-        self._log.validation(progress.epoch, result)
-        progress.recalls = result.total
-        score = result.total[_DECIDING_N]
+        self._log.validation(progress.epoch, validation)
+        progress.recalls = validation.total
+        score = validation.total[_DECIDING_N]
         if score > progress.best_score:
             progress.best_score, progress.not_improved = score, 0
             self._save(BEST)
@@ -322,10 +322,10 @@ class _TrainingLog:
         self._add("Train/Loss", loss, step)
         self._add("Train/nNeg", num_negatives, step)
 
-    def subset(self, step: int, pictures_a_second: float, found: int, queries: int) -> None:
+    def subset(self, step: int, pictures_a_second: float, with_negatives: int, queries: int) -> None:
         """After a subset: speed of mining and learning, and the share of queries that had a hard negative."""
         self._add("Train/PicturesPerSecond", pictures_a_second, step)
-        self._add("Train/QueriesWithNegatives", found / queries, step)
+        self._add("Train/QueriesWithNegatives", with_negatives / queries, step)
         self.flush()
 
     def epoch(self, epoch: int, average_loss: float, learning_rate: float) -> None:

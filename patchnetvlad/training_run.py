@@ -162,21 +162,22 @@ def read_training_data(config: Config, sources: Sequence[Source]) -> TrainingDat
     together lack one, and for a city that is in two sources.
     """
     train = config.train
-    found = []
+    of_sources = []
     for source in sources:
         if source.training_csv is None:
             cities = read_cities(source.root, train.cities, include_panoramas=train.includepanos)
-            found.append(TrainingData(cities, read_cities(source.root, train.val_cities)))
+            of_sources.append(TrainingData(cities, read_cities(source.root, train.val_cities)))
         else:
             complete = len(sources) == 1
-            found.append(read_training_csv(source.training_csv, source.root, train.includepanos, complete))
+            of_sources.append(read_training_csv(source.training_csv, source.root, train.includepanos, complete))
     joined = TrainingData(
-        tuple(city for data in found for city in data.train), tuple(city for data in found for city in data.validation)
+        tuple(city for source_data in of_sources for city in source_data.train),
+        tuple(city for source_data in of_sources for city in source_data.validation),
     )
     where = ", ".join(str(source.listed) for source in sources)
-    for part, cities in (("train", joined.train), ("val", joined.validation)):
+    for split, cities in (("train", joined.train), ("val", joined.validation)):
         if not cities:
-            raise UserError(f"{where}: no picture has the roles {part}_query and {part}_database")
+            raise UserError(f"{where}: no picture has the roles {split}_query and {split}_database")
         twice = [name for name, count in Counter(city.name for city in cities).items() if count > 1]
         if twice:
             raise UserError(f"{where}: city {twice[0]} is in more than one (give its pictures another city's name)")

@@ -49,9 +49,9 @@ def encoder_geometry(name: str) -> EncoderGeometry:
     return cast(EncoderGeometry, stated)
 
 
-def same_encoder(one: str, other: str) -> bool:
+def same_encoder(name: str, other_name: str) -> bool:
     """Whether two names mean the same encoder."""
-    return ENCODER_ALIASES.get(one, one) == ENCODER_ALIASES.get(other, other)
+    return ENCODER_ALIASES.get(name, name) == ENCODER_ALIASES.get(other_name, other_name)
 
 
 def is_encoder(name: str) -> bool:
