@@ -256,7 +256,7 @@ def test_workers_that_match_in_different_ways_rank_alike(ways, tmp_path):
     options = tiny_model(tmp_path)
     queries, database = example_names("queries")[:4], example_names("database")[:12]
     run(options, EXAMPLES, tmp_path, queries, database)
-    config = load_config(ROOT / "configs" / "builtin.ini", options[3::2])
+    config = load_config(ROOT / "configs" / "rootsift.ini", options[3::2])
     lists = [read_image_list(tmp_path / f"{kind}.txt", EXAMPLES) for kind in ("queries", "database")]
     heads = [list(range(first, first + 6)) for first in range(4)]
 
