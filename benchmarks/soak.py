@@ -245,7 +245,7 @@ def _prepare(folder: Path, stages: dict[str, Stage], names: set[str]) -> None:
 
 def _stages(folder: Path) -> dict[str, Stage]:
     examples = ROOT / "example_images"
-    small = ["--config_path", "builtin.ini", "--device", "cpu"]
+    small = ["--config_path", "rootsift.ini", "--device", "cpu"]
     for section in ("feature_extract", "feature_match", "train"):
         for key, value in (("imageresizew", 192), ("imageresizeh", 144)):
             small += ["--set", f"{section}.{key}={value}"]

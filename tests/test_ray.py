@@ -55,7 +55,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
 
     def refuse(command: Any, arguments: list[str]) -> str:
-        assert command(["--config_path", str(ROOT / "configs/builtin.ini"), *arguments]) == 2
+        assert command(["--config_path", str(ROOT / "configs/rootsift.ini"), *arguments]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1, line
         assert not list(tmp_path.iterdir())

@@ -93,6 +93,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
             Known(RERANKING, {1: 90.1, 5: 99.1, 10: 100.0}, "HybridNet, stored run"),
+            Known(RERANKING, {1: 94.6, 5: 100.0, 10: 100.0}, "the bundled model as it was measured", (2.5, math.inf)),
         ),
         _TEST_SETS,
     ),
@@ -100,8 +101,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "builtin.ini",
         (ListPair("ietower_small", "ietower_small"),),
         (
-            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
+            Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64"),
             Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
+            Known(RERANKING, {1: 61.0, 5: 85.4, 10: 92.7}, "the bundled model as it was measured", (2.5, math.inf)),
         ),
         _TEST_SETS,
     ),
