@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.config_values import code_bytes
-from patchnetvlad.image_lists import read_image_list, write_image_list
+from patchnetvlad.image_lists import ImageList, read_image_list, write_image_list
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
@@ -190,6 +190,24 @@ def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str
         began = time.perf_counter()
         search.search(global_[row : row + 1], 100)
         searches.append(time.perf_counter() - began)
+    exact = DatabaseIndex(store.global_).search(global_, 100).indices
+    approximate = search.search(global_, 100).indices
+    recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(approximate, exact, strict=True)])
+    return {
+        "start": imported - started,
+        "open": opened - imported,
+        "first answer": first - started,
+        "search": float(np.median(searches)),
+        **parts_of_a_query(folder, pictures),
+        "query": float(np.median(times[1:])),
+        "recall@100": float(recall),
+        "memory, bytes": anonymous_bytes(),
+        "peak with mapped files, bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def parts_of_a_query(folder: Path, pictures: ImageList) -> dict[str, float]:
+    """Seconds to read and to decode 100 candidates from the disk, and what reads and products alone would take."""
     forget_files(folder)
     candidates = np.random.default_rng(4).choice(len(pictures), min(500, len(pictures)), replace=False).tolist()
     fresh = FeatureStore.open(folder, pictures, cache_gb=0)
@@ -199,22 +217,11 @@ def answer(folder: Path, source: Path, listed: Path, started: float) -> dict[str
     raw = [timed(read_somewhere, path) for path in files]
     picture = fresh.patches(0).descriptors
     products = [sum(timed(lambda rows: rows @ rows.T, rows) for rows in picture) for _ in range(5)]
-    exact = DatabaseIndex(store.global_).search(global_, 100).indices
-    approximate = search.search(global_, 100).indices
-    recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(approximate, exact, strict=True)])
     return {
-        "start": imported - started,
-        "open": opened - imported,
-        "first answer": first - started,
-        "search": float(np.median(searches)),
         "decode 100": 100 * float(np.mean(warm)),
         "read 100": 100 * (float(np.mean(cold)) - float(np.mean(warm))),
         "limit: read 100": 100 * float(np.mean(raw)),
         "limit: products": 100 * min(products),
-        "query": float(np.median(times[1:])),
-        "recall@100": float(recall),
-        "memory, bytes": anonymous_bytes(),
-        "peak with mapped files, bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 

@@ -147,10 +147,7 @@ def open_run(
         tell_precision(model)
         return model
 
-    for_queries, for_database = memory_shares(config.feature_match.cache_gb)
-    if config.global_params.pooling == "patchnetvlad":
-        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
-        logger.info("memory for patches: %.3g GB (cache_gb, %s)", (for_queries + for_database) / 1e9, source)
+    for_queries, for_database = _told_shares(config)
     folders = sources.query_features, sources.index_features
     with (
         open_features(config, queries, folders[0], for_queries, find_model, folders[1]) as query_features,
@@ -165,6 +162,15 @@ def open_run(
             database_features = with_built_index(config, database, database_features)
         model = find_model() if config.describes_on_demand else None
         yield MatchingRun(config, queries, database, query_features, database_features, truth, given, device, model)
+
+
+def _told_shares(config: Config) -> tuple[int, int]:
+    """`memory_shares` of a configuration; the log says them where there are patches."""
+    shares = memory_shares(config.feature_match.cache_gb)
+    if config.global_params.pooling == "patchnetvlad":
+        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
+        logger.info("memory for patches: %.3g GB (cache_gb, %s)", sum(shares) / 1e9, source)
+    return shares
 
 
 def memory_shares(cache_gb: float | None, workers: int = 1) -> tuple[int, int]:
