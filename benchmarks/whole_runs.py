@@ -92,8 +92,7 @@ def measure(preset: str, work: Path, model: PlaceModel, fit: WPCAFit) -> dict[st
     if preset != "builtin":
         fitted = project(model, fit, config)
         write_checkpoint(work / f"{preset}.pth.tar", fitted)
-        params = (f"global_params.resumepath={work / preset}.pth.tar", "global_params.num_clusters=16")
-        options += [word for setting in params for word in ("--set", setting)]
+        options += ["--set", f"global_params.resumepath={work / preset}.pth.tar"]
     root, lists = work / "city_images", work / "dataset_imagenames"
     shared = ["--dataset_root_dir", root]
     for kind in ("index", "query"):

@@ -51,6 +51,16 @@ def float32_products(device: torch.device, tf32: bool = False) -> Iterator[None]
             convolution.allow_tf32, product.allow_tf32 = before
 
 
+def require_device(name: str | torch.device, place: str = "device") -> torch.device:
+    """A device that this machine has; raises UserError otherwise. place: where it was asked for."""
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{place} {name}: this machine offers {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{place} mps: this machine offers none")
+    return chosen
+
+
 def device_room(device: torch.device) -> int | None:
     """Bytes that may stay on an accelerator, half of what is free there; None where that is not known.
 

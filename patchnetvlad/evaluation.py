@@ -350,8 +350,9 @@ def _tell_shift(truth: GroundTruth, rankings: NDArray[np.int64]) -> None:
     shift = constant_shift(rankings, truth.utm_query[:, 0], truth.utm_database[:, 0], truth.radius)
     if shift is not None and shift.helps:
         logger.warning(
-            "frame N of the queries seems to be where frame N %s %d of the database is: Recall@1 is %.1f %%, and with "
-            "this shift %.1f %% (if that is so, make the ground truth with its --offset changed by %+d)",
+            "frame N of the queries seems to be where frame N %s %d of the database is, as the ground truth numbers "
+            "them: Recall@1 is %.1f %%, and with this shift %.1f %% (if that is so, make it with an --offset, or "
+            "--frames of recognize, changed by %+d)",
             "+" if shift.frames > 0 else "-",
             abs(shift.frames),
             100 * shift.found_before,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchnetvlad.config import Config
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.devices import memory_errors
+from patchnetvlad.devices import memory_errors, require_device
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import tell_precision
 from patchnetvlad.image_lists import ImageList, read_image_list
@@ -170,8 +170,9 @@ class PlaceRecognizer:
             config = load_config(require_file(str(config), "configs"), overrides)
         config.check_one_gpu("a PlaceRecognizer")
         model, _ = load_model(config)
-        tell_precision(model.to(device))
-        return cls(model.to(device), config)
+        model = model.to(require_device(device))
+        tell_precision(model)
+        return cls(model, config)
 
     @memory_errors("[feature_extract] imageresizew and imageresizeh")
     def describe(self, pictures: Pictures) -> list[Description]:
@@ -195,7 +196,13 @@ class PlaceRecognizer:
         return Description(described.global_[0], described.picture(0), name, source)
 
     def compare(self, query: Description, reference: Description) -> Comparison:
-        """Match two pictures at every patch size and score how well the matches agree in space."""
+        """Match two described pictures at every patch size and score how well the matches agree in space.
+
+        Raises ValueError for what is no description.
+        """
+        for given in (query, reference):
+            if not isinstance(given, Description):
+                raise ValueError(f"expected descriptions, which `describe` makes, not {type(given).__name__}")
         pair = score_pair(query.patches, reference.patches, self.matcher)
         score = weighted_sum(pair.scores, self.config.feature_match.patchweights2use)
         return Comparison(score, pair, query, reference, self.config)

@@ -58,7 +58,8 @@ def test_wpca_of_the_training_cities(msls: Path, mine: Path, capsys: pytest.Capt
     written = mine.with_name("mine_WPCA12.pth.tar")
     first, ini, options = captured.out.splitlines()
     assert first == f"checkpoint in {written}"
-    assert ini == f"to use it, in an INI's [global_params]: resumepath = {written}; num_pcs = 12"
+    copied = shlex.split(options)[shlex.split(options).index("--config_path") + 1]
+    assert ini == f"to use it, in a copy of {copied}, [global_params]: resumepath = {written}; num_pcs = 12"
     pictures = [str(path) for path in sorted(msls.glob("train_val/london/query/images/*.jpg"))[:2]]
     compared = ["--first_im_path", pictures[0], "--second_im_path", pictures[1], "--plot_save_path", str(mine.parent)]
     assert match_two([*shlex.split(options.removeprefix("or as options: ")), *compared, "--nocuda"]) == 0

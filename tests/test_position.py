@@ -129,3 +129,7 @@ def test_runs_that_cannot_be_located(run, tmp_path, capsys):
     options = ["--results", str(run / "results"), "--ground_truth_path", "example.npz", "--zone", "here"]
     assert locate(options) == 2
     assert "UTM zone 'here'" in capsys.readouterr().err
+    frames = tmp_path / "frames.npz"
+    np.savez(frames, utmQ=np.zeros((18, 2)), utmDb=np.zeros((30, 2)), posDistThr=2, unit="frames")
+    assert locate(["--results", str(run / "results"), "--ground_truth_path", str(frames), "--zone", "33N"]) == 2
+    assert "is in frames, and a zone is for metres" in capsys.readouterr().err

@@ -193,3 +193,14 @@ def test_pictures_of_an_iterator_stay_in_order(recognizer):
         torch.testing.assert_close(found.global_, recognizer.describe(path)[0].global_)
     with pytest.raises(UserError, match=r"nowhere\.jpg: no such file"):
         recognizer.describe([SAME, Path("nowhere.jpg"), OTHER])
+
+
+def test_what_is_no_description_is_named(recognizer):
+    (described,) = recognizer.describe([SAME])
+    with pytest.raises(ValueError, match="expected descriptions, which `describe` makes, not str"):
+        recognizer.compare(described, "a.jpg")
+
+
+def test_a_device_that_is_not_there(recognizer):
+    with pytest.raises(UserError, match=r"^device cuda:99: this machine offers \d+ CUDA devices$"):
+        PlaceRecognizer.load("rootsift.ini", device="cuda:99")

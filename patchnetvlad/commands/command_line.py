@@ -130,12 +130,9 @@ def device(args: argparse.Namespace) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(name)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine offers none")
-    return chosen
+    from patchnetvlad.devices import require_device
+
+    return require_device(name, "--device")
 
 
 def how_to_use(checkpoint: Path, num_pcs: int, config_path: str, overrides: Sequence[str]) -> list[str]:
@@ -148,7 +145,7 @@ def how_to_use(checkpoint: Path, num_pcs: int, config_path: str, overrides: Sequ
     changes = [*kept, *(f"{key}={value}" for key, value in keys.items())]
     options = ["--config_path", config_path, *(word for change in changes for word in ("--set", change))]
     lines = "; ".join(f"{key.partition('.')[2]} = {value}" for key, value in keys.items())
-    return [f"to use it, in an INI's [global_params]: {lines}", f"or as options: {shlex.join(options)}"]
+    return [f"to use it, in a copy of {config_path}, [global_params]: {lines}", f"or as options: {shlex.join(options)}"]
 
 
 def require_checkpoint(config: Config) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
-from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth, read_zone, with_unit
+from patchnetvlad.ground_truth import UNKNOWN_UNIT, ground_truth_lengths, read_ground_truth, read_zone, with_unit
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.localization.coordinates import parse_zone
 from patchnetvlad.localization.pose_approximation import (
@@ -151,10 +151,14 @@ def _locate(args: argparse.Namespace) -> None:
     truth_path = require_file(args.ground_truth_path, "dataset_gt_files")
     kept = args.zone or read_zone(truth_path)
     zone = parse_zone(kept, "--zone") if kept else None
+    unit = read_ground_truth(truth_path, *ground_truth_lengths(truth_path)).unit
+    if zone and unit == UNKNOWN_UNIT:
+        unit = "m"
+    if zone and unit != "m":
+        raise UserError(f"--zone {kept}: {truth_path} is in {unit}, and a zone is for metres (leave it out)")
     located = _located_run(args, truth_path) if args.results else _located_pictures(args, truth_path)
     from patchnetvlad.localization.locating import position_lines, write_positions
 
-    unit = "m" if zone else read_ground_truth(truth_path, *ground_truth_lengths(truth_path)).unit
     if args.picture or not args.positions:
         print("\n".join(position_lines(located, zone, unit)))
     if args.results:
