@@ -193,9 +193,9 @@ class OnDemandPatches:
 
     def _describe(self, index: int) -> tuple[np.ndarray, ...]:
         settings, path = self._settings, self._pictures.paths[index]
-        found = None if self._kept is None else self._kept.get(path)
-        if found is not None:
-            map_size, arrays = found
+        described = None if self._kept is None else self._kept.get(path)
+        if described is not None:
+            map_size, arrays = described
             self._grids[index] = self._model.grids(*map_size)
             self._bytes = sum(array.nbytes for array in arrays)
             return arrays
