@@ -66,7 +66,7 @@ def kmeans_centers(
     """K×C centres of n×C samples (Lloyd's iterations, deterministic for a seed)."""
     if len(samples) < num_clusters:
         raise UserError(
-            f"clustering: {num_clusters} clusters need at least as many local descriptors, and there are {len(samples)}"
+            f"clustering: {num_clusters} clusters need at least as many local descriptors: found {len(samples)}"
         )
     kmeans = faiss.Kmeans(
         samples.shape[1],

@@ -168,8 +168,11 @@ def _told_shares(config: Config) -> tuple[int, int]:
     """`memory_shares` of a configuration; the log says them where there are patches."""
     shares = memory_shares(config.feature_match.cache_gb)
     if config.global_params.pooling == "patchnetvlad":
-        source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
-        logger.info("memory for patches: %.3g GB (cache_gb, %s)", sum(shares) / 1e9, source)
+        source = "half of what is available" if config.feature_match.cache_gb is None else "cache_gb, as configured"
+        gigabytes = [share / 1e9 for share in (*shares, sum(shares))]
+        logger.info(
+            "memory for patches: %.3g GB for queries + %.3g GB for the database = %.3g GB (%s)", *gigabytes, source
+        )
     return shares
 
 
@@ -287,6 +290,7 @@ def evaluate(run: MatchingRun, progress: bool = False, rerank_all: RerankAll | N
 def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] = WRITTEN) -> tuple[Path, ...]:
     """Write rankings, scores, and with ground truth recalls, into a folder; returns the files.
 
+    Without ground truth, recalls that an earlier run has left there are removed: they are not of these rankings.
     formats: of the rankings, names in FORMATS. Raises UserError for names that a format cannot hold.
     """
     files = []
@@ -298,8 +302,11 @@ def write_results(evaluation: Evaluation, results: Path, formats: Sequence[str] 
     if evaluation.rankings.scores is not None:
         files.append(results / "scores.npz")
         write_scores(files[-1], evaluation.rankings.scores, queries.names, database.names)
-    if evaluation.protocol is not None:
-        measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
+    measured = [results / name for name in ("recalls.txt", "recalls.json", "judged.npz")]
+    if evaluation.protocol is None:
+        for path in measured:
+            path.unlink(missing_ok=True)
+    else:
         write_recalls(measured[0], evaluation.recalls)
         write_json(measured[1], measure_record(evaluation.protocol, evaluation.measures))
         write_judged(measured[2], evaluation.protocol, evaluation.judged)

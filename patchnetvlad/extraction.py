@@ -19,7 +19,7 @@ from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import file_sha256
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
@@ -35,7 +35,7 @@ from patchnetvlad.workers import Company
 
 logger = logging.getLogger(__name__)
 
-_SAME_PICTURE = 0.99  # cosine of two descriptions of it, on whatever device and in whatever precision
+SAME_PICTURE = 0.99  # cosine of two descriptions of it, on whatever device and in whatever precision
 
 _CODEC_PICTURES = 100  # pictures at most that codes of patches are learned from
 
@@ -96,7 +96,7 @@ def describe_list(
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
         missing = writer.missing
         _check_kept(writer, model, pictures, config)
-        logger.info("%s: %d pictures, %d to describe", pictures.source, len(pictures), len(missing))
+        logger.info("%s: %s, %d to describe", pictures.source, counted(len(pictures), "picture"), len(missing))
         record_config(config, folder)
         tell_precision(model)
         _tell_reshaped([pictures.paths[index] for index in missing], config.feature_extract)
@@ -104,7 +104,7 @@ def describe_list(
             (describe or _describe_here)(model, config, writer, bar.update)
         writer.finish()
     seconds = time.perf_counter() - started
-    logger.info("described %d pictures in %s", len(missing), _duration(seconds))
+    logger.info("described %s in %s", counted(len(missing), "picture"), _duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
 
 
@@ -163,11 +163,11 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
     batches = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
     described = _describe(model, next(iter(batches))[1], pictures.names[index])
     similarity = float(described.global_[0].cpu().float().numpy() @ row)
-    if similarity < _SAME_PICTURE:
+    if similarity < SAME_PICTURE:
         raise UserError(
             f"{writer.folder}: {pictures.names[index]} was another picture when it was described (similarity "
-            f"{similarity:.3f}; another --dataset_root_dir, or pictures replaced? choose another "
-            "--output_features_dir, or replace the features with --overwrite)"
+            f"{similarity:.3f}; another root folder, or pictures replaced? choose another output "
+            "folder, or replace the features with --overwrite)"
         )
 
 
@@ -214,7 +214,8 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
     described = _described(model, config, pictures, indices)
     sample = torch.cat([_some_rows(descriptors, rows, index) for index, descriptors in described])
     trained = train_codec(sample, num_bytes)
-    logger.info("codec of %d bytes from %d patches of %d pictures", num_bytes, len(sample), len(indices))
+    learned_from = counted(len(sample), "patch", "patches"), counted(len(indices), "picture")
+    logger.info("codec of %s from %s of %s", counted(num_bytes, "byte"), *learned_from)
     return trained
 
 
@@ -353,10 +354,10 @@ def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
     reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
     if reshaped:
         logger.info(
-            "%d of %d pictures have other proportions than %d×%d and are stretched (imageresizew and imageresizeh; 0 "
-            "keeps each picture's own size)",
+            "%d of %s of other proportions than %d×%d: stretched (imageresizew and imageresizeh; 0 keeps each "
+            "picture's own size)",
             reshaped,
-            len(set(paths)),
+            counted(len(set(paths)), "picture"),
             size.imageresizew,
             size.imageresizeh,
         )

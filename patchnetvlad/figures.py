@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import writing
 from patchnetvlad.pair_comparison import MatchedPair
 
@@ -128,8 +128,8 @@ def _empty_figure(
 
 def _entry(matched: MatchedPair, scale: int) -> str:
     score, side = matched.pair.scores[scale], matched.query_grids[scale].patch_size
-    matches = len(matched.pair.matches[scale])
-    return f"{side}×{side}: {int(score.inliers.sum())} inliers of {matches} matches, score {score.value:.4g}"
+    matches, inliers = len(matched.pair.matches[scale]), counted(int(score.inliers.sum()), "inlier")
+    return f"{side}×{side}: {inliers} of {counted(matches, 'match', 'matches')}, score {score.value:.4g}"
 
 
 def _rectangles(centers: NDArray[np.float64], sides: NDArray[np.float64]) -> list[NDArray[np.float64]]:

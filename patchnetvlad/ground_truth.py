@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import hash_names
 
@@ -86,8 +86,8 @@ def read_ground_truth(
         )
     if (len(query), len(database)) == (num_database, num_queries) and num_queries != num_database:
         raise UserError(
-            f"{path}: utmQ has {len(query)} rows for {num_queries} queries and utmDb {len(database)} rows for "
-            f"{num_database} database pictures (are the query and index lists swapped?)"
+            f"{path}: utmQ has {counted(len(query), 'row')} for {counted(num_queries, 'query', 'queries')} and utmDb "
+            f"{len(database)} for {counted(num_database, 'database picture')} (are the query and index lists swapped?)"
         )
     for key, rows, expected, whose in (
         ("utmQ", query, num_queries, "query"),
@@ -95,8 +95,8 @@ def read_ground_truth(
     ):
         if len(rows) != expected:
             raise UserError(
-                f"{path}: {key} has {len(rows)} rows but the {whose} list has {expected} pictures: row i belongs to "
-                "line i (ground truth of another list?)"
+                f"{path}: {key} has {counted(len(rows), 'row')} but the {whose} list {counted(expected, 'picture')}: "
+                "row i belongs to line i (ground truth of another list?)"
             )
     if radius is None:
         threshold = arrays["posDistThr"]
@@ -218,7 +218,7 @@ def _coordinates(path: Path, key: str, values: NDArray[np.generic]) -> NDArray[n
     not_finite = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
     if len(not_finite):
         raise UserError(
-            f"{path}: {key}: {len(not_finite)} rows hold NaN or infinity, the first is row {not_finite[0]} "
+            f"{path}: {key}: {counted(len(not_finite), 'row')} with NaN or infinity, the first is row {not_finite[0]} "
             "(pictures without a position?)"
         )
     return coordinates

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, by_number, counted
 from patchnetvlad.files import some_of
 from patchnetvlad.paths import user_cache
 
@@ -112,7 +112,7 @@ def require_readable(paths: Sequence[Path], source: Path, workers: int = 4, prog
         return
     total, shown = len(set(paths)), some_of(problems, _PROBLEMS_SHOWN, "; ")
     hint = " (is the dataset's root folder right?)" if not any(map(Path.exists, paths)) else ""
-    raise UserError(f"{source}: {len(problems)} of {total} pictures cannot be read{hint}: {shown}")
+    raise UserError(f"{source}: {len(problems)} of {counted(total, 'picture')} cannot be read{hint}: {shown}")
 
 
 def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
@@ -338,11 +338,11 @@ def _announce_check(count: int, before: int, seconds_each: float, workers: int) 
     seconds = count * seconds_each
     duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     logger.info(
-        "checking %d pictures with %d threads: about %s%s",
+        "checking %d pictures with %s: about %s%s",
         count,
-        workers,
+        counted(workers, "thread"),
         duration,
-        f" ({before} more were found whole before)" if before else "",
+        f" ({by_number(before, '1 more was', f'{before} more were')} found whole before)" if before else "",
     )
 
 

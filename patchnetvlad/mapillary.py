@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.csv_table import Table, read_table
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 
 SIDES = ("query", "database")
 TASKS = ("im2im", "im2seq", "seq2im", "seq2seq")  # queries to database, single pictures or sequences
@@ -48,8 +48,8 @@ class CitySide:
         lost = np.flatnonzero(keep & np.isnan(self.positions).any(axis=1))
         if len(lost):
             raise UserError(
-                f"{self.folder / 'postprocessed.csv'}: {len(lost)} pictures have no easting and northing, the first is "
-                f"{self.keys[lost[0]]} (cut off?)"
+                f"{self.folder / 'postprocessed.csv'}: {counted(len(lost), 'picture has', 'pictures have')} no "
+                f"easting and northing, the first is {self.keys[lost[0]]} (cut off?)"
             )
 
     def picture(self, key: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import write_text, writing
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, with_unit
 from patchnetvlad.measures import LEVEL, Judged, Measures, join, measure
@@ -28,7 +28,8 @@ class Protocol:
     def line(self) -> str:
         """For a person."""
         radius = with_unit(self.radius, self.unit)
-        return f"{self.queries} queries against {self.database} pictures, a match within {radius}"
+        compared = counted(self.queries, "query", "queries"), counted(self.database, "picture")
+        return f"{compared[0]} against {compared[1]}, a match within {radius}"
 
 
 def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details: bool = False) -> list[str]:
@@ -36,7 +37,7 @@ def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details:
     first = next(iter(measures.values())).recall
     wide = max(24, *(len(name) + 14 for name in measures))
     lines = [
-        f"{protocol.line()}; {first.num_without_match} queries have no match",
+        f"{protocol.line()}; {counted(first.num_without_match, 'query has', 'queries have')} no match",
         f"{'Recall@N (%)':<{wide}}" + "".join(f"{n:>{13 if details else 7}}" for n in first.n_values),
     ]
     for name, measured in measures.items():
@@ -60,7 +61,7 @@ def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details:
                 )
     if first.beyond_candidates:
         beyond = ", ".join(map(str, first.beyond_candidates))
-        lines.append(f"(at N = {beyond} the lists hold only {first.num_candidates} candidates)")
+        lines.append(f"(at N = {beyond} the lists hold only {counted(first.num_candidates, 'candidate')})")
     return lines
 
 

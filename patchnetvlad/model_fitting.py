@@ -16,6 +16,7 @@ from patchnetvlad.checkpoints import build_model, read_checkpoint, without_proje
 from patchnetvlad.clustering import Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
+from patchnetvlad.errors import counted
 from patchnetvlad.images import ChangePicture, image_batches, require_readable
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
@@ -66,7 +67,7 @@ def fit_model(
     if not params.num_pcs:
         return model, None
     wpca = add_projection(model, paths, config, progress)
-    logger.info("model fitted to %d pictures in %.1f s", len(paths), time.perf_counter() - started)
+    logger.info("model fitted to %s in %.1f s", counted(len(paths), "picture"), time.perf_counter() - started)
     return model, wpca
 
 

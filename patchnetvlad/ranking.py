@@ -16,7 +16,7 @@ from patchnetvlad.candidates import Candidates, RankingScores
 from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import MATCHING_MEMORY, device_room, memory_errors
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.matching import WAYS
 from patchnetvlad.reranking import (
     MATCHERS,
@@ -137,7 +137,8 @@ class Ranker:
             self._index = DatabaseIndex(self._database.global_, index, self._device, device_room(self._device))
         candidates = self._index.search(queries.global_, depth, self._options.panorama_cutouts)
         seconds = time.perf_counter() - started
-        logger.info("retrieval: %d queries against %d pictures in %.2f s", len(queries), len(self._database), seconds)
+        compared = counted(len(queries), "query", "queries"), counted(len(self._database), "picture")
+        logger.info("retrieval: %s against %s in %.2f s", *compared, seconds)
         return candidates
 
     def _rerank_all(
@@ -257,10 +258,10 @@ def _log_reads(database: PatchSource, asked: int) -> None:
     done = database.statistics
     if database.cache_bytes is not None:
         logger.info(
-            "database patches: %d pictures read (%.3g GB), %d times found in memory, %.3g of %.3g GB in use",
-            done.reads,
+            "patches of the database: read %s (%.3g GB), found in memory %s, %.3g of %.3g GB in use",
+            counted(done.reads, "time"),
             done.bytes_read / 1e9,
-            max(0, asked - done.reads),
+            counted(max(0, asked - done.reads), "time"),
             done.held_bytes / 1e9,
             database.cache_bytes / 1e9,
         )
@@ -275,8 +276,8 @@ def check_panoramas(cutouts: int, num_pictures: int, coordinates: NDArray[np.flo
     panoramas, rest = divmod(num_pictures, cutouts)
     if rest:
         raise UserError(
-            f"{key}: the database has {num_pictures} pictures, {panoramas} panoramas and {rest} more (cut-outs left "
-            "out of the list, or another dataset?)"
+            f"{key}: the database has {counted(num_pictures, 'picture')}, {counted(panoramas, 'panorama')} and "
+            f"{rest} more (cut-outs left out of the list, or another dataset?)"
         )
     if coordinates is None:
         return
@@ -286,6 +287,6 @@ def check_panoramas(cutouts: int, num_pictures: int, coordinates: NDArray[np.flo
         first = apart[0] * cutouts
         raise UserError(
             f"{key}: database pictures {first + 1} to {first + cutouts} have different coordinates in the ground "
-            f"truth, as have {len(apart) - 1} further panoramas (cut-outs left out of the list or in another order, or "
-            "a dataset without panoramas?)"
+            f"truth, and so on in {counted(len(apart), 'panorama')} (cut-outs left out of the list or in another "
+            "order, or a dataset without panoramas?)"
         )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates, RankingScores
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import read_text, some_of, told, write_text, writing
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.recall import Recall
@@ -282,11 +282,12 @@ def _read_npy_rows(path: Path, num_queries: int, num_database: int) -> list[list
         raise UserError(f"{path}: expected a table of integers, a row of database indices for each query")
     if len(indices) != num_queries:
         raise UserError(
-            f"{path}: {len(indices)} rows for {num_queries} queries: row i belongs to line i (another query list?)"
+            f"{path}: {counted(len(indices), 'row')} for {counted(num_queries, 'query', 'queries')}: row i belongs "
+            "to line i (another query list?)"
         )
     if indices.size and indices.max() >= num_database:
         raise UserError(
-            f"{path}: index {indices.max()}: the database has {num_database} pictures, counted from 0 "
+            f"{path}: index {indices.max()}: the database has {counted(num_database, 'picture')}, counted from 0 "
             "(another database list?)"
         )
     return [list(dict.fromkeys(index for index in row if index >= 0)) for row in indices.tolist()]
@@ -306,7 +307,7 @@ def _read_named_rows(path: Path, query_names: Sequence[str], database_names: Seq
 
 
 def _examples(names: Sequence[str]) -> str:
-    return f"{len(names)} pictures such as {some_of(names, 3)}"
+    return f"{counted(len(names), 'picture')} such as {some_of(names, 3)}"
 
 
 def _plain(name: str) -> str:

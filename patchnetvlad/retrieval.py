@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchnetvlad.candidates import ApproximateSearch, Candidates
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.faiss_library import faiss
 
 _CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ class _FactoryIndex:
 
     def _refused(self, error: RuntimeError) -> UserError:
         return UserError(
-            f"[feature_match] index = {self._factory}: faiss cannot search {self._shape[0]} pictures of "
+            f"[feature_match] index = {self._factory}: faiss cannot search {counted(self._shape[0], 'picture')} of "
             f"{self._shape[1]} dimensions with it: {faiss_reason(error)} (the exact search is Flat)"
         )
 

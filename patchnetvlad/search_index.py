@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.config import BUILT_INDEX
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import make_folder, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
@@ -189,8 +189,8 @@ def build_index(
         index = SearchIndex(record, _open_shards(path, files)).tuned(database, neighbours, recall)
     except RuntimeError as error:
         raise UserError(
-            f"--factory {factory}: faiss cannot make this index of {len(database)} pictures of {database.shape[1]} "
-            f"dimensions: {faiss_reason(error)}"
+            f"--factory {factory}: faiss cannot make this index of {counted(len(database), 'picture')} of "
+            f"{database.shape[1]} dimensions: {faiss_reason(error)}"
         ) from error
     content = {"format": _FORMAT, "version": _VERSION, **asdict(index.record)}
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -205,8 +205,8 @@ def open_index(path: Path, database: Float32Rows, names: Sequence[str]) -> Searc
     record = _read_record(path)
     if record.num_pictures != len(database) or record.names_sha256 != hash_names(names):
         raise UserError(
-            f"{path}: is an index of another list ({record.num_pictures} pictures there, {len(database)} here; build "
-            "it again with tools/build_index.py)"
+            f"{path}: is an index of another list ({counted(record.num_pictures, 'picture')} there, {len(database)} "
+            "here; build it again with tools/build_index.py)"
         )
     if record.num_dims != database.shape[1] or record.rows_sha256 != _rows_sha256(database):
         raise UserError(
@@ -236,7 +236,7 @@ def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shard
         with replacing(file) as temporary:
             faiss.write_index(index, str(temporary))
         files.append((file.name, file.stat().st_size))
-        logger.info("%s: %d pictures, %.1f MB", file, end - first, file.stat().st_size / 1e6)
+        logger.info("%s: %s, %.1f MB", file, counted(end - first, "picture"), file.stat().st_size / 1e6)
     return tuple(files)
 
 

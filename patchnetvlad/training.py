@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from patchnetvlad.config import Config
 from patchnetvlad.distributed import Processes
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import sync_files
 from patchnetvlad.frozen_layers import FrozenPart, LearnedPart
 from patchnetvlad.images import ChangePicture
@@ -186,10 +186,10 @@ class Trainer:
         seconds = time.perf_counter() - started
         seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
         logger.info(
-            "%s: %d of %d queries have negatives, mean loss %.4f, %.1f pictures a second",
+            "%s: %d of %s with negatives, mean loss %.4f, %.1f pictures a second",
             label,
             len(triplets),
-            len(subset.queries),
+            counted(len(subset.queries), "query", "queries"),
             total / len(steps),
             seen,
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.csv_table import read_table
 from patchnetvlad.distributed import Processes
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.images import check_images
@@ -139,8 +139,8 @@ def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: b
     if not len(kept.units):
         raise UserError(
             f"{side.folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of "
-            f"{len(side.keys)} pictures (panoramas: {side.panorama.sum()}, includepanos = {include_panoramas}; subtask "
-            f"{subtask})"
+            f"{counted(len(side.keys), 'picture')} (panoramas: {side.panorama.sum()}, includepanos = "
+            f"{include_panoramas}; subtask {subtask})"
         )
     return kept
 
@@ -190,10 +190,10 @@ class TrainingData:
             total = sum(map(len, sides))
             if not skip:
                 raise UserError(
-                    f"{len(problems)} of {total} pictures cannot be used: {shown} (restore them, or leave them "
-                    "out with --skip_unreadable)"
+                    f"{len(problems)} of {counted(total, 'picture')} cannot be used: {shown} (restore them, or leave "
+                    "them out with --skip_unreadable)"
                 )
-            logger.warning("%d of %d pictures are left out: %s", len(problems), total, shown)
+            logger.warning("left out: %d of %s: %s", len(problems), counted(total, "picture"), shown)
 
         def cleaned(side: PictureSet) -> PictureSet:
             keep = np.array([path not in problems for path in side.paths], dtype=bool)
@@ -243,7 +243,7 @@ def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negat
         used = [row for row, rows in enumerate(positives_here) if len(rows)]
         if not used:
             raise UserError(
-                f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "
+                f"{city.queries.source}: no query of {city.name} ({len(city.queries)} in all) has a database picture "
                 f"within {positive_radius:g} m, nor can anything be learned there (leave the city out?)"
             )
         queries += [city.queries.paths[row] for row in used]
@@ -252,19 +252,19 @@ def triplet_places(cities: Sequence[CityPictures], positive_radius: float, negat
         labels.append(np.stack([city.queries.night, city.queries.sideways, city.queries.unlabelled])[:, used])
         database += city.database.paths
         logger.info(
-            "training: %s: %d queries of %d have a positive, %d database pictures",
+            "training: %s: %s with a positive, of %d; %s",
             city.name,
-            len(used),
+            counted(len(used), "query", "queries"),
             len(city.queries),
-            len(city.database),
+            counted(len(city.database), "database picture"),
         )
     night, sideways, unlabelled = np.concatenate(labels, axis=1)
     if unlabelled.any():
         logger.warning(
-            "training: %d of %d queries have no known night or view_direction, and count as taken by day, looking "
-            "forward, where it is not told",
+            "training: %d of %s without a known night or view_direction: taken by day, looking forward, where it is "
+            "not told",
             unlabelled.sum(),
-            len(queries),
+            counted(len(queries), "query", "queries"),
         )
     offset = len(queries)
     return TripletPlaces(

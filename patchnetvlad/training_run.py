@@ -25,7 +25,7 @@ from patchnetvlad.clustering import (
 from patchnetvlad.config import Config
 from patchnetvlad.devices import TRAINING_MEMORY, memory_errors
 from patchnetvlad.distributed import Processes
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
@@ -131,7 +131,8 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     assert folder is not None
     logger.info("run in %s", folder)
     if learning.progress.epoch >= options.num_epochs > 0:
-        logger.warning("%d epochs are finished already, --nEpochs is %d", learning.progress.epoch, options.num_epochs)
+        epochs = counted(learning.progress.epoch, "epoch is", "epochs are")
+        logger.warning("%s finished already, --nEpochs is %d", epochs, options.num_epochs)
     trainer = Trainer(config, learning, places, data.validation, folder, processes, options.save_every_epoch, progress)
     trainer.run(options.num_epochs)
     state = learning.progress
@@ -290,14 +291,14 @@ def _tell_memory(config: Config, model: PlaceModel, places: TripletPlaces) -> No
     kept = min(pictures * estimate.output, int(train.frozen_cache_gb * 1e9))
     gigabytes = [value / 1e9 for value in (estimate.peak, estimate.frozen, estimate.learned, kept)]
     logger.info(
-        "memory, estimated: %.2f GB on the computing device (frozen layers %.2f GB for %d pictures, learning %.2f GB "
-        "for %d pictures), and %.2f GB of main memory for the frozen layers' output of %d pictures",
+        "memory, estimated: %.2f GB on the computing device (frozen layers %.2f GB for %s, learning %.2f GB "
+        "for %s), and %.2f GB of main memory for the frozen layers' output of %s",
         *gigabytes[:2],
-        train.cachebatchsize,
+        counted(train.cachebatchsize, "picture"),
         gigabytes[2],
-        trained,
+        counted(trained, "picture"),
         gigabytes[3],
-        pictures,
+        counted(pictures, "picture"),
     )
 
 

@@ -29,7 +29,7 @@ def check_validation(cities: Sequence[CityPictures], radius: float) -> None:
     for city in cities:
         if not any(map(len, city.positives(radius))):
             raise UserError(
-                f"{city.queries.source}: none of the {len(city.queries)} queries of {city.name} has a database picture "
+                f"{city.queries.source}: no query of {city.name} ({len(city.queries)} in all) has a database picture "
                 f"within {radius:g} m, so it cannot validate (leave the city out of val_cities?)"
             )
 

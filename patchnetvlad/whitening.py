@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, by_number
 from patchnetvlad.netvlad import EPSILON
 
 EIGENVALUE_FLOOR = 1e-9  # added to eigenvalues before the power, so that empty directions stay finite
@@ -152,7 +152,8 @@ def check_num_pcs(num_pcs: int, num_samples: int, dims: int) -> None:
     """UserError unless 0 < num_pcs < num_samples and num_pcs ≤ dims; worth a call before samples are described."""
     if num_pcs >= num_samples:
         raise UserError(
-            f"WPCA: num_pcs = {num_pcs} needs more than {num_pcs} samples, and there are {num_samples} "
+            f"WPCA: num_pcs = {num_pcs} needs more than {num_pcs} samples, and "
+            f"{by_number(num_samples, 'there is', 'there are')} {num_samples} "
             "(describe more pictures, or lower num_pcs)"
         )
     if not 0 < num_pcs <= dims:

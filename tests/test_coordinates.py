@@ -74,11 +74,11 @@ def test_zones_in_words():
 
 
 def test_positions_that_cannot_be():
-    with pytest.raises(UserError, match=r"1 of 1 positions are out of range.*swapped.*a.jpg \(139.7, 35.6\)"):
+    with pytest.raises(UserError, match=r"1 of 1 position out of range.*swapped.*a.jpg \(139.7, 35.6\)"):
         check_geographic(np.array([[139.7, 35.6]]), ["a.jpg"], "x")
     with pytest.raises(UserError, match=r"2 of 2.*no position"):
         check_geographic(np.array([[np.nan, 35.6], [139.0, 181.0]]), ["a.jpg", "b.jpg"], "x")
     with pytest.raises(UserError, match="are 0, 0"):
         check_geographic(np.zeros((7, 2)), list("abcdefg"), "x")
-    with pytest.raises(UserError, match="1 of 2 positions are more than 20°"):
+    with pytest.raises(UserError, match="over 20° of longitude from its middle lie 1 of 2 positions"):
         to_utm(np.array([[50.0, 6.0], [6.0, 50.0]]), Zone(32))

@@ -77,7 +77,7 @@ def test_the_first_process_decides(msls: Path, tmp_path: Path) -> None:
     two, one = (command_line(tmp_path / "msls", folder, *more) for folder in folders)
     done = finished([*LAUNCH, str(tmp_path / "disturbed.py"), *two])
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 of 90 pictures are left out") == 1
+    assert done.stderr.count("left out: 2 of 90 pictures") == 1
     assert train(one) == 0
     two_run, one_run = (next(folder.iterdir()) for folder in folders)
     assert scalars(two_run, "Train/nNeg") == scalars(one_run, "Train/nNeg")

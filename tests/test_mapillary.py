@@ -237,7 +237,7 @@ def test_unknown_labels_count_as_day_and_forward(changed: Path, caplog: pytest.L
     places = triplet_places([city], 10, 25)
     np.testing.assert_array_equal(places.weights, [11, 1, 11] + [1] * 7)
     assert caplog.text.count("WARNING") == 1
-    assert "3 of 10 queries have no known night or view_direction" in caplog.text
+    assert "3 of 10 queries without a known night or view_direction" in caplog.text
 
 
 def test_cities_stand_once() -> None:
@@ -302,7 +302,7 @@ def test_pictures_that_take_part_need_a_position(changed: Path) -> None:
     without(-1)  # a panorama
     assert len(read_cities(changed, ["london"])[0].database) == 15
     without(0)
-    message = rf"postprocessed\.csv: 1 pictures have no easting and northing, the first is {rows[0]['key']}"
+    message = rf"postprocessed\.csv: 1 picture has no easting and northing, the first is {rows[0]['key']}"
     with pytest.raises(UserError, match=message):
         read_cities(changed, ["london"])
 
@@ -365,6 +365,6 @@ def test_bad_pictures_stop_or_are_skipped(changed: Path, caplog: pytest.LogCaptu
     checked = data.checked(ONE_PROCESS, decode=True, skip=True, workers=1, progress=False)
     queries = checked.train[0].queries
     assert len(queries) == 8 and not {images[0], images[1]} & set(queries.paths)
-    assert f"2 of 25 pictures are left out: {images[0]}: no such file" in caplog.text
+    assert f"left out: 2 of 25 pictures: {images[0]}: no such file" in caplog.text
     for path in queries.paths:
         Image.open(path).load()

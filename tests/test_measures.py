@@ -114,7 +114,7 @@ def test_table_and_record():
     measures = {"NetVLAD": measure(judge(PREDICTIONS, POSITIVES, np.array([0.1, 0.9, 0.3, 0.2])), (1, 3, 5))}
     protocol = Protocol(4, 10, 25.0, "m")
     assert measure_lines(protocol, measures) == [
-        "4 queries against 10 pictures, a match within 25 m; 1 queries have no match",
+        "4 queries against 10 pictures, a match within 25 m; 1 query has no match",
         "Recall@N (%)                  1      3      5",
         "NetVLAD                    25.0   50.0   50.0",
         "NetVLAD, with a match      33.3   66.7   66.7",

@@ -229,7 +229,7 @@ def test_the_command_from_predictions_to_percentages_and_submission(dataset, tmp
     more = ["--query_poses", str(dataset / "query"), "--submission", str(submission), "--names", "robotcar"]
     assert evaluate_poses([*options, *more, "--json", str(tmp_path / "poses.json")]) == 0
     printed = capsys.readouterr().out
-    assert "6 of 6 queries have a pose (best)" in printed
+    assert "6 of 6 queries with a pose (best)" in printed
     assert [line.split()[0] for line in printed.splitlines()[2:6]] == ["dawn", "night", "snow", "all"]
     database = read_kapture(dataset / "mapping")
     first = database[made.database.names[0].removeprefix("mapping/sensors/records_data/")]

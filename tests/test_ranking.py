@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -166,15 +167,20 @@ def test_bytes_are_the_same_however_little_memory_there_is(places, tmp_path):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "large" / file).read_bytes()
     logs = {name: (tmp_path / name / "match.log").read_text() for name in ("large", "small", "none")}
     assert "half of what is available" in logs["large"] and "WARNING" not in logs["large"]
-    assert "0.0005 GB (cache_gb, as configured)" in logs["small"]
+    assert "= 0.0005 GB (cache_gb, as configured)" in logs["small"]
+    for log in logs.values():  # the end says the same of the same memory as the beginning
+        (told,) = re.findall(r"for queries \+ (\S+) GB for the database", log)
+        assert re.search(rf" of {re.escape(told)} GB in use", log)
     for name in ("small", "none"):
         assert "WARNING" in logs[name] and "feature_dtype = float16 or int8" in logs[name]
         assert "rerank_top" in logs[name] and "cache_gb" in logs[name]
-    reads = int(logs["large"].split("database patches: ")[1].split()[0])
+    reads, none_kept = (
+        int(logs[name].split("patches of the database: read ")[1].split()[0]) for name in ("large", "none")
+    )
     indices = np.load(tmp_path / "large/scores.npz")["indices"]
     assert reads == len(np.unique(indices))
-    assert f"{indices.size - reads} times found in memory" in logs["large"]
-    assert int(logs["none"].split("database patches: ")[1].split()[0]) >= indices.size
+    assert f"found in memory {indices.size - reads} times" in logs["large"]
+    assert none_kept >= indices.size
 
 
 def test_half_of_the_memory_within_a_container(tmp_path):

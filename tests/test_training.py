@@ -528,7 +528,7 @@ def test_unreadable_pictures_stop_before_the_start(
     assert not (tmp_path / "runs").exists()
     assert train([*arguments, "--skip_unreadable"]) == 0
     captured = capsys.readouterr()
-    assert "1 of 90 pictures are left out" in captured.err and "checkpoints in" in captured.out
+    assert "left out: 1 of 90 pictures" in captured.err and "checkpoints in" in captured.out
 
 
 def test_mixed_precision_trains(msls: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.pairs import match_two
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.paths import shipped_folder
 
 
@@ -73,7 +73,8 @@ def _render_places(args: argparse.Namespace) -> None:
 
     city = make_city(args.places, seed=args.seed, look_alikes=min(2, args.places - 1), scale=args.width / 10)
     pictures = write_city(city, Path(args.root), args.name, (args.width, args.height), args.quality)
-    print(f"{len(city.database)} database pictures and {len(city.queries)} queries in {pictures}")
+    counts = counted(len(city.database), "database picture"), counted(len(city.queries), "query", "queries")
+    print(f"{' and '.join(counts)} in {pictures}")
 
 
 def render_msls(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def _render_msls(args: argparse.Namespace) -> None:
 
     cities = [replace(city, places=max(2, round(city.places * args.places))) for city in SMALL_TREE]
     count = write_msls(Path(args.output_dir), cities, (args.width, args.height))
-    print(f"{count} pictures of {', '.join(city.name for city in cities)} in {args.output_dir}")
+    print(f"{counted(count, 'picture')} of {', '.join(city.name for city in cities)} in {args.output_dir}")
 
 
 def _add_size_options(parser: Parser) -> None:

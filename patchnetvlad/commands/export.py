@@ -6,7 +6,7 @@ from pathlib import Path
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.paths import require_file
 
@@ -69,4 +69,4 @@ def _export_hloc(args: argparse.Namespace) -> None:
     with FeatureStore.open(features, pictures) as store:
         descriptors = store.global_
     write_hloc_descriptors(Path(args.output_path), pictures.names, descriptors)
-    print(f"{len(descriptors)} descriptors of {descriptors.shape[1]} dimensions in {args.output_path}")
+    print(f"{counted(len(descriptors), 'descriptor')} of {descriptors.shape[1]} dimensions in {args.output_path}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import BUILT_INDEX, Config
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import FORMATS, WRITTEN, check_formats
 
@@ -109,7 +109,7 @@ def _extract(args: argparse.Namespace) -> None:
         else:
             done = _extract_with_ray(options, config, listed, root, folder, progress, args.overwrite)
     now = "" if done.described == done.pictures else f", {done.described} of them now"
-    print(f"{done.pictures} pictures described in {done.folder}{now}")
+    print(f"{counted(done.pictures, 'picture')} described in {done.folder}{now}")
 
 
 def _extract_with_ray(
@@ -166,8 +166,8 @@ def _build_index(args: argparse.Namespace) -> None:
     )
     effort = ", ".join(f"{name} {value}" for name, value in built.parameters.items()) or "all compared"
     print(
-        f"index of {built.num_pictures} pictures in {path}: {built.factory}, {effort}, {built.widening} looked up for "
-        f"each one wanted, {built.num_bytes / 1e6:.1f} MB"
+        f"index of {counted(built.num_pictures, 'picture')} in {path}: {built.factory}, {effort}, {built.widening} "
+        f"looked up for each one wanted, {built.num_bytes / 1e6:.1f} MB"
     )
     print(f"Recall@{built.neighbours} against the exact search: {built.recall:.4f}")
     if built.recall < args.recall:

@@ -9,7 +9,7 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.paths import RUNS_FOLDER, check_new_checkpoint, find_checkpoint, require_file, with_wpca
 
@@ -176,7 +176,8 @@ def _make_csv(args: argparse.Namespace) -> None:
 
     truth = read_ground_truth(path, queries.names, database.names)
     write_training_csv(Path(args.out_file), args.part, args.city or path.stem, queries, database, truth)
-    print(f"{len(queries)} queries and {len(database)} database pictures in {args.out_file}")
+    counts = counted(len(queries), "query", "queries"), counted(len(database), "database picture")
+    print(f"{' and '.join(counts)} in {args.out_file}")
 
 
 def _checkpoint(name: str) -> Path:
@@ -225,7 +226,7 @@ def _sources(args: argparse.Namespace) -> list[tuple[Path, Path | None]]:
     tables = args.dataset_csv or ["-"]
     if len(roots) != len(tables):
         raise UserError(
-            f"--dataset_csv: expected one for each of the {len(roots)} folders of --dataset_root_dir, found "
+            f"--dataset_csv: expected one for each folder of --dataset_root_dir ({len(roots)}), found "
             f"{len(tables) if args.dataset_csv else 'none'} (- stands for an MSLS tree)"
         )
     pairs = zip(roots, tables, strict=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from patchnetvlad.config import Config
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, ListPair
 from patchnetvlad.datasets.makers import finish
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import find_file, require_file
@@ -37,7 +37,9 @@ def prepare(
         for listed in (pictures for pair in files for pictures in (pair.queries, pair.database)):
             absent = sum(not path.is_file() for path in listed.paths)
             if absent:
-                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
+                raise UserError(
+                    f"{listed.source}: {absent} of {counted(len(listed), 'picture')} not found below {root}"
+                )
     except UserError as error:
         missing.append(f"data: {error} (get it: {benchmark.where})")
     try:

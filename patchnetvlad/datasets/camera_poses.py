@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from patchnetvlad.datasets.dataset import Dataset, Pictures
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.localization.poses import Pose, read_kapture, read_poses
 
 _RECORDS = Path("sensors") / "records_data"
@@ -54,10 +54,11 @@ def _kapture_side(root: Path, folders: Sequence[str], only_posed: bool) -> tuple
     unposed = [name for name, pose in poses.items() if pose is None]
     if not unposed:
         return _pictures({name: pose for name, pose in poses.items() if pose is not None}), ()
+    without = f"{len(unposed)} of {counted(len(poses), 'picture')} of {', '.join(folders)} without a pose"
     if only_posed and len(unposed) < len(poses):
-        note = f"left out: {len(unposed)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+        note = f"left out: {without}"
         return _pictures({name: pose for name, pose in poses.items() if pose is not None}), (note,)
-    note = f"{len(unposed)} of {len(poses)} pictures of {', '.join(folders)} have no pose"
+    note = without
     if only_posed:
         raise UserError(f"{root}: {note} (are the trajectories of another download?)")
     return Pictures(tuple(poses)), (note,)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, by_number, counted
 from patchnetvlad.files import some_of, write_text
 from patchnetvlad.ground_truth import GroundTruth, with_unit, write_ground_truth
 from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
@@ -25,7 +25,7 @@ class Pictures:
 
     def __post_init__(self) -> None:
         if self.coordinates is not None and len(self.coordinates) != len(self.names):
-            raise ValueError(f"{len(self.coordinates)} coordinates for {len(self.names)} pictures")
+            raise ValueError(f"{len(self.coordinates)} coordinates for {counted(len(self.names), 'picture')}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,7 +86,10 @@ def check_names(dataset: Dataset) -> None:
         twice = [name for name in pictures.names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
         if twice:
             named = some_of(twice, _NAMED)
-            raise UserError(f"{dataset.name}: {len(twice)} {side} pictures are listed twice (duplicate keys?): {named}")
+            raise UserError(
+                f"{dataset.name}: listed twice {by_number(len(twice), 'is', 'are')} "
+                f"{counted(len(twice), f'{side} picture')} (duplicate keys?): {named}"
+            )
 
 
 def check_pictures(
@@ -106,7 +109,7 @@ def check_pictures(
         names = [_find(root, name) for name in listed]
         renamed = sum(new not in (None, old) for new, old in zip(names, pictures.names, strict=True))
         if renamed:
-            notes.append(f"{renamed} pictures have another extension than the one listed, and are listed under theirs")
+            notes.append(f"listed under another extension, that of the file: {counted(renamed, 'picture')}")
         absent += [old for new, old in zip(names, pictures.names, strict=True) if new is None]
         with_file_names = Pictures(
             tuple(new or old for new, old in zip(names, pictures.names, strict=True)), pictures.coordinates
@@ -114,7 +117,7 @@ def check_pictures(
         present = np.array([name is not None for name in names], dtype=bool)
         kept = _whole_blocks(present, block)
         if (broken := int(present.sum() - kept.sum())) > 0:
-            notes.append(f"left out: {broken} cut-outs at hand of panoramas that are not complete")
+            notes.append(f"left out: {counted(broken, 'cut-out')} at hand of panoramas that are not complete")
         sides.append(with_file_names.keep(np.flatnonzero(kept)))
     if absent:
         total = len(dataset.queries) + len(dataset.database)
@@ -122,7 +125,8 @@ def check_pictures(
         if len(absent) > _NAMED and report is not None:
             write_text(report, (f"{name}\n" for name in absent))
             where = f"; all are named in {report}"
-        message = f"{len(absent)} of {total} listed pictures are absent below {root}: {some_of(absent, _NAMED)}{where}"
+        named = f"{some_of(absent, _NAMED)}{where}"
+        message = f"{len(absent)} of {counted(total, 'listed picture')} not found below {root}: {named}"
         enough = all(len(side) for side in sides)
         if not leave_out or not enough:
             hint = "; --incomplete leave_out goes on without them" if enough else ", too few are left (another root?)"
@@ -140,7 +144,9 @@ def with_matches_only(dataset: Dataset) -> Dataset:
     dropped = len(dataset.queries) - len(rows)
     if not len(rows):
         raise UserError(f"{dataset.name}: no query has a match within {with_unit(dataset.radius, dataset.unit)}")
-    return replace(dataset, queries=dataset.queries.keep(rows)).noted(f"left out: {dropped} queries without a match")
+    return replace(dataset, queries=dataset.queries.keep(rows)).noted(
+        f"left out: {counted(dropped, 'query', 'queries')} without a match"
+    )
 
 
 def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> DatasetFiles:
@@ -168,13 +174,15 @@ def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> Dataset
 
 def summary(dataset: Dataset) -> list[str]:
     """What was found, line by line."""
-    lines = [f"{dataset.name}: {len(dataset.queries)} queries, {len(dataset.database)} database pictures"]
+    counts = counted(len(dataset.queries), "query", "queries"), counted(len(dataset.database), "database picture")
+    lines = [f"{dataset.name}: {', '.join(counts)}"]
     truth = dataset.ground_truth()
     if truth is None:
         lines.append("  no coordinates of all pictures: lists only, no ground truth")
     else:
         unmatched = sum(len(rows) == 0 for rows in truth.positives())
-        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {unmatched} queries have none")
+        without = counted(unmatched, "query has", "queries have")
+        lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {without} none")
         coordinates = np.concatenate([truth.utm_query, truth.utm_database])
         extent = ", ".join(
             f"{low:.1f} to {high:.1f}" for low, high in zip(coordinates.min(0), coordinates.max(0), strict=True)

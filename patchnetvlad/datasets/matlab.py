@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.io.matlab import MatReadError
 
 from patchnetvlad.datasets.dataset import Dataset, Pictures
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.localization.coordinates import Zone
 
 FIELDS = (
@@ -82,7 +82,7 @@ def from_struct(
         coordinates = _coordinates(path, coordinates_key, fields[coordinates_key], key, len(names))
         count = _number(path, count_key, fields[count_key])
         if count != len(names):
-            raise UserError(f"{path}: {count_key} is {count:g} but {key} has {len(names)} names")
+            raise UserError(f"{path}: {count_key} is {count:g} but {key} has {counted(len(names), 'name')}")
         pictures[key] = Pictures(tuple((folder / file).as_posix() for file in names), coordinates)
     radius = _number(path, "posDistThr", fields["posDistThr"])
     squared = _number(path, "posDistSqThr", fields["posDistSqThr"])
@@ -118,7 +118,7 @@ def _names(path: Path, key: str, cells: NDArray[np.generic]) -> list[str]:
         raise UserError(f"{path}: {key}: expected texts, the names of pictures, one a cell")
     names = ["".join(np.asarray(cell).astype(str).ravel().tolist()).strip() for cell in cells.ravel().tolist()]
     if not all(names):
-        raise UserError(f"{path}: {key} holds {sum(not name for name in names)} empty names")
+        raise UserError(f"{path}: {key} holds {counted(sum(not name for name in names), 'empty name')}")
     return names
 
 
@@ -127,12 +127,12 @@ def _coordinates(path: Path, key: str, values: NDArray[np.generic], names_key: s
         raise UserError(f"{path}: {key}: expected numbers 2×n, not {values.dtype} of shape {values.shape}")
     rows = values.T if values.shape[0] == 2 else values  # published as 2×n
     if len(rows) != count:
-        raise UserError(f"{path}: {key} has {len(rows)} positions but {names_key} has {count} names")
+        counts = counted(len(rows), "position"), counted(count, "name")
+        raise UserError(f"{path}: {key} has {counts[0]} but {names_key} has {counts[1]}")
     coordinates = np.ascontiguousarray(rows, dtype=np.float64)
     if not np.isfinite(coordinates).all():
-        raise UserError(
-            f"{path}: {key} holds {int((~np.isfinite(coordinates).all(axis=1)).sum())} positions not finite"
-        )
+        infinite = int((~np.isfinite(coordinates).all(axis=1)).sum())
+        raise UserError(f"{path}: {key} holds {counted(infinite, 'position')} not finite")
     return coordinates
 
 

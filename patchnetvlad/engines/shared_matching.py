@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from patchnetvlad.config import Config
 from patchnetvlad.engines.ray_cluster import Cluster
+from patchnetvlad.errors import counted
 from patchnetvlad.evaluation import MatchingRun, Sources, memory_shares, open_features
 from patchnetvlad.extraction import expected_header
 from patchnetvlad.image_lists import Derived, ImageList
@@ -93,7 +94,8 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
                 done.update(zip(blocks[place], rerankings, strict=True))
                 bar.update(len(rerankings))
         pairs, seconds = sum(map(len, heads)), time.perf_counter() - started
-        logger.info("re-ranking: %d pairs of %d queries in %.1f s by Ray", pairs, len(heads), seconds)
+        counts = counted(pairs, "pair"), counted(len(heads), "query", "queries")
+        logger.info("re-ranking: %s of %s in %.1f s by Ray", *counts, seconds)
         return [done[row] for row in range(len(heads))], sizes
 
     return rerank_all

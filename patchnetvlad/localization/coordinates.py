@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyproj import Transformer
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import some_of
 
 FARTHEST = 20.0  # degrees of longitude from a zone's meridian; there distances are 6 % too long at the equator
@@ -78,9 +78,9 @@ def to_utm(geographic: NDArray[np.float64], zone: Zone) -> NDArray[np.float64]:
     away = np.abs((geographic[:, 1] - zone.meridian + 180.0) % 360.0 - 180.0)
     if len(away) and away.max() > FARTHEST:
         raise UserError(
-            f"UTM zone {zone}: {int((away > FARTHEST).sum())} of {len(away)} positions are more than {FARTHEST:g}° of "
-            "longitude from its middle: one zone cannot hold them (latitude and longitude swapped in some rows, or "
-            "several places: make a dataset of each)"
+            f"UTM zone {zone}: over {FARTHEST:g}° of longitude from its middle lie {int((away > FARTHEST).sum())} of "
+            f"{counted(len(away), 'position')}: one zone cannot hold them (latitude and longitude swapped in some "
+            "rows, or several places: make a dataset of each)"
         )
     east, north = _transformer(zone).transform(geographic[:, 0], geographic[:, 1])
     return np.stack([np.asarray(east, np.float64), np.asarray(north, np.float64)], axis=1)
@@ -112,13 +112,13 @@ def check_geographic(geographic: NDArray[np.float64], names: Sequence[str], wher
         swapped = (np.abs(latitude[impossible]) > 90).all() and (np.abs(longitude[impossible]) <= 90).all()
         cause = "latitude and longitude swapped?" if swapped else "not degrees, or no position?"
         raise UserError(
-            f"{where}: {int(impossible.sum())} of {len(names)} positions are out of range, latitude −90 to 90 and "
-            f"longitude −180 to 180 ({cause}): {_examples(names, impossible, geographic)}"
+            f"{where}: {int(impossible.sum())} of {counted(len(names), 'position')} out of range, latitude −90 to 90 "
+            f"and longitude −180 to 180 ({cause}): {_examples(names, impossible, geographic)}"
         )
     nowhere = (latitude == 0) & (longitude == 0)
     if nowhere.any():
         raise UserError(
-            f"{where}: {int(nowhere.sum())} of {len(names)} positions are 0, 0 (written without a GPS fix?): "
+            f"{where}: {int(nowhere.sum())} of {counted(len(names), 'position')} at 0, 0 (written without a GPS fix?): "
             f"{_examples(names, nowhere, geographic)}"
         )
 

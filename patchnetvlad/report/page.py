@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from patchnetvlad.errors import counted
 from patchnetvlad.figures import SCALE_COLOURS
 from patchnetvlad.files import writing
 from patchnetvlad.ground_truth import one_of, with_unit
@@ -37,7 +38,7 @@ def write_report(path: Path, content: ReportContent, progress: bool = False) -> 
     pictures, aspects = thumbnails(paths, THUMBNAIL_BUDGET, content.exif_rotation, progress)
     unreadable = sum(picture is None for picture in pictures)
     if unreadable:
-        logger.warning("report: %d of %d pictures cannot be read and are left blank", unreadable, len(pictures))
+        logger.warning("report: %d of %s cannot be read: left blank", unreadable, counted(len(pictures), "picture"))
     data = {
         "stages": list(content.stages),
         "unit": content.ground_truth.unit if content.ground_truth else "",

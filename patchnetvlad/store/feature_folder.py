@@ -63,7 +63,7 @@ GROWN_NAME = GLOBAL_NAME + ".grown"
 _ROWS_AT_ONCE = 4096  # global descriptors that are copied at a time
 _NOT_FIRST = "picture list: its first {} are not those in the blocks (new pictures go to the end of the list)"
 
-_WAYS_OUT = "choose another --output_features_dir, or replace these features with --overwrite"
+_WAYS_OUT = "choose another output folder, or replace these features with --overwrite"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
@@ -300,8 +300,8 @@ def _check_manifest(manifest: Manifest, names: Sequence[str], expected: StoreHea
             )
     if manifest.num_pictures != len(names):
         raise UserError(
-            f"{folder}: features are of {manifest.num_pictures} pictures, the list has {len(names)} (made from another "
-            "list, or the folders of query and database are swapped)"
+            f"{folder}: features are of {counted(manifest.num_pictures, 'picture')}, the list has {len(names)} (made "
+            "from another list, or the folders of query and database are swapped)"
         )
     if manifest.header.layout == "packed":
         if manifest.names_sha256 != hash_names(names):
@@ -323,8 +323,8 @@ def _check_manifest(manifest: Manifest, names: Sequence[str], expected: StoreHea
             )
     if len(manifest.entries) < len(names) or not (folder / GLOBAL_NAME).exists():
         raise UserError(
-            f"{folder}: extraction is not finished, {len(manifest.entries)} of {len(names)} pictures are there "
-            "(run feature_extract again with the same arguments to continue)"
+            f"{folder}: extraction is not finished, {len(manifest.entries)} of {counted(len(names), 'picture')} are "
+            "there (run feature_extract again with the same arguments to continue)"
         )
 
 
@@ -416,8 +416,8 @@ def _read_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:
             raise UserError(f"{path}: holds {info.dtype} of shape {info.shape}, expected N×D numbers (another file)")
         if info.shape[0] != num_pictures:
             raise UserError(
-                f"{path}: has {info.shape[0]} rows, the list has {num_pictures} pictures (made from another list, or "
-                "the folders of query and database are swapped)"
+                f"{path}: has {counted(info.shape[0], 'row')}, the list has {counted(num_pictures, 'picture')} (made "
+                "from another list, or the folders of query and database are swapped)"
             )
         if num_dims not in (0, info.shape[1]):
             raise UserError(

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.errors import counted
 from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_codes import PatchCodec
@@ -172,7 +173,7 @@ class FeatureWriter:
 
     def _kept(self) -> str:
         total = len(self.pictures)
-        return f"{total - len(self.missing)} of {total} pictures are kept"
+        return f"{total - len(self.missing)} of {counted(total, 'picture')} kept"
 
 
 def _check_list(pictures: ImageList) -> None:

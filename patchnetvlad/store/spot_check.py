@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
@@ -46,7 +46,9 @@ def check_by_pictures(
         return
     for index, descriptor in described.items():
         _compare(folder, pictures, global_, index, descriptor)
-    logger.info("%s: has no manifest.jsonl; %d pictures described again agree with it", folder, len(chosen))
+    logger.info(
+        "%s: has no manifest.jsonl; described again and found to agree: %s", folder, counted(len(chosen), "picture")
+    )
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@
   };
   const byId = (id) => document.getElementById(id);
   const count = (value) => value.toLocaleString("en-US");
+  const counted = (value, one, several) => `${count(value)} ${value === 1 ? one : several}`;
   const withUnit = (value) => `${value} ${value === 1 ? data.unit_one : data.unit}`;
   const distance = (value) => value === null ? "" :
     (value >= 10000 && data.unit === "m" ? (value / 1000).toPrecision(3) + " km" : withUnit(value >= 100 ? Math.round(value) : +value.toFixed(1)));
@@ -87,7 +88,7 @@
     if (order.value === "rank") shown.sort((a, b) => late(b) - late(a) || a - b);
     if (order.value === "name") shown.sort((a, b) => lowered[a] < lowered[b] ? -1 : lowered[a] > lowered[b] ? 1 : a - b);
     for (const button of byId("filters").children) button.setAttribute("aria-pressed", String(button.dataset.filter === filter));
-    byId("count").textContent = shown.length === numQueries ? `${count(numQueries)} queries` : `${count(shown.length)} of ${count(numQueries)} queries`;
+    byId("count").textContent = (shown.length === numQueries ? "" : `${count(shown.length)} of `) + counted(numQueries, "query", "queries");
     list.replaceChildren();
     drawn = 0;
     grow();
@@ -209,7 +210,7 @@
       const swatch = make("i");
       swatch.style.background = colour;
       const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(number)) }, swatch,
-        `${side}×${side}: ${numInliers} inliers of ${numMatches} matches, score ${score}`);
+        `${side}×${side}: ${counted(numInliers, "inlier", "inliers")} of ${counted(numMatches, "match", "matches")}, score ${score}`);
       button.addEventListener("click", () => { hidden.has(number) ? hidden.delete(number) : hidden.add(number); drawPair(); });
       legend.append(button);
       if (hidden.has(number)) return;
