@@ -1,5 +1,6 @@
 """Where shipped files and the user's files are: in a checkout, installed from a wheel, in the older layout."""
 
+import glob
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ PUBLISHED_CHECKPOINTS = {  # local name: name on the hub
     for num_pcs in (128, 512, 4096)
 }
 
+_CHECKPOINT_END = ".pth.tar"
 _WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _PACKAGE = Path(__file__).resolve().parent
 _OLD_LAYOUT = "patchnetvlad"  # folder that held the data folders in the published release
@@ -129,10 +131,37 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
     for form in forms:
         if Path(form).name in PUBLISHED_CHECKPOINTS:
             return download_folder() / Path(form).name
+    sizes = sorted(_sizes_at_hand(name, beside).items())
+    if sizes:
+        # A name that ends in a number of dimensions is not the beginning of the other names
+        by_name = name.endswith((_CHECKPOINT_END, *"0123456789"))
+        there = [
+            f"{path} is there: set {f'resumepath to {path} and ' if by_name else ''}num_pcs to {size}"
+            for size, path in sizes
+        ]
+        raise UserError(f"resumepath = {name}: no such checkpoint with num_pcs = {num_pcs} ({'; '.join(there)})")
     raise UserError(
         f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
         f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
     )
+
+
+def _sizes_at_hand(name: str, beside: Path | None) -> dict[int, Path]:
+    """Checkpoints that the name means with another number of dimensions, which stands in their names."""
+    stem = name.removesuffix(_CHECKPOINT_END).rstrip("0123456789") or name
+    found: dict[int, Path] = {}
+    for form in _candidates(stem, "pretrained_models", beside):
+        folder = form.parent
+        for path in sorted(folder.glob(f"{glob.escape(form.name)}*{_CHECKPOINT_END}")) if folder.is_dir() else ():
+            size = path.name[len(form.name) : -len(_CHECKPOINT_END)]
+            if size.isdecimal():
+                found.setdefault(int(size), _from_here(path))
+    return found
+
+
+def _from_here(path: Path) -> Path:
+    """As it is called from the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def package_weights(package: str) -> Path:
@@ -150,7 +179,7 @@ def package_weights(package: str) -> Path:
 
 def with_wpca(path: Path, num_pcs: int) -> Path:
     """What the checkpoint of this name is called once it has WPCA of so many dimensions."""
-    return path.with_name(f"{path.name.removesuffix('.pth.tar')}_WPCA{num_pcs}.pth.tar")
+    return path.with_name(f"{path.name.removesuffix(_CHECKPOINT_END)}_WPCA{num_pcs}.pth.tar")
 
 
 def check_new_checkpoint(path: Path, num_pcs: int | None, overwrite: bool) -> None:
@@ -166,12 +195,14 @@ def check_new_checkpoint(path: Path, num_pcs: int | None, overwrite: bool) -> No
         )
     if path.is_dir():
         raise UserError(f"{path}: a folder (expected the name of a checkpoint, such as own_WPCA{num_pcs}.pth.tar)")
+    if not path.name.endswith((_CHECKPOINT_END, *_WEIGHT_FILES)):
+        raise UserError(f"{path}: expected a name that ends in {_CHECKPOINT_END}, such as {path.name}{_CHECKPOINT_END}")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already (--overwrite replaces it)")
 
 
-def _checkpoint_names(name: str, num_pcs: int) -> tuple[str, str]:
-    return f"{name}{num_pcs or ''}.pth.tar", name
+def _checkpoint_names(name: str, num_pcs: int) -> tuple[str, ...]:
+    return (name,) if name.endswith(_CHECKPOINT_END) else (f"{name}{num_pcs or ''}{_CHECKPOINT_END}", name)
 
 
 def _checkout() -> Path | None:

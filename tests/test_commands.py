@@ -141,7 +141,7 @@ def test_features_without_a_manifest_are_held_against_their_pictures(small_model
     loud = [option for option in small_model if option != "-q"]
     assert match(loud, unlabelled, tmp_path / "results") == 0
     said = capsys.readouterr().err
-    assert said.count("has no manifest.jsonl; 2 pictures described again agree with it") == 2
+    assert said.count("has no manifest.jsonl; described again and found to agree: 2 pictures") == 2
     assert "extract both, or neither" not in said  # both are of one kind
     rows = np.load(unlabelled / "index/globalfeats.npy")
     np.save(unlabelled / "index/globalfeats.npy", np.roll(rows, 1, axis=0))
@@ -487,7 +487,7 @@ def test_a_model_is_fitted_on_several_folders(small_model, tmp_path, capsys):
     output = tmp_path / "both_WPCA32.pth.tar"
     assert fit_model([*small_model, *folders, "--output_path", str(output)]) == 0
     assert torch.load(output, weights_only=True)["fitted_on"] == "32 pictures"
-    assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b"]) == 2
+    assert fit_model([*small_model, *folders, "--dataset_file_path", "a.txt", "--output_path", "b.pth.tar"]) == 2
     assert "belongs to one folder" in failure(capsys)
     (tmp_path / "more" / "broken.jpg").write_bytes(b"")
     assert fit_model([*small_model, *folders, "--output_path", str(output), "--overwrite"]) == 2
@@ -500,6 +500,7 @@ def test_models_are_written_under_names_that_load(small_model, tmp_path, capsys)
         ("own_WPCA64.pth.tar", [], "own_WPCA64.pth.tar: its name says 64 dimensions, [global_params] num_pcs 32"),
         ("there.pth.tar", [], "there.pth.tar: exists already (--overwrite replaces it)"),
         ("folder", ["--overwrite"], "folder: a folder"),
+        ("foo", [], "foo: expected a name that ends in .pth.tar, such as foo.pth.tar"),
     ):
         (tmp_path / "there.pth.tar").touch()
         (tmp_path / "folder").mkdir(exist_ok=True)

@@ -142,8 +142,30 @@ def test_checkpoint_by_the_beginning_of_its_name_or_the_whole(tmp_path: Path, mo
         config = Config(global_params=GlobalParams(num_pcs=num_pcs, resumepath=resumepath))
         assert config.find_checkpoint() == (tmp_path / "models" / found if found else None)
         if found is None:
-            with pytest.raises(UserError, match=r"models/vgg32.pth.tar and models/vgg: no such checkpoint"):
+            with pytest.raises(UserError, match=r"models/vgg64.pth.tar is there: set num_pcs to 64\)$"):
                 config.require_checkpoint()
+
+
+def test_the_checkpoints_that_are_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    for name in ("own_WPCA64.pth.tar", "own_WPCA128.pth.tar", "own_WPCA.txt", "owner_WPCA32.pth.tar", "[x]7.pth.tar"):
+        Path("demo", name).touch()
+    both = "64.pth.tar and num_pcs to 64; demo/own_WPCA128.pth.tar is there: set resumepath to demo/own_WPCA128.pth.tar"
+    for resumepath, said in (
+        ("demo/own_WPCA", "128.pth.tar is there: set num_pcs to 128)"),
+        ("demo/own_WPCA64", f"set resumepath to demo/own_WPCA{both} and num_pcs to 128)"),
+        ("demo/own_WPCA32.pth.tar", f"set resumepath to demo/own_WPCA{both} and num_pcs to 128)"),
+        ("demo/[x]", "demo/[x]7.pth.tar is there: set num_pcs to 7)"),
+        ("demo/other_WPCA", "demo/other_WPCA4096.pth.tar and demo/other_WPCA: no such checkpoint"),
+        ("demo/other.pth.tar", "demo/other.pth.tar: no such checkpoint (named whole"),
+    ):
+        with pytest.raises(UserError) as told:
+            Config(global_params=GlobalParams(num_pcs=4096, resumepath=resumepath)).require_checkpoint()
+        assert said in str(told.value) and "644096" not in str(told.value)
+    # What is advised works
+    for resumepath, num_pcs in (("demo/own_WPCA", 128), ("demo/own_WPCA64.pth.tar", 64)):
+        assert Config(global_params=GlobalParams(num_pcs=num_pcs, resumepath=resumepath)).require_checkpoint().is_file()
 
 
 def test_starting_weights_are_named_as_checkpoints_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

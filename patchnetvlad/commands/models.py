@@ -7,7 +7,7 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.downloads import fetch_published
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import list_folder, read_image_list
 from patchnetvlad.paths import (
     PUBLISHED_CHECKPOINTS,
@@ -75,7 +75,7 @@ def _fit(args: argparse.Namespace) -> None:
         path,
         model,
         half_precision=["WPCA"],
-        fitted_on=f"{len(together)} pictures",
+        fitted_on=counted(len(together), "picture"),
         explained_variance=wpca.explained_variance if wpca else 1.0,
     )
     usage = command_line.how_to_use(path, config.global_params.num_pcs, args.config_path, args.overrides)
