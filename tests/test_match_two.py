@@ -101,6 +101,18 @@ def test_json(options, recognizer, tmp_path, capsys, matcher):
             assert (distance <= 4 * 24 + 0.1) == inlier
 
 
+def test_json_draws_only_where_a_folder_is_named(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert match_two([*options, *pictures(QUERY, SAME), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scales"] and not captured.err and not list(tmp_path.iterdir())
+    for option in (["--formats", "pdf"], ["--width", "3"], ["--outlines"]):
+        assert match_two([*options, *pictures(QUERY, SAME), "--json", *option]) == 2
+        assert f"{option[0]}: with --json" in capsys.readouterr().err
+    assert match_two([*options, *pictures(QUERY, SAME), "--json", "--plot_save_path", "drawn", "--formats", "svg"]) == 0
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["patchMatchings.svg"]
+
+
 def test_pictures_of_one_name_are_told_apart_by_their_folders():
     for first, second, names in (
         ("a/1.jpg", "a/2.jpg", ("1.jpg", "2.jpg")),

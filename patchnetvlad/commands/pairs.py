@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.paths import require_file, shipped_folder
 
 if TYPE_CHECKING:
@@ -35,11 +35,17 @@ def match_two(arguments: Sequence[str] | None = None) -> int:
         help="compare the frames of a video file, or of the camera of that number, with --second_im_path or else the "
         "first frame; the figure shows the best one",
     )
-    parser.add_argument("--plot_save_path", default="results", metavar="DIR", help="folder for patchMatchings.png")
     parser.add_argument(
-        "--formats", nargs="+", default=["png"], choices=["png", "pdf", "svg"], metavar="FORMAT", help="png, pdf, svg"
+        "--plot_save_path",
+        metavar="DIR",
+        help="folder for patchMatchings.png (default: results; with --json none is drawn unless this is given)",
     )
-    parser.add_argument("--width", type=_inches, default=10.0, help="of the figure in inches; 3.4 for a paper's column")
+    parser.add_argument(
+        "--formats", nargs="+", choices=["png", "pdf", "svg"], metavar="FORMAT", help="png (the default), pdf, svg"
+    )
+    parser.add_argument(
+        "--width", type=_inches, help="of the figure in inches (default: 10.0); 3.4 for a paper's column"
+    )
     parser.add_argument("--outlines", action="store_true", help="draw the inliers' patches as squares")
     parser.add_argument("--json", action="store_true", help="print scores, matches, inliers and homographies as JSON")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of one place")
@@ -49,6 +55,7 @@ def match_two(arguments: Sequence[str] | None = None) -> int:
 
 def _match_two(args: argparse.Namespace) -> int:
     query, reference = _picture_paths(args)
+    figures = _figure_paths(args)
     recognizer = _recognizer(args)
     if query is not None and reference is not None:
         comparison = _compare(recognizer, query, reference, args.json)
@@ -56,11 +63,21 @@ def _match_two(args: argparse.Namespace) -> int:
         comparison = _best_frame(recognizer, args.video, reference, args.json)
     from patchnetvlad.figures import save_figure
 
-    for ending in args.formats:
-        path = Path(args.plot_save_path) / f"patchMatchings.{ending}"
-        save_figure(comparison.figure(args.width, args.outlines), path)
+    for path in figures:
+        save_figure(comparison.figure(args.width or 10.0, args.outlines), path)
         print(f"figure in {path}", file=sys.stderr if args.json else sys.stdout)
     return int(args.threshold is not None and comparison.score < args.threshold)
+
+
+def _figure_paths(args: argparse.Namespace) -> list[Path]:
+    """The figures to write; with --json none, unless a folder is named for them."""
+    if args.json and args.plot_save_path is None:
+        for option, given in (("--formats", args.formats), ("--width", args.width), ("--outlines", args.outlines)):
+            if given:
+                raise UserError(f"{option}: with --json a figure is drawn only where --plot_save_path is given too")
+        return []
+    folder = Path("results" if args.plot_save_path is None else args.plot_save_path)
+    return [folder / f"patchMatchings.{ending}" for ending in args.formats or ["png"]]
 
 
 def match_realtime(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +98,7 @@ def _match_realtime(args: argparse.Namespace) -> None:
     from patchnetvlad import realtime
 
     count = realtime.follow(recognizer, realtime.frames(args.video), realtime.window())
-    print(f"{count} frames compared")
+    print(f"{counted(count, 'frame')} compared")
 
 
 def _picture_paths(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
