@@ -1,5 +1,6 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from patchnetvlad.config import Config
+from patchnetvlad.config_values import value_text
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import memory_errors, require_device
-from patchnetvlad.errors import UserError
-from patchnetvlad.extraction import tell_precision
+from patchnetvlad.errors import UserError, by_number, counted
+from patchnetvlad.extraction import SAME_PICTURE, tell_precision
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -32,6 +34,8 @@ from patchnetvlad.weights import load_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a Pillow picture, an H×W×3 or H×W uint8 array (RGB or grey), or a 3×H×W tensor with values 0 to 1."""
 
@@ -39,6 +43,7 @@ Pictures: TypeAlias = Picture | Iterable[Picture]
 """One or several; an array or tensor with one dimension more is several of one size."""
 
 
+_LOOKED_FOR = 5  # pictures of a stored database, to see whether they are where the root says
 _FORMS = "a path, a Pillow picture, a uint8 array or a float tensor"
 
 
@@ -56,7 +61,10 @@ class Description:
 
     def __repr__(self) -> str:
         counts = " + ".join(str(len(patches)) for patches in self.patches.descriptors)
-        return f"{self.name}: {len(self.global_)} numbers" + (f", {counts} patches" if counts else "")
+        patches = (
+            f", {counts} {by_number(sum(map(len, self.patches.descriptors)), 'patch', 'patches')}" if counts else ""
+        )
+        return f"{self.name}: {counted(len(self.global_), 'number')}{patches}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +80,8 @@ class Comparison:
     def __repr__(self) -> str:
         inliers, matches = (sum(counts) for counts in (self._inliers(), map(len, self.pair.matches)))
         names = f"{self.query.name} and {self.reference.name}"
-        return f"{names}: score {self.score:.5f}, {inliers} of {matches} matches agree"
+        agreeing = f"{inliers} of {counted(matches, 'match', 'matches')} {by_number(inliers, 'agrees', 'agree')}"
+        return f"{names}: score {self.score:.5f}, {agreeing}"
 
     def _inliers(self) -> list[int]:
         return [int(score.inliers.sum()) for score in self.pair.scores]
@@ -155,6 +164,14 @@ class PlaceRecognizer:
         self.config = config
         self.matcher = find_matcher(config.feature_match.matcher)
 
+    def __repr__(self) -> str:
+        params = self.config.global_params
+        patches = f", patches of {value_text(params.patch_sizes)}" if params.pooling == "patchnetvlad" else ""
+        return (
+            f"{self.config.path or 'configuration'}: {params.backbone}, {counted(self.model.output_dims, 'number')}"
+            f"{patches}, on {self.model.device}"
+        )
+
     @classmethod
     def load(
         cls,
@@ -208,7 +225,10 @@ class PlaceRecognizer:
         return Comparison(score, pair, query, reference, self.config)
 
     def database(self, pictures: Pictures, positions: NDArray[np.floating] | None = None) -> "PlaceDatabase":
-        """Describe pictures and keep them in memory, to be queried; positions: M×c, for the answers."""
+        """Describe pictures and keep them in memory, to be queried; positions: M×c, for the answers.
+
+        Raises ValueError for none at all, and as `describe`.
+        """
         return PlaceDatabase(self, self.describe(pictures), positions)
 
     def open_database(
@@ -217,7 +237,8 @@ class PlaceRecognizer:
         """A database of features that feature_extract wrote; patches are read from the folder when they are needed.
 
         listed: the list that it described, whose names start from root; ground_truth: .npz whose utmDb has the
-        positions. Close it, or use it in a with block. Raises UserError for what does not fit together.
+        positions. Close it, or use it in a with block. Raises UserError for what does not fit together, a picture that
+        is another one than when it was described among it.
         """
         from patchnetvlad.evaluation import open_features
         from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
@@ -233,7 +254,26 @@ class PlaceRecognizer:
             stored = opened.enter_context(
                 open_features(self.config, pictures, Path(features), memory, lambda: self.model)
             )
+            self._check_root(pictures, stored, Path(features))
             return PlaceDatabase(self, _Stored(stored, pictures), positions, stored, opened.pop_all())
+
+    def _check_root(self, pictures: ImageList, stored: DescribedPictures, features: Path) -> None:
+        """Hold one of the pictures against its features; a warning where none of some is at hand."""
+        some = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_FOR).astype(int)).tolist()
+        at_hand = next((index for index in some if pictures.paths[index].is_file()), None)
+        if at_hand is None:
+            logger.warning(
+                "%s: %s is not there, nor are others: the database answers, but cannot be drawn (another root?)",
+                features,
+                pictures.paths[0],
+            )
+            return
+        (described,) = self.describe(pictures.paths[at_hand])
+        if (similarity := float(described.global_.cpu().numpy() @ stored.global_[at_hand])) < SAME_PICTURE:
+            raise UserError(
+                f"{features}: {pictures.paths[at_hand]} is not the picture that was described as "
+                f"{pictures.names[at_hand]} (similarity {similarity:.3f}; another root, or replaced since?)"
+            )
 
 
 def picture_name(picture: object, number: int) -> str:
@@ -319,12 +359,14 @@ class PlaceDatabase:
         opened: ExitStack | None = None,
     ) -> None:
         """stored and opened: of `PlaceRecognizer.open_database`."""
+        if not len(pictures):
+            raise ValueError("a database needs at least one picture (does the pattern of their names match any?)")
         self.recognizer = recognizer
         self.pictures = list(pictures) if stored is None else pictures
         self._names = pictures.names if isinstance(pictures, _Stored) else [picture.name for picture in self.pictures]
         self.positions = positions
         if positions is not None and len(positions) != len(pictures):
-            raise ValueError(f"{len(positions)} positions for {len(pictures)} pictures")
+            raise ValueError(f"{counted(len(positions), 'position')} for {counted(len(pictures), 'picture')}")
         self._opened = opened or ExitStack()
         with ExitStack() as closing_after_errors:
             closing_after_errors.push(self._opened)
@@ -334,6 +376,11 @@ class PlaceDatabase:
                 stored = described_pictures(recognizer, self.pictures)
             self._ranker = Ranker(recognizer.config.feature_match, stored, recognizer.model.device)
             closing_after_errors.pop_all()
+
+    def __repr__(self) -> str:
+        kept = "on disk" if isinstance(self.pictures, _Stored) else "in memory"
+        placed = "with" if self.positions is not None else "without"
+        return f"{counted(len(self), 'picture')} {kept}, {placed} positions; {self.recognizer}"
 
     def __enter__(self) -> "PlaceDatabase":
         return self
@@ -352,8 +399,10 @@ class PlaceDatabase:
         """The database pictures most like a query, best first: at most ``top``.
 
         The nearest by global descriptor are re-ranked by their patches, as many as [feature_match] says and at least
-        ``top``. With a global model the order is the retrieval's.
+        ``top``. With a global model the order is the retrieval's. Raises ValueError for a ``top`` below 1.
         """
+        if top < 1:
+            raise ValueError(f"top = {top}: expected 1 or more answers")
         if not isinstance(picture, Description):
             (picture,) = self.recognizer.describe([picture])
         rankings = self._ranker.rank(described_pictures(self.recognizer, [picture]), at_least=top)
@@ -388,6 +437,7 @@ def _check_in_memory(config: Config, pictures: Sequence[Description]) -> None:
     held = sum(described.patches.nbytes for described in pictures)
     if options.cache_gb is not None and held > options.cache_gb * 1e9:
         raise UserError(
-            f"[feature_match] cache_gb = {options.cache_gb:g}: the patches of {len(pictures)} pictures in memory take "
+            f"[feature_match] cache_gb = {options.cache_gb:g}: the patches of "
+            f"{counted(len(pictures), 'picture')} in memory take "
             f"{held / 1e9:.3g} GB (take more, or features on disk with feature_match)"
         )

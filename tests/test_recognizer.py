@@ -94,6 +94,9 @@ def test_results_are_said_in_one_line(recognizer):
     query, array = recognizer.describe([QUERY, np.asarray(Image.open(SAME).convert("RGB"))])
     assert repr(query) == f"{QUERY}: 1024 numbers, 54 + 40 patches"
     assert repr(array) == "picture 1: 1024 numbers, 54 + 40 patches"
+    assert repr(recognizer).endswith("rootsift.ini: rootsift, 1024 numbers, patches of 2,3, on cpu")
+    database = recognizer.database([SAME], positions=np.zeros((1, 2)))
+    assert repr(database) == f"1 picture in memory, with positions; {recognizer}"
     assert re.fullmatch(
         rf"{QUERY} and picture 1: score [\d.]+, \d+ of \d+ matches agree", repr(recognizer.compare(query, array))
     )
@@ -139,7 +142,32 @@ def test_database(recognizer):
     assert answers[0].index == 3 and answers[0].name == str(paths[3]) and answers[0].position is None
     assert answers[0].score >= answers[1].score >= answers[2].score
     assert database.query(recognizer.describe(paths[3])[0], top=3) == answers
-    assert recognizer.database([]).query(QUERY) == []
+    with pytest.raises(ValueError, match="at least one picture"):
+        recognizer.database([])
+    with pytest.raises(ValueError, match="top = 0: expected 1 or more"):
+        database.query(QUERY, top=0)
+
+
+def test_a_stored_database_is_held_against_its_pictures(tmp_path, caplog):
+    options = tiny_model(tmp_path)
+    names = [f"database/place{number:02d}_0.jpg" for number in range(3)]
+    run(options, EXAMPLES, tmp_path, ["queries/query03_0.jpg"], names)
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=options[3::2])
+    files = tmp_path / "database", tmp_path / "database.txt"
+    with recognizer.open_database(*files, EXAMPLES) as database:
+        assert repr(database).startswith("3 pictures on disk, without positions; ") and "\n" not in repr(database)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    with recognizer.open_database(*files, tmp_path) as database:
+        assert database.query(QUERY, top=1)[0].name in names
+    assert "place00_0.jpg is not there, nor are others" in caplog.text
+    other = tmp_path / "other" / "database"
+    other.mkdir(parents=True)
+    for number in range(3):
+        (other / f"place{number:02d}_0.jpg").symlink_to(EXAMPLES / "queries" / f"query{number + 5:02d}_0.jpg")
+    with pytest.raises(
+        UserError, match=r"is not the picture that was described as database/place00_0\.jpg \(similarity"
+    ):
+        recognizer.open_database(*files, tmp_path / "other")
 
 
 def test_a_global_model_answers_by_its_descriptors(tmp_path):
