@@ -85,6 +85,20 @@ def test_all_queries_of_a_run(run, tmp_path, capsys):
     assert [float(row["longitude"]) for row in rows] == pytest.approx(geographic[:, 1], abs=1e-6)
 
 
+def test_coordinates_are_called_what_they_are(run, tmp_path, capsys):
+    places = np.stack([np.arange(30), np.zeros(30)], axis=1)
+    for unit, names in (("frames", "frame"), ("model units", "x,y"), ("m", "easting,northing")):
+        truth = tmp_path / "truth.npz"
+        np.savez(truth, utmQ=np.vstack([places[:17], [[900, 0]]]), utmDb=places, posDistThr=2, unit=unit)
+        table = tmp_path / "positions.csv"
+        options = ["--results", str(run / "results"), "--ground_truth_path", str(truth), "--positions", str(table)]
+        assert locate(options) == 0
+        assert table.read_text().splitlines()[0] == f"query,{names},radius,supporters,best_match"
+        (summary, unmatched, _) = capsys.readouterr().out.splitlines()
+        assert re.search(r"; the radius of uncertainty holds the true place of [\d.]+ %$", summary)
+        assert unmatched == f"1 query has no database picture within 2 {unit}, and cannot be located as near as that"
+
+
 def test_one_picture_as_in_the_run(run, small_model, tmp_path, capsys):
     options = [*small_model, "--picture", str(EXAMPLES / "queries" / "query03_0.jpg")]
     options += ["--ground_truth_path", "example.npz"]

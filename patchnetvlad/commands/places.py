@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, ground_truth_lengths, read_ground_truth, read_zone, with_unit
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.localization.coordinates import parse_zone
@@ -107,7 +107,7 @@ def _evaluate_poses(args: argparse.Namespace) -> None:
     top_k = 1 if args.approximation == "best" else args.top_k
     poses = approximate_poses(predicted, placed, top_k, weighting, *descriptors)
     estimates = {record_name(name): pose for name, pose in zip(queries.names, poses, strict=True) if pose is not None}
-    print(f"{len(estimates)} of {len(queries)} queries have a pose ({args.approximation})")
+    print(f"{len(estimates)} of {counted(len(queries), 'query', 'queries')} with a pose ({args.approximation})")
     if args.query_poses:
         truths = _truths(queries, args.query_poses)
         scores = {
@@ -164,7 +164,7 @@ def _locate(args: argparse.Namespace) -> None:
     if args.results:
         print("\n".join(_score_lines(located, truth_path, unit)))
     if args.positions:
-        write_positions(args.positions, located, zone)
+        write_positions(args.positions, located, zone, unit)
         print(f"positions in {args.positions}")
 
 
@@ -174,7 +174,10 @@ def _read_all(paths: Sequence[Path]) -> dict[str, Pose]:
         file_poses = read_poses(path)
         twice = poses.keys() & file_poses.keys()
         if twice:
-            raise UserError(f"{path}: {len(twice)} pictures have a pose elsewhere too, such as {min(twice)}")
+            raise UserError(
+                f"{path}: {counted(len(twice), 'picture has', 'pictures have')} a pose elsewhere too, such as "
+                f"{min(twice)}"
+            )
         poses |= file_poses
     return poses
 
@@ -272,15 +275,25 @@ def _picture(path: Path, root: Path) -> Path:
 
 def _score_lines(located: Sequence[Located], truth_path: Path, unit: str) -> list[str]:
     lengths = ground_truth_lengths(truth_path)
+    of_run = counted(len(located), "query", "queries")
     if lengths[0] != len(located):
-        return [f"{truth_path}: utmQ has {lengths[0]} rows for {len(located)} queries: positions are not scored"]
+        return [f"{truth_path}: utmQ has {counted(lengths[0], 'row')} for {of_run}: positions are not scored"]
     truth = read_ground_truth(truth_path, [estimate.query for estimate in located], lengths[1])
     score = score_positions([estimate.position for estimate in located], truth.utm_query)
+    unmatched = sum(not len(rows) for rows in truth.positives())
     shares = ", ".join(
         f"{100 * share:.1f} % within {with_unit(limit, unit)}"
         for limit, share in zip(LIMITS, score.within, strict=True)
     )
     return [
-        f"{score.num_queries} queries: median error {score.median_error:.2f} {unit}, {shares}; "
-        f"{100 * score.covered:.1f} % lie within their radius of uncertainty"
+        f"{of_run}: median error {score.median_error:.2f} {unit}, {shares}; "
+        f"the radius of uncertainty holds the true place of {100 * score.covered:.1f} %",
+        *(
+            [
+                f"{counted(unmatched, 'query has', 'queries have')} no database picture within "
+                f"{with_unit(truth.radius, unit)}, and cannot be located as near as that"
+            ]
+            if unmatched
+            else []
+        ),
     ]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.evaluation import open_features, with_built_index
 from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import GroundTruth, check_lists
@@ -22,6 +22,13 @@ from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
 from patchnetvlad.store.feature_cache import cache_bytes
+
+_METRES = ("easting", "northing", "height")
+_COORDINATES = {  # what they are called, by the unit of the ground truth; a place in a row has one, and a 0 beside it
+    "frames": ("frame",),
+    "pictures": ("picture",),
+    "model units": ("x", "y", "z"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,9 @@ def locate_run(scores_path: Path, truth_path: Path, truth: GroundTruth) -> list[
     scores, queries, names = read_scores(scores_path)
     rows = len(truth.utm_database)
     if len(names) != rows:
-        raise UserError(f"{scores_path}: its database has {len(names)} pictures, the ground truth {rows} rows")
+        raise UserError(
+            f"{scores_path}: its database has {counted(len(names), 'picture')}, the ground truth {counted(rows, 'row')}"
+        )
     check_lists(truth_path, truth, len(truth.utm_query), names)
     located = []
     for query, indices, fused in zip(queries, scores.indices, scores.fused, strict=True):
@@ -96,20 +105,19 @@ def _standardized(similarities: NDArray[np.float64], indices: NDArray[np.int64])
 def position_lines(located: Sequence[Located], zone: Zone | None, unit: str) -> list[str]:
     """One line a query, for people; unit: of the coordinates."""
     lines = []
-    for row in position_rows(located, zone):
+    for row in position_rows(located, zone, unit):
         if "radius" in row:
             row["radius"] = f"{row['radius']} {unit}"
         lines.append(", ".join(f"{column} {value}" for column, value in row.items()))
     return lines
 
 
-def position_rows(located: Sequence[Located], zone: Zone | None) -> list[dict[str, str]]:
+def position_rows(located: Sequence[Located], zone: Zone | None, unit: str) -> list[dict[str, str]]:
     """One row a query for a table: coordinates, latitude and longitude where the zone is known, radius."""
-    rows = []
+    names, rows = _COORDINATES.get(unit, _METRES), []
     for estimate in located:
         row = {"query": estimate.query}
         if estimate.position is not None:
-            names = ("easting", "northing", "height")
             row |= {
                 name: f"{value:.2f}" for name, value in zip(names, estimate.position.coordinates.tolist(), strict=False)
             }
@@ -122,9 +130,9 @@ def position_rows(located: Sequence[Located], zone: Zone | None) -> list[dict[st
     return rows
 
 
-def write_positions(path: Path, located: Sequence[Located], zone: Zone | None) -> None:
+def write_positions(path: Path, located: Sequence[Located], zone: Zone | None, unit: str) -> None:
     """Write the rows as CSV; a query without a match has empty cells."""
-    rows = position_rows(located, zone)
+    rows = position_rows(located, zone, unit)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
