@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -13,14 +14,20 @@ from typing import TypeVar, overload
 
 from natsort import natsorted
 
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import read_text, write_text
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )  # of files that list_folder takes, in any case
+_UNREAD = (  # endings of pictures that are left out and counted, and of videos
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+    (".mp4", ".mov", ".avi", ".mkv", ".m4v"),
+)
 _PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*")  # stays as it is in the list; most do
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the store adds to both ends
 
@@ -112,20 +119,33 @@ def write_image_list(list_path: Path, names: Sequence[str]) -> None:
     write_text(list_path, (f"{name}\n" for name in names))
 
 
-def list_folder(root: Path, recursive: bool = False) -> tuple[str, ...]:
+def list_folder(root: Path, recursive: bool = False, warn: bool = True) -> tuple[str, ...]:
     """Names of the pictures in a folder, relative to it, in natural order (2 before 10).
 
-    Hidden files are left out; with ``recursive`` folders within are entered, linked ones too unless the link
-    leads back up.
+    Hidden files are left out, as are pictures in formats that are not read, and videos, which with ``warn`` are
+    counted in a warning; with ``recursive`` folders within are entered, linked ones too unless the link leads back up.
     Raises UserError when there is no such folder or no picture in it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    names = [file.relative_to(root).as_posix() for file in _pictures(root, recursive)]
+    files = list(_files(root, recursive))
+    names = [file.relative_to(root).as_posix() for file in files if file.suffix.lower() in PICTURE_EXTENSIONS]
+    unread = _unread(files)
     if not names:
         hint = "" if recursive else " (folders within are entered with --recursive)"
-        raise UserError(f"{root}: holds no picture{hint}")
+        raise UserError(f"{root}: holds no picture{f' that is read, but {unread}' if unread else hint}")
+    if unread and warn:
+        logger.warning("%s: left out: %s", root, unread)
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
+
+
+def _unread(files: Sequence[Path]) -> str:
+    """How many pictures of formats that are not read, and videos, are among files, and what to do; empty for none."""
+    endings = Counter(file.suffix.lower() for file in files)
+    pictures, videos = ({end: endings[end] for end in endings if end in known} for known in _UNREAD)
+    advice = ["convert them to .jpg"] * bool(pictures) + ["take pictures from the videos"] * bool(videos)
+    named = ", ".join(counted(number, f"{end} file") for end, number in sorted({**pictures, **videos}.items()))
+    return f"{named} ({' and '.join(advice)})" if named else ""
 
 
 def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -178,15 +198,15 @@ def _name_below(root: Path, line: str) -> str:
     return path.as_posix()
 
 
-def _pictures(folder: Path, recursive: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _files(folder: Path, recursive: bool, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     above |= {folder.resolve()}
     for entry in folder.iterdir():
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             if recursive and entry.resolve() not in above:
-                yield from _pictures(entry, recursive, above)
-        elif entry.suffix.lower() in PICTURE_EXTENSIONS:
+                yield from _files(entry, recursive, above)
+        else:
             yield entry
 
 

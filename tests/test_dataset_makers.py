@@ -127,7 +127,7 @@ def test_pictures_with_another_extension_are_listed_under_their_own(tmp_path):
     touch(tmp_path, [f"{folder}/247query_v3/1.jpg", *files])
     made, _ = finish(dataset, tmp_path, tmp_path, tmp_path)
     assert list(made.database.names) == files
-    assert any(note.startswith("12 pictures have another extension") for note in made.notes)
+    assert any("another extension, that of the file: 12 pictures" in note for note in made.notes)
 
 
 def test_a_panorama_without_one_of_its_cutouts_is_left_out_whole(tmp_path):
@@ -141,7 +141,7 @@ def test_a_panorama_without_one_of_its_cutouts_is_left_out_whole(tmp_path):
     made, files = finish(dataset, tmp_path, tmp_path, tmp_path, leave_out=True)
     assert list(made.database.names) == [*listed[:12], *listed[24:]]
     assert any(note.startswith("left out: 10 cut-outs at hand") for note in made.notes)
-    assert any(note.startswith("left out: 2 of 37 listed pictures are absent") for note in made.notes)
+    assert any(note.startswith("left out: 2 of 37 listed pictures not found") for note in made.notes)
     truth = read_ground_truth(files.ground_truth, 1, 24)
     check_panoramas(12, 24, truth.utm_database)
     for name in (listed[0], listed[-1]):
@@ -249,10 +249,10 @@ def test_absent_pictures_are_all_named_and_counted(tmp_path, capsys):
     touch(tmp_path, ["Pittsburgh250k/queries_real/000/0_pitch1.jpg", "Pittsburgh250k/000/1.jpg"])
     where = ("--lists_dir", str(tmp_path), "--ground_truth_dir", str(tmp_path))
     assert make_dataset(["pitts30k", str(tmp_path), *where]) == 2
-    assert "1 of 3 listed pictures are absent" in capsys.readouterr().err
+    assert "1 of 3 listed pictures not found" in capsys.readouterr().err
     run("pitts30k", tmp_path, *where, "--incomplete", "leave_out")
     printed = capsys.readouterr().out
-    assert "left out: 1 of 3 listed pictures are absent" in printed and "Pittsburgh250k/000/2.jpg" in printed
+    assert "left out: 1 of 3 listed pictures not found" in printed and "Pittsburgh250k/000/2.jpg" in printed
     assert np.load(tmp_path / "pitts30k_test.npz")["utmDb"].tolist() == [[5e5, 4e6]]
 
 
@@ -262,7 +262,7 @@ def test_many_absent_pictures_are_named_in_a_file(tmp_path):
     write_struct(tmp_path / "pitts30k_test.mat", ["000/q.jpg"], database, utm[:1], utm)
     touch(tmp_path, ["Pittsburgh250k/queries_real/000/q.jpg"])
     (dataset,) = MAKERS["pitts30k"].make(tmp_path, mat=None, split="test")
-    with refused("60 of 61 listed pictures are absent.*and 40 more; all are named in"):
+    with refused("60 of 61 listed pictures not found.*and 40 more; all are named in"):
         finish(dataset, tmp_path, tmp_path, tmp_path)
     assert (tmp_path / "pitts30k_missing.txt").read_text().splitlines() == [
         f"Pittsburgh250k/{name}" for name in database
@@ -273,15 +273,15 @@ def test_a_season_with_frames_missing(tmp_path):
     touch(tmp_path, [f"{season}/images-{i:05d}.png" for season in ("winter", "summer") for i in range(1, 9)])
     (tmp_path / "summer/images-00004.png").unlink()
     (dataset,) = MAKERS["nordland"].make(tmp_path)
-    assert dataset.notes == ("1 frames of winter are missing in summer: 4",)
+    assert dataset.notes == ("missing in summer: 1 frame of winter: 4",)
     assert dataset.queries.coordinates[3].tolist() == [4, 0] and dataset.database.coordinates[3].tolist() == [5, 0]
-    with refused("1 frames of winter are missing in summer: 4; the published form"):
+    with refused("missing in summer: 1 frame of winter: 4; the published form"):
         MAKERS["nordland"].make(tmp_path, published=True)
     touch(tmp_path, ["winter/other/images-00003.png"])
-    with refused("1 pictures have a frame number that another"):
+    with refused("1 picture has the frame number of another"):
         MAKERS["nordland"].make(tmp_path)
     touch(tmp_path, ["autumn/view.png"])
-    with refused("1 pictures have no frame number"):
+    with refused("1 picture has no frame number"):
         MAKERS["nordland"].make(tmp_path, queries="autumn")
     with refused("no such folder"):
         MAKERS["nordland"].make(tmp_path, queries="spring")
@@ -317,7 +317,7 @@ def test_msls_tables_that_cannot_be_right(tmp_path):
     with refused("no column easting: found key, east, northing"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
     msls_city(tmp_path, "query", ["a"], **{"postprocessed.csv": "key,easting,northing\na,,2\n"})
-    with refused("1 pictures have no easting"):
+    with refused("1 picture has no easting"):
         MAKERS["msls"].make(tmp_path, cities=["cph"])
     msls_city(tmp_path, "query", ["a"], **{"raw.csv": "key,pano\na,maybe\n"})
     with refused("line 2: pano = 'maybe': expected True or False"):
@@ -349,9 +349,31 @@ def test_queries_without_match_are_left_out_on_request(tmp_path, capsys):
     msls_city(tmp_path, "database", ["c", "d"])
     where = ("--no_picture_check", "--lists_dir", tmp_path, "--ground_truth_dir", tmp_path)
     run("msls", tmp_path, "--cities", "cph", *where)
-    assert "1 queries have none" in capsys.readouterr().out
+    assert "1 query has none" in capsys.readouterr().out
     run("msls", tmp_path, "--cities", "cph", *where, "--only_queries_with_match")
-    assert "left out: 1 queries without a match" in capsys.readouterr().out
+    assert "left out: 1 query without a match" in capsys.readouterr().out
+
+
+def test_the_file_that_was_not_named(tmp_path, capsys):
+    (tmp_path / "q.csv").write_text("name,easting,northing\na.jpg,1,2\n")
+    assert make_dataset(["csv", str(tmp_path), "--queries", "q.csv"]) == 2
+    told = capsys.readouterr().err
+    assert f"--database database.csv: no such file, searched in {tmp_path} and in the current folder" in told
+    assert "(--database names it)" in told
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 6])
+def test_quiet_before_and_after_the_kind(tmp_path, capsys, place):
+    for side in ("queries", "database"):
+        (tmp_path / side).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / side / f"{number}.png")
+    words = ["folders", str(tmp_path), "--lists_dir", str(tmp_path), "--ground_truth_dir", str(tmp_path)]
+    assert make_dataset([*words[:place], "-q", *words[place:]]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err and "2 queries, 2 database pictures" in captured.out
+    assert make_dataset(words) == 0
+    assert "Looking for pictures" in capsys.readouterr().err
     assert names_of(tmp_path / "mapillarycph_imageNames_query.txt") == ("train_val/cph/query/images/a.jpg",)
 
 
@@ -368,14 +390,14 @@ def test_csv_with_latitude_and_longitude(tmp_path):
 @pytest.mark.parametrize(
     "rows, complaint",
     [
-        ("a.jpg,139.7,35.6\n", "1 of 1 positions are out of range.*swapped.*a.jpg"),
+        ("a.jpg,139.7,35.6\n", "1 of 1 position out of range.*swapped.*a.jpg"),
         ("a.jpg,35.6,239.7\n", "out of range.*not degrees"),
-        ("a.jpg,0,0\nb.jpg,35,139\n", "1 of 2 positions are 0, 0 .*a.jpg"),
+        ("a.jpg,0,0\nb.jpg,35,139\n", "1 of 2 positions at 0, 0 .*a.jpg"),
         ("a.jpg,35,139\na.jpg,35,139\n", "line 3: name a.jpg stands in line 2 too"),
-        ("a.jpg,35,139\nb.jpg,,139\n", "1 of 2 rows have no position: b.jpg; --incomplete"),
+        ("a.jpg,35,139\nb.jpg,,139\n", "1 of 2 rows without a position: b.jpg; --incomplete"),
         ("a.jpg,35,here\n", "line 2: longitude = 'here': expected a number"),
         ("a.jpg,35\n", "line 2: 2 values for 3 columns"),
-        ("a.jpg,35,139\nb.jpg,35,-70\n", "1 of 4 positions are more than 20"),
+        ("a.jpg,35,139\nb.jpg,35,-70\n", "over 20° of longitude from its middle lie 1 of 4 positions"),
         (",35,139\n", "line 2: name is empty, so the row names no picture"),
     ],
 )
@@ -411,7 +433,7 @@ def test_utm_of_several_zones_becomes_one(tmp_path):
     (tmp_path / "q.csv").write_text(f"name,easting,northing,zone\nw.jpg,{west[0]},{west[1]},31N\n")
     (tmp_path / "d.csv").write_text(f"name,easting,northing,zone\ne.jpg,{east[0]},{east[1]},32N\nf.jpg,6e5,5e6,32N\n")
     (dataset,) = MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
-    assert str(dataset.zone) == "32N" and "1 positions of other zones" in dataset.notes[0]
+    assert str(dataset.zone) == "32N" and "1 position of other zones" in dataset.notes[0]
     distance = np.linalg.norm(dataset.queries.coordinates[0] - dataset.database.coordinates[0])
     assert distance == pytest.approx(12.2, abs=0.1)
     (tmp_path / "d.csv").write_text("name,easting,northing\ne.jpg,1,2\n")
@@ -431,9 +453,9 @@ def test_names_that_carry_utm(tmp_path):
     assert dataset.queries.coordinates.tolist() == [[500000.0, 4000000.5]] and str(dataset.zone) == "17N"
     assert dataset.database.coordinates.tolist() == [[500003.0, 4000004.5]]
     touch(tmp_path, ["d/@0500003.00@4000004.50@18@S@.jpg"])
-    assert "1 positions of other zones" in MAKERS["at_names"].make(tmp_path, "q", "d")[0].notes[0]
+    assert "1 position of other zones" in MAKERS["at_names"].make(tmp_path, "q", "d")[0].notes[0]
     touch(tmp_path, ["d/@4000004.50@500003.00@.jpg", "d/plain.jpg"])
-    with refused("2 names carry no @easting@northing@"):
+    with refused("2 names without @easting@northing@"):
         MAKERS["at_names"].make(tmp_path, "q", "d")
 
 
@@ -461,7 +483,7 @@ def test_exif_positions(tmp_path, capsys):
     assert dataset.queries.coordinates[0] == pytest.approx([373_300, 6_170_000], abs=3000)
     assert dataset.database.coordinates[0, 0] - dataset.queries.coordinates[0, 0] == pytest.approx(9.2, abs=0.2)
     photograph(tmp_path / "queries/2.jpg", None)
-    with refused("1 of 3 pictures carry no GPS position in their EXIF: queries/2.jpg; --incomplete"):
+    with refused("1 of 3 pictures without a GPS position in EXIF: queries/2.jpg; --incomplete"):
         MAKERS["exif"].make(tmp_path, "queries", "database")
     run("exif", tmp_path, "--incomplete", "leave_out", "--lists_dir", tmp_path, "--ground_truth_dir", tmp_path)
     assert "left out: 1 of 3 pictures without a GPS position" in capsys.readouterr().out

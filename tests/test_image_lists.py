@@ -177,6 +177,25 @@ def test_linked_folders_are_entered(tmp_path: Path) -> None:
     assert list_folder(tmp_path / "root", recursive=True) == ("db/1.jpg",)
 
 
+def test_pictures_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("1.HEIC", "2.heic", "sub/3.heic", "drive.mp4", "notes.txt", "folder.heic/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    said = r"holds no picture that is read, but 3 \.heic files, 1 \.mp4 file \(convert them to \.jpg and take pictures"
+    with pytest.raises(UserError, match=said):
+        list_folder(tmp_path, recursive=True)
+    (tmp_path / "4.jpg").touch()
+    assert list_folder(tmp_path) == ("4.jpg",)
+    assert "left out: 2 .heic files, 1 .mp4 file (convert" in caplog.text
+    caplog.clear()
+    assert list_folder(tmp_path, warn=False) == ("4.jpg",)
+    (tmp_path / "1.HEIC").unlink()
+    (tmp_path / "2.heic").unlink()
+    (tmp_path / "drive.mp4").unlink()
+    assert list_folder(tmp_path) == ("4.jpg",)
+    assert not caplog.text
+
+
 def test_folder_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         list_folder(tmp_path / "absent")

@@ -1,6 +1,7 @@
 """Two folders of pictures, one command: what it makes, what it makes anew, and what it refuses."""
 
 import json
+import re
 import shutil
 import webbrowser
 from pathlib import Path
@@ -44,10 +45,11 @@ def test_two_folders_and_later_more_pictures(small_model, tmp_path, capsys, monk
     assert recognize([*options, "--open"]) == 0
     printed = capsys.readouterr().out
     assert "positions: none" in printed and "first/0000.jpg (" in printed
-    assert opened == [(output / "results/report.html").absolute().as_uri()]
-    predictions = output / "results" / "PatchNetVLAD_predictions.txt"
+    results = output / "results" / "second_in_first"
+    assert opened == [(results / "report.html").absolute().as_uri()]
+    predictions = results / "PatchNetVLAD_predictions.txt"
     assert [ranking.query for ranking in read_pairs(predictions)] == ["second/0000.jpg", "second/0001.jpg"]
-    assert not (output / "results/recalls.txt").exists()
+    assert not (results / "recalls.txt").exists()
 
     commands = [line for line in printed.splitlines() if line.startswith("$ python ")]
     assert [command.split()[2] for command in commands] == [
@@ -65,7 +67,90 @@ def test_two_folders_and_later_more_pictures(small_model, tmp_path, capsys, monk
     assert "2 queries against 5 pictures, a match within 1 frame" in capsys.readouterr().out
     assert (output / "features/first/patchfeats_psize2_0000.npy").stat() == old
     assert np.load(output / "features/first/globalfeats.npy").shape == (5, 32)
-    assert json.loads((output / "results/recalls.json").read_text())["protocol"]["unit"] == "frames"
+    assert json.loads((results / "recalls.json").read_text())["protocol"]["unit"] == "frames"
+    assert recognize([*options, "--no_positions"]) == 0  # what was measured before is not of these rankings
+    assert not list(results.glob("recalls.*")) and not (results / "judged.npz").exists()
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_queries_keep_results_of_their_own(small_model, tmp_path, capsys):
+    first, second = lay_out(tmp_path, 3)
+    output = tmp_path / "out"
+    assert recognize(options_of((first, second), output, small_model)) == 0
+    before = files_of(output / "results") | files_of(output / "lists") | files_of(output / "features" / "first")
+    blank(tmp_path / "third", ["a.png"])
+    capsys.readouterr()
+    assert recognize(options_of((first, tmp_path / "third"), output, small_model)) == 0
+    printed = capsys.readouterr().out
+    assert "0 of them now" in printed and "1 picture described" in printed  # the database is, once
+    after = files_of(output)
+    logs = {path for path in before if path.suffix == ".log"}
+    assert {path: after[path] for path in before if path not in logs} == {
+        path: content for path, content in before.items() if path not in logs
+    }
+    assert (output / "results" / "third_in_first" / "report.html").is_file()
+    shutil.rmtree(tmp_path / "third")
+    lay_out(tmp_path, 2, "{:04}x.jpg")  # the same folder, grown
+    assert recognize(options_of((first, second), output, small_model)) == 0
+    listed = (output / "lists" / "second_in_first_imageNames_query.txt").read_text().split()
+    assert len(listed) == 4
+
+
+def test_mistakes_are_told_in_its_own_words(small_model, tmp_path, capsys):
+    drives, output = lay_out(tmp_path, 3), tmp_path / "out"
+    options = options_of(drives, output, small_model)
+    assert recognize([*options, "--no_positions"]) == 0
+    capsys.readouterr()
+    for change in (["--set", "feature_extract.precision=bfloat16"], ["--set", "feature_extract.feature_dtype=int8"]):
+        assert recognize([*options, "--no_positions", *change]) == 2
+        told = capsys.readouterr().err
+        assert "choose another output folder, or replace these features with --overwrite" in told
+        assert not re.search(r"--(output_features_dir|dataset_root_dir|incomplete)", told)
+    shutil.copy(EXAMPLES / "database/place09_0.jpg", drives[0] / "0000.jpg")
+    shutil.copy(EXAMPLES / "database/place08_0.jpg", drives[0] / "new.jpg")
+    assert recognize([*options, "--no_positions"]) == 2
+    told = capsys.readouterr().err
+    assert "was another picture when it was described" in told and "with --overwrite)" in told
+    assert not re.search(r"--(output_features_dir|dataset_root_dir)", told)
+    assert recognize([*options, "--no_positions", "--overwrite"]) == 0
+
+
+def test_codes_of_the_database_alone(small_model, tmp_path):
+    coded = ["--set", "feature_extract.feature_dtype=pq8", "--no_positions"]
+    assert recognize([*options_of(lay_out(tmp_path, 3), tmp_path / "out", small_model), *coded]) == 0
+    assert (tmp_path / "out/features/first/patchcodec.npz").is_file()
+    assert not (tmp_path / "out/features/second/patchcodec.npz").exists()
+
+
+def test_pictures_that_are_not_read_are_counted_once(small_model, tmp_path, capsys):
+    drives = lay_out(tmp_path, 2)
+    for number in range(3):
+        (drives[0] / f"{number}.heic").touch()
+    options = options_of(drives, tmp_path / "out", small_model)
+    assert recognize(options) == 0
+    assert capsys.readouterr().err.count("first: left out: 3 .heic files (convert them to .jpg)") == 1
+    for path in drives[0].glob("*.jpg"):
+        path.unlink()
+    assert recognize(options) == 2
+    assert "first: holds no picture that is read, but 3 .heic files" in capsys.readouterr().err
+
+
+def test_positions_of_the_other_drive(small_model, tmp_path, capsys):
+    blank(tmp_path / "first", ["1.png", "2.png"])
+    blank(tmp_path / "second", ["q1.png", "q2.png"])
+    (tmp_path / "d.csv").write_text("name,easting,northing\n2.png,20,0\n1.png,10,0\n")
+    (tmp_path / "q.csv").write_text("name,easting,northing\nq1.png,12,0\nq2.png,,\n")
+    options = options_of((tmp_path / "first", tmp_path / "second"), tmp_path / "out", small_model)
+    assert recognize([*options, "--position_csv", str(tmp_path / "q.csv"), str(tmp_path / "d.csv")]) == 2
+    told = capsys.readouterr().err
+    assert "d.csv names pictures of first, and" in told and "q.csv those of second (swapped?)" in told
+    assert recognize([*options, "--position_csv", str(tmp_path / "d.csv"), str(tmp_path / "q.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "1 of 2 rows without a position: second/q2.png" in printed
+    assert "1 query against 2 pictures, a match within 25 m" in printed
 
 
 def test_drives_that_cannot_be_compared(small_model, tmp_path, capsys):
@@ -104,7 +189,7 @@ def test_positions_by_names_within_the_folders(tmp_path):
         database_folder="first",
     )
     assert (dataset.queries.names, dataset.database.names) == (("second/q.png",), ("first/2.png", "first/1.png"))
-    assert any("1 pictures of first stand in no row" in note and "extra.png" in note for note in dataset.notes)
+    assert any("1 picture of first in no row" in note and "extra.png" in note for note in dataset.notes)
 
 
 def blank(folder: Path, names: list[str]) -> None:
@@ -128,7 +213,7 @@ def test_pairs_by_name(tmp_path):
     blank(tmp_path / "second", [f"q{number}.png" for number in range(5)])
     table = tmp_path / "pairs.csv"
     table.write_text("query,database\nsecond/q3.png,first/7.png\nq1.png,1.png\n")
-    with pytest.raises(UserError, match=r"3 of 5 queries have no place by .*second/q0\.png"):
+    with pytest.raises(UserError, match=r"3 of 5 queries without a place by .*second/q0\.png"):
         make("pairs", tmp_path, pairs_csv=table)
     names, asked, shown = make("pairs", tmp_path, pairs_csv=table, incomplete="leave_out")
     assert (names, asked, shown) == (["second/q1.png", "second/q3.png"], [1, 7], list(range(8)))

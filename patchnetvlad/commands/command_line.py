@@ -59,10 +59,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", default="auto", type=_device_name, metavar="DEVICE", help=_DEVICES)
         self.add_argument("--nocuda", action="store_true", help="the same as --device cpu")
 
-    def add_common_options(self) -> None:
-        """-q, -v and --version."""
-        self.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors")
-        self.add_argument("-v", "--verbose", action="store_true", help="details as well")
+    def add_common_options(self, below: bool = False) -> None:
+        """-q, -v and --version; below: of a subcommand, where they mean the same as before its name."""
+        unless_given = {"default": argparse.SUPPRESS} if below else {}
+        for short, long, said in (
+            ("-q", "--quiet", "only results, warnings and errors"),
+            ("-v", "--verbose", "details as well"),
+        ):
+            self.add_argument(short, long, action="store_true", help=said, **unless_given)
         self.add_argument("--version", action="version", version=f"patchnetvlad {__version__}")
 
     def error(self, message: str) -> NoReturn:

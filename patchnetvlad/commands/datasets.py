@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.measure_files import Protocol, joined, measure_lines, measure_record, write_json
 from patchnetvlad.measures import Measures, judge
@@ -36,7 +36,7 @@ def gen_image_file_list(arguments: Sequence[str] | None = None) -> int:
 def _list(args: argparse.Namespace) -> None:
     names = list_folder(command_line.folder(args.dataset_root_dir, "--dataset_root_dir"), args.recursive)
     write_image_list(Path(args.out_file), names)
-    print(f"{len(names)} pictures listed in {args.out_file}")
+    print(f"{counted(len(names), 'picture')} listed in {args.out_file}")
 
 
 def make_dataset(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +69,7 @@ def make_dataset(arguments: Sequence[str] | None = None) -> int:
             metavar="DIR",
             help="for the ground truth",
         )
+        options.add_common_options(below=True)
     return command_line.run(parser, _make, arguments)
 
 
@@ -108,7 +109,7 @@ def convert_kapture_to_msls(arguments: Sequence[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     rankings = read_pairs(Path(args.kapture))
     write_msls_predictions(Path(args.msls), rankings, args.append)
-    print(f"predictions of {len(rankings)} queries in {args.msls}")
+    print(f"predictions of {counted(len(rankings), 'query', 'queries')} in {args.msls}")
 
 
 def measure(arguments: Sequence[str] | None = None) -> int:
@@ -187,7 +188,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     work = Path(args.output_dir) if args.output_dir else Path("runs") / args.dataset
     config, files = prepare(args.dataset, root, work, args.config_path, args.overrides)
     for pair in files:
-        print(f"{pair.name}: {len(pair.queries)} queries, {len(pair.database)} database pictures")
+        counts = counted(len(pair.queries), "query", "queries"), counted(len(pair.database), "database picture")
+        print(f"{pair.name}: {', '.join(counts)}")
     from patchnetvlad.datasets.reproduction import reproduce as run_benchmark
 
     def announce(estimate: Estimate) -> None:

@@ -15,12 +15,11 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.datasets import make_dataset
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
 
 _SHOWN = 20  # queries on the screen, each with
 _BEST = 3  # of its candidates
-_NAME = "drives"
 
 
 def recognize(arguments: Sequence[str] | None = None) -> int:
@@ -72,29 +71,29 @@ def _recognize(args: argparse.Namespace) -> int:
     database, queries = (drive.relative_to(root).as_posix() for drive in drives)
     command_line.require_checkpoint(config)
     making = _making(args, root, database, queries)
-    output = Path(args.output_dir)
-    lists = {side: output / "lists" / f"{_NAME}_imageNames_{side}.txt" for side in ("query", "index")}
+    output, name = Path(args.output_dir), f"{_flat(queries)}_in_{_flat(database)}"
+    lists = {side: output / "lists" / f"{name}_imageNames_{side}.txt" for side in ("query", "index")}
     features = _feature_folders(output / "features", making[0], database, queries)
-    truth = output / "lists" / f"{_NAME}.npz"
+    truth, results = output / "lists" / f"{name}.npz", output / "results" / name
     truth.unlink(missing_ok=True)
     shared = _shared(args)
-    to = [f"--{name}={output / 'lists'}" for name in ("lists_dir", "ground_truth_dir")]
+    to = ["--name", name, *(f"--{kind}_dir={output / 'lists'}" for kind in ("lists", "ground_truth"))]
     if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *to]):
         return status
     at = ["--dataset_root_dir", str(root)]
     for side in ("index", "query"):
         options = [*at, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
-        options += ["--overwrite"] if args.overwrite else []
+        options += ["--queries"] * (side == "query") + ["--overwrite"] * args.overwrite
         if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
             return status
     options = [word for side in lists for word in (f"--{side}_file_path", str(lists[side]))]
     options += [word for side in lists for word in (f"--{side}_input_features_dir", str(features[side]))]
     options += ["--ground_truth_path", str(truth)] if truth.exists() else []
-    options += ["--result_save_folder", str(output / "results"), "--report"]
+    options += ["--result_save_folder", str(results), "--report"]
     if status := command_line.run_step("feature_match.py", feature_match, [*shared, *at, *options]):
         return status
-    print("\n".join(["", *_ranking_lines(output / "results", config)]))
-    page = (output / "results" / "report.html").absolute()
+    print("\n".join(["", *_ranking_lines(results, config)]))
+    page = (results / "report.html").absolute()
     print(f"page: {page}")
     if args.open and not webbrowser.open(page.as_uri()):
         print("no browser could be started (open the page by hand)")
@@ -103,9 +102,14 @@ def _recognize(args: argparse.Namespace) -> int:
 
 def _feature_folders(folder: Path, kind: str, database: str, queries: str) -> dict[str, Path]:
     """Where a drive's features go; apart where positions from a file may leave pictures out of its list."""
-    names = {"index": database.replace("/", "__"), "query": queries.replace("/", "__")}
+    names = {"index": _flat(database), "query": _flat(queries)}
     partial = {"csv": ("index", "query"), "pairs": ("query",)}.get(kind, ())
     return {side: folder / (f"{name}_{kind}" if side in partial else name) for side, name in names.items()}
+
+
+def _flat(drive: str) -> str:
+    """A drive's name without separators."""
+    return drive.replace("/", "__")
 
 
 def _common_root(database: Path, queries: Path) -> Path:
@@ -126,7 +130,7 @@ def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -
     if args.position_csv:
         files = [command_line.file(name, "--position_csv").resolve() for name in args.position_csv]
         kind, sides = "csv", ["--queries", str(files[1]), "--database", str(files[0])]
-        sides += ["--query_folder", queries, "--database_folder", database]
+        sides += ["--query_folder", queries, "--database_folder", database, "--incomplete", "leave_out"]
     elif args.pairs_csv:
         pairs = command_line.file(args.pairs_csv, "--pairs_csv")
         kind, sides = "pairs", [*sides, "--pairs_csv", str(pairs), "--interpolate", "--incomplete", "leave_out"]
@@ -142,7 +146,7 @@ def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -
     if args.radius is not None and kind == "folders":
         raise UserError("--radius: needs positions (--position_csv, --pairs_csv or --frames)")
     radius = [] if args.radius is None else ["--radius", str(args.radius)]
-    return [kind, str(root), "--name", _NAME, *sides, *radius]
+    return [kind, str(root), *sides, *radius]
 
 
 def _shared(args: argparse.Namespace) -> list[str]:
@@ -177,5 +181,5 @@ def _ranking_lines(results: Path, config: Config) -> list[str]:
         score = f" ({best[ranking.query]:.4f})" if ranking.query in best else ""
         lines.append(f"{ranking.query}: {', '.join([first + score, *others])}")
     if len(rankings) > _SHOWN:
-        lines.append(f"and {len(rankings) - _SHOWN} more queries")
+        lines.append(f"and {counted(len(rankings) - _SHOWN, 'more query', 'more queries')}")
     return [*lines, f"all candidates: {predictions}"]

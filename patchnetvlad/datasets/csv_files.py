@@ -11,7 +11,7 @@ from patchnetvlad.config import MSLS_CITIES
 from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.datasets.picture_names import from_geographic, listed_below
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import some_of
 from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
 from patchnetvlad.mapillary import SIDES, CitySide, read_side
@@ -39,14 +39,17 @@ def csv_tables(
     """
     limit = 25 if radius is None else radius
     zone = parse_zone(zone, "zone") if isinstance(zone, str) else zone
-    tables = [read_table(_existing(root, file)) for file in (queries, database)]
+    tables = [_table(root, file, side) for file, side in ((queries, "--queries"), (database, "--database"))]
+    folders = query_folder, database_folder
+    listed = [listed_below(root, folder) if folder else [] for folder in folders]
+    _check_sides(tables, folders, listed)
     kinds = [_kind(table) for table in tables]
     where = f"{queries}, {database}"
     if kinds[0] != kinds[1]:
         raise UserError(f"{queries} gives {kinds[0]}, {database} {kinds[1]}: expected the same in both")
     sides = [
-        _placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out", root, folder)
-        for table, folder in zip(tables, (query_folder, database_folder), strict=True)
+        _placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out", folder, names)
+        for table, folder, names in zip(tables, folders, listed, strict=True)
     ]
     notes = [note for side in sides for note in side.notes]
     names = [side.names for side in sides]
@@ -55,7 +58,7 @@ def csv_tables(
         return [from_geographic(name, names, positions, limit, where, zone).noted(*notes)]
     utm, zone, moved = _in_metres(sides, zone, where)
     if moved:
-        notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
+        notes.append(f"expressed in zone {zone}: {counted(moved, 'position')} of other zones")
     count = len(names[0])
     pictures = Pictures(tuple(names[0]), utm[:count]), Pictures(tuple(names[1]), utm[count:])
     return [Dataset(name, *pictures, limit, zone=zone, notes=tuple(notes))]
@@ -90,7 +93,10 @@ def pairs(
     unplaced = [listed[0][row] for row in np.setdiff1d(np.arange(len(listed[0])), rows)]
     notes: tuple[str, ...] = ()
     if unplaced:
-        message = f"{len(unplaced)} of {len(listed[0])} queries have no place by {pairs_csv}: {some_of(unplaced)}"
+        message = (
+            f"{len(unplaced)} of {counted(len(listed[0]), 'query', 'queries')} without a place by {pairs_csv}: "
+            f"{some_of(unplaced)}"
+        )
         if incomplete != "leave_out":
             raise UserError(
                 f"{message} (--interpolate places those between two others, --incomplete leave_out the rest)"
@@ -132,20 +138,43 @@ class _Placed:
     notes: list[str]
 
 
-def _placed(table: Table, columns: Sequence[Sequence[str]], leave_out: bool, root: Path, folder: str) -> _Placed:
-    names = [(PurePosixPath(folder) / name).as_posix() if folder else name for name in table.unique(PICTURES)]
+def _check_sides(tables: Sequence[Table], folders: Sequence[str], listed: Sequence[Sequence[str]]) -> None:
+    """Raises UserError where the rows of each table name pictures of the other one's folder, and none of its own."""
+    if not all(folders):
+        return
+    own, other = (
+        [bool(set(_within(table, folder)) & set(names)) for table, folder, names in zip(tables, *sides, strict=True)]
+        for sides in ((folders, listed), (folders[::-1], listed[::-1]))
+    )
+    if all(other) and not any(own):
+        query_table, database_table = (table.path for table in tables)
+        raise UserError(
+            f"{query_table} names pictures of {folders[1]}, and {database_table} those of {folders[0]} (swapped?)"
+        )
+
+
+def _within(table: Table, folder: str) -> list[str]:
+    """The names of a table, which start from a folder, as they are from the root; "" is the root."""
+    return [(PurePosixPath(folder) / name).as_posix() if folder else name for name in table.unique(PICTURES)]
+
+
+def _placed(
+    table: Table, columns: Sequence[Sequence[str]], leave_out: bool, folder: str, listed: Sequence[str]
+) -> _Placed:
+    """Rows of a table that have a position; listed: the pictures of its folder, for those that no row names."""
+    names = _within(table, folder)
     positions = np.column_stack([table.numbers(column, gaps=True) for column in columns])
     known = ~np.isnan(positions).any(axis=1)
     notes = []
     if not known.all():
         lost = [names[row] for row in np.flatnonzero(~known)]
-        message = f"{table.path}: {len(lost)} of {len(names)} rows have no position: {some_of(lost)}"
+        message = f"{table.path}: {len(lost)} of {counted(len(names), 'row')} without a position: {some_of(lost)}"
         if not leave_out or not known.any():
             raise UserError(f"{message}; --incomplete leave_out goes on without them")
         notes.append(f"left out: {message}")
-    if folder and (unnamed := sorted(set(listed_below(root, folder)) - set(names))):
+    if unnamed := sorted(set(listed) - set(names)):
         notes.append(
-            f"left out: {len(unnamed)} pictures of {folder} stand in no row of {table.path}: {some_of(unnamed)}"
+            f"left out: {counted(len(unnamed), 'picture')} of {folder} in no row of {table.path}: {some_of(unnamed)}"
         )
     rows = np.flatnonzero(known).tolist()
     zones = table.text(_ZONES) if table.find(_ZONES) else None
@@ -204,9 +233,11 @@ def _msls_pictures(root: Path, side: CitySide, include_panoramas: bool) -> Pictu
 
 def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[str]:
     name, outside = side.folder.name, int((~side.selected).sum())
-    notes = [f"{name}: {outside} of {len(side.keys)} pictures are not in subtask {subtask}"] if outside else []
+    notes = [f"{name}: {outside} of {counted(len(side.keys), 'picture')} not in subtask {subtask}"] if outside else []
     panoramas = int((side.selected & side.panorama).sum())
-    return notes + ([f"{name}: {panoramas} panoramas left out"] if panoramas and not include_panoramas else [])
+    return notes + (
+        [f"{name}: {counted(panoramas, 'panorama')} left out"] if panoramas and not include_panoramas else []
+    )
 
 
 def _kind(table: Table) -> str:
@@ -219,8 +250,12 @@ def _kind(table: Table) -> str:
     )
 
 
-def _existing(root: Path, file: str) -> Path:
-    return root / file if (root / file).is_file() else Path(file)
+def _table(root: Path, file: str, option: str) -> Table:
+    """A table below the root, or where its name says from the current folder."""
+    for path in (root / file, Path(file)):
+        if path.is_file():
+            return read_table(path)
+    raise UserError(f"{option} {file}: no such file, searched in {root} and in the current folder ({option} names it)")
 
 
 def _check_utm(utm: NDArray[np.float64], names: Sequence[str], where: str, zone: Zone | None) -> None:
@@ -230,4 +265,4 @@ def _check_utm(utm: NDArray[np.float64], names: Sequence[str], where: str, zone:
     if impossible.any():
         rows = np.flatnonzero(impossible).tolist()
         examples = some_of([f"{names[row]} ({utm[row, 0]:g}, {utm[row, 1]:g})" for row in rows])
-        raise UserError(f"{where}: {int(impossible.sum())} positions cannot be UTM metres of zone {zone}: {examples}")
+        raise UserError(f"{where}: {counted(len(rows), 'position')} out of UTM's range, zone {zone}: {examples}")

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from patchnetvlad.datasets.dataset import Dataset, Pictures
-from patchnetvlad.errors import UserError
+from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import some_of
 from patchnetvlad.image_lists import list_folder
 from patchnetvlad.localization.coordinates import (
@@ -27,9 +27,9 @@ from patchnetvlad.localization.coordinates import (
 _EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur in UTM, with a margin below
 
 
-def listed_below(root: Path, folder: str) -> list[str]:
-    """Names of the pictures in a folder and those within, relative to the root above it."""
-    return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, recursive=True)]
+def listed_below(root: Path, folder: str, warn: bool = True) -> list[str]:
+    """Names of the pictures in a folder and those within, relative to the root above it; warn: of what is not read."""
+    return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, True, warn)]
 
 
 def nordland(
@@ -48,9 +48,8 @@ def nordland(
     only = [np.setdiff1d(numbers[0], numbers[1]), np.setdiff1d(numbers[1], numbers[0])]
     for season, other, missing in ((queries, database, only[0]), (database, queries, only[1])):
         if len(missing):
-            message = (
-                f"{len(missing)} frames of {season} are missing in {other}: {some_of(missing.astype(str).tolist())}"
-            )
+            numbered = some_of(missing.astype(str).tolist())
+            message = f"missing in {other}: {counted(len(missing), 'frame')} of {season}: {numbered}"
             if published:
                 raise UserError(
                     f"{root}: {message}; the published form numbers the rows, so both need the same (incomplete copy?)"
@@ -91,7 +90,7 @@ def folders(root: Path, queries: str, database: str, name: str = "dataset") -> l
 
 def kind_of_positions(root: Path, queries: str, database: str) -> tuple[str, str]:
     """The maker that takes its positions from these two folders' pictures, "folders" where none can; and why."""
-    names = [name for folder in (queries, database) for name in listed_below(root, folder)]
+    names = [name for folder in (queries, database) for name in listed_below(root, folder, warn=False)]
     if all(_at_position(name) for name in names):
         return "at_names", "the names carry @easting@northing@"
     for place, name in enumerate(names):
@@ -115,8 +114,8 @@ def at_names(
     ]
     if unpositioned:
         raise UserError(
-            f"{root}: {len(unpositioned)} names carry no @easting@northing@ in metres of UTM (easting 100,000 to "
-            f"900,000, northing up to 10,000,000; swapped?): {some_of(unpositioned)}"
+            f"{root}: {counted(len(unpositioned), 'name')} without @easting@northing@ in metres of UTM (easting "
+            f"100,000 to 900,000, northing up to 10,000,000; swapped?): {some_of(unpositioned)}"
         )
     positioned = [position for positions in parsed for position in positions if position is not None]
     utm = np.array([position[:2] for position in positioned], dtype=np.float64)
@@ -126,9 +125,10 @@ def at_names(
     if zones and len(zones) == len(their_zones):
         utm, zone, moved = in_one_zone(utm, zones)
         if moved:
-            notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
+            notes.append(f"expressed in zone {zone}: {counted(moved, 'position')} of other zones")
     elif zones:
-        notes.append(f"{len(their_zones) - len(zones)} of {len(their_zones)} names give no zone: no zone is kept")
+        without = len(their_zones) - len(zones)
+        notes.append(f"no zone is kept: {without} of {counted(len(their_zones), 'name')} without one")
         if len(set(zones)) > 1:
             raise UserError(
                 f"{root}: names of several zones ({some_of(sorted(map(str, set(zones))))}) and some without"
@@ -162,8 +162,8 @@ def exif(
     if unlocated and (incomplete != "leave_out" or len(unlocated) == total):
         hint = "" if len(unlocated) == total else "; --incomplete leave_out goes on without them"
         raise UserError(
-            f"{root}: {len(unlocated)} of {total} pictures carry no GPS position in their EXIF: {some_of(unlocated)}"
-            f"{hint}"
+            f"{root}: {len(unlocated)} of {counted(total, 'picture')} without a GPS position in EXIF: "
+            f"{some_of(unlocated)}{hint}"
         )
     kept = [
         [file for file, position in zip(names, positions, strict=True) if position is not None]
@@ -175,7 +175,9 @@ def exif(
     ]
     notes = []
     if unlocated:
-        notes.append(f"left out: {len(unlocated)} of {total} pictures without a GPS position: {some_of(unlocated)}")
+        notes.append(
+            f"left out: {len(unlocated)} of {counted(total, 'picture')} without a GPS position: {some_of(unlocated)}"
+        )
     return [from_geographic(name, kept, geographic, 25 if radius is None else radius, str(root)).noted(*notes)]
 
 
@@ -199,7 +201,7 @@ def from_geographic(
     notes = []
     outside = outside_zone(all_positions, chosen)
     if outside:
-        notes.append(f"{outside} positions of a neighbouring zone are expressed in zone {chosen}")
+        notes.append(f"expressed in zone {chosen}: {counted(outside, 'position')} of a neighbouring zone")
     return Dataset(name, *_split(names, to_utm(all_positions, chosen)), radius, zone=chosen, notes=tuple(notes))
 
 
@@ -215,14 +217,15 @@ def _frame_numbers(names: Sequence[str]) -> NDArray[np.int64]:
     digits = [re.findall(r"\d+", PurePosixPath(name).stem) for name in names]
     unnumbered = [name for name, numbers in zip(names, digits, strict=True) if not numbers]
     if unnumbered:
-        raise UserError(f"{len(unnumbered)} pictures have no frame number in their name: {some_of(unnumbered)}")
+        unnamed = counted(len(unnumbered), "picture has", "pictures have")
+        raise UserError(f"{unnamed} no frame number in the name: {some_of(unnumbered)}")
     numbers = np.array([int(numbers[-1]) for numbers in digits], dtype=np.int64)
     _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
     if (counts > 1).any():
         example = names[first[np.flatnonzero(counts > 1)[0]]]
         raise UserError(
-            f"{int((counts - 1).sum())} pictures have a frame number that another one of the same folder has, such as "
-            f"{example} (several videos or cameras in one folder?)"
+            f"{counted(int((counts - 1).sum()), 'picture has', 'pictures have')} the frame number of another one of "
+            f"the same folder, such as {example} (several videos or cameras in one folder?)"
         )
     return numbers
 
