@@ -286,7 +286,7 @@ def check_panoramas(cutouts: int, num_pictures: int, coordinates: NDArray[np.flo
     if len(apart):
         first = apart[0] * cutouts
         raise UserError(
-            f"{key}: database pictures {first + 1} to {first + cutouts} have different coordinates in the ground "
-            f"truth, and so on in {counted(len(apart), 'panorama')} (cut-outs left out of the list or in another "
+            f"{key}: {counted(len(apart), 'panorama')} with different coordinates in the ground truth, the first of "
+            f"them database pictures {first + 1} to {first + cutouts} (cut-outs left out of the list or in another "
             "order, or a dataset without panoramas?)"
         )

@@ -359,8 +359,6 @@ class PlaceDatabase:
         opened: ExitStack | None = None,
     ) -> None:
         """stored and opened: of `PlaceRecognizer.open_database`."""
-        if not len(pictures):
-            raise ValueError("a database needs at least one picture (does the pattern of their names match any?)")
         self.recognizer = recognizer
         self.pictures = list(pictures) if stored is None else pictures
         self._names = pictures.names if isinstance(pictures, _Stored) else [picture.name for picture in self.pictures]
@@ -371,6 +369,8 @@ class PlaceDatabase:
         with ExitStack() as closing_after_errors:
             closing_after_errors.push(self._opened)
             recognizer.config.check_own_candidates("a database (feature_match takes it)")
+            if not len(pictures):
+                raise ValueError("a database needs at least one picture (does the pattern of their names match any?)")
             if stored is None:
                 _check_in_memory(recognizer.config, self.pictures)
                 stored = described_pictures(recognizer, self.pictures)

@@ -78,7 +78,7 @@ def test_positions_that_cannot_be():
         check_geographic(np.array([[139.7, 35.6]]), ["a.jpg"], "x")
     with pytest.raises(UserError, match=r"2 of 2.*no position"):
         check_geographic(np.array([[np.nan, 35.6], [139.0, 181.0]]), ["a.jpg", "b.jpg"], "x")
-    with pytest.raises(UserError, match="are 0, 0"):
+    with pytest.raises(UserError, match="7 of 7 positions at 0, 0"):
         check_geographic(np.zeros((7, 2)), list("abcdefg"), "x")
     with pytest.raises(UserError, match="over 20° of longitude from its middle lie 1 of 2 positions"):
         to_utm(np.array([[50.0, 6.0], [6.0, 50.0]]), Zone(32))

@@ -220,10 +220,10 @@ def test_corridor_from_its_frames(real_data, tmp_path):
         ({"utmQ": None}, "lacks utmQ: found whichSet"),
         ({"utmDb": None, "utmdb": np.zeros((2, 2))}, "lacks utmDb.*utmdb.*renamed"),
         ({"utmDb": np.zeros((2, 3))}, "utmDb has 3 positions but dbImageFns has 2 names"),
-        ({"numQueries": 7.0}, "numQueries is 7 but qImageFns has 1 names"),
+        ({"numQueries": 7.0}, "numQueries is 7 but qImageFns has 1 name"),
         ({"posDistSqThr": 25.0}, "posDistSqThr is 25, not the square"),
         ({"which": "val"}, "whichSet is 'val', expected 'test'"),
-        ({"utmQ": np.array([[np.nan], [4e6]])}, "1 positions not finite"),
+        ({"utmQ": np.array([[np.nan], [4e6]])}, "1 position not finite"),
         ({"posDistThr": "far"}, "posDistThr: expected one number"),
     ],
 )
@@ -352,6 +352,7 @@ def test_queries_without_match_are_left_out_on_request(tmp_path, capsys):
     assert "1 query has none" in capsys.readouterr().out
     run("msls", tmp_path, "--cities", "cph", *where, "--only_queries_with_match")
     assert "left out: 1 query without a match" in capsys.readouterr().out
+    assert names_of(tmp_path / "mapillarycph_imageNames_query.txt") == ("train_val/cph/query/images/a.jpg",)
 
 
 def test_the_file_that_was_not_named(tmp_path, capsys):
@@ -374,7 +375,6 @@ def test_quiet_before_and_after_the_kind(tmp_path, capsys, place):
     assert not captured.err and "2 queries, 2 database pictures" in captured.out
     assert make_dataset(words) == 0
     assert "Looking for pictures" in capsys.readouterr().err
-    assert names_of(tmp_path / "mapillarycph_imageNames_query.txt") == ("train_val/cph/query/images/a.jpg",)
 
 
 def test_csv_with_latitude_and_longitude(tmp_path):
@@ -443,7 +443,7 @@ def test_utm_of_several_zones_becomes_one(tmp_path):
     with refused("UTM zone '99N': expected a number 1 to 60"):
         MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
     (tmp_path / "d.csv").write_text("name,easting,northing,zone\ne.jpg,5000000,500000000,32N\n")
-    with refused("1 positions cannot be UTM metres"):
+    with refused("1 position out of UTM's range"):
         MAKERS["csv"].make(tmp_path, "q.csv", "d.csv", zone="32N")
 
 

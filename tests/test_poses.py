@@ -212,7 +212,7 @@ def test_lists_of_kapture_folders(dataset, tmp_path):
         "".join(line for line in trajectories.splitlines(True) if not line.lstrip().startswith("1,"))
     )
     (held_back,) = MAKERS["robotcar"].make(tmp_path / "held_back", only_posed=False)
-    assert held_back.ground_truth() is None and held_back.notes == ("2 of 6 pictures of query have no pose",)
+    assert held_back.ground_truth() is None and held_back.notes == ("2 of 6 pictures of query without a pose",)
     (posed,) = MAKERS["robotcar"].make(tmp_path / "held_back", only_posed=True)
     assert len(posed.queries) == 4 and "left out: 2 of 6" in posed.notes[0] and posed.ground_truth() is not None
 
