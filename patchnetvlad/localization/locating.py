@@ -21,7 +21,7 @@ from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
-from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.cache.picture_cache import cache_bytes
 
 _METRES = ("easting", "northing", "height")
 _COORDINATES = {  # what they are called, by the unit of the ground truth; a place in a row has one, and a 0 beside it
