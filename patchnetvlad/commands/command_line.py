@@ -61,12 +61,12 @@ class Parser(argparse.ArgumentParser):
 
     def add_common_options(self, below: bool = False) -> None:
         """-q, -v and --version; below: of a subcommand, where they mean the same as before its name."""
-        unless_given = {"default": argparse.SUPPRESS} if below else {}
+        default = argparse.SUPPRESS if below else False
         for short, long, said in (
             ("-q", "--quiet", "only results, warnings and errors"),
             ("-v", "--verbose", "details as well"),
         ):
-            self.add_argument(short, long, action="store_true", help=said, **unless_given)
+            self.add_argument(short, long, action="store_true", default=default, help=said)
         self.add_argument("--version", action="version", version=f"patchnetvlad {__version__}")
 
     def error(self, message: str) -> NoReturn:
