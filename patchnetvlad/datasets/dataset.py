@@ -184,8 +184,8 @@ def summary(dataset: Dataset) -> list[str]:
         without = counted(unmatched, "query has", "queries have")
         lines.append(f"  a match lies within {with_unit(dataset.radius, dataset.unit)}; {without} none")
         coordinates = np.concatenate([truth.utm_query, truth.utm_database])
-        if dataset.unit != "m":
-            coordinates = coordinates[:, np.ptp(coordinates, axis=0) > 0]  # places in a row have a 0 beside them
+        if dataset.unit in ("frames", "pictures"):
+            coordinates = coordinates[:, :1]  # places in a row have a 0 beside them
         extent = ", ".join(
             f"{low:.12g} to {high:.12g}"
             for low, high in zip(coordinates.min(0).round(1), coordinates.max(0).round(1), strict=True)
