@@ -24,7 +24,7 @@ T = TypeVar("T")
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )  # of files that list_folder takes, in any case
-_UNREAD = (  # endings of pictures that are left out and counted, and of videos
+_LEFT_OUT = (  # endings of pictures that list_folder counts and does not take, and of videos
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
     (".mp4", ".mov", ".avi", ".mkv", ".m4v"),
 )
@@ -122,27 +122,27 @@ def write_image_list(list_path: Path, names: Sequence[str]) -> None:
 def list_folder(root: Path, recursive: bool = False, warn: bool = True) -> tuple[str, ...]:
     """Names of the pictures in a folder, relative to it, in natural order (2 before 10).
 
-    Hidden files are left out, as are pictures in formats that are not read, and videos, which with ``warn`` are
-    counted in a warning; with ``recursive`` folders within are entered, linked ones too unless the link leads back up.
+    Hidden files are left out, as are pictures of formats such as HEIC, and videos, which with ``warn`` are counted in
+    a warning; with ``recursive`` folders within are entered, linked ones too unless the link leads back up.
     Raises UserError when there is no such folder or no picture in it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     files = list(_files(root, recursive))
     names = [file.relative_to(root).as_posix() for file in files if file.suffix.lower() in PICTURE_EXTENSIONS]
-    unread = _unread(files)
+    left_out = _left_out(files)
     if not names:
         hint = "" if recursive else " (folders within are entered with --recursive)"
-        raise UserError(f"{root}: holds no picture{f' that is read, but {unread}' if unread else hint}")
-    if unread and warn:
-        logger.warning("%s: left out: %s", root, unread)
+        raise UserError(f"{root}: holds no picture{f' to list, but {left_out}' if left_out else hint}")
+    if left_out and warn:
+        logger.warning("%s: left out: %s", root, left_out)
     return tuple(natsorted(sorted(names)))  # names equal to natsort, such as 1 and 01, in a fixed order
 
 
-def _unread(files: Sequence[Path]) -> str:
-    """How many pictures of formats that are not read, and videos, are among files, and what to do; empty for none."""
+def _left_out(files: Sequence[Path]) -> str:
+    """How many pictures of other formats, and videos, are among files, and what to do; empty for none."""
     endings = Counter(file.suffix.lower() for file in files)
-    pictures, videos = ({end: endings[end] for end in endings if end in known} for known in _UNREAD)
+    pictures, videos = ({end: endings[end] for end in endings if end in known} for known in _LEFT_OUT)
     advice = ["convert them to .jpg"] * bool(pictures) + ["take pictures from the videos"] * bool(videos)
     named = ", ".join(counted(number, f"{end} file") for end, number in sorted({**pictures, **videos}.items()))
     return f"{named} ({' and '.join(advice)})" if named else ""

@@ -107,6 +107,7 @@ def test_bad_pictures(
     elif command == "fit":
         if bad.suffix not in (".jpg", ".jpeg", ".png"):
             bad = bad.rename(bad.with_suffix(".png"))
+        out = tmp_path / "out.pth.tar"
         status = fit_model(fitting(options, pictures, out))
     elif command == "locate":
         index = ["--index_file_path", str(finished.folder / "database.txt"), "--dataset_root_dir", str(EXAMPLES)]

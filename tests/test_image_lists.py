@@ -177,11 +177,11 @@ def test_linked_folders_are_entered(tmp_path: Path) -> None:
     assert list_folder(tmp_path / "root", recursive=True) == ("db/1.jpg",)
 
 
-def test_pictures_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("1.HEIC", "2.heic", "sub/3.heic", "drive.mp4", "notes.txt", "folder.heic/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    said = r"holds no picture that is read, but 3 \.heic files, 1 \.mp4 file \(convert them to \.jpg and take pictures"
+    said = r"holds no picture to list, but 3 \.heic files, 1 \.mp4 file \(convert them to \.jpg and take pictures"
     with pytest.raises(UserError, match=said):
         list_folder(tmp_path, recursive=True)
     (tmp_path / "4.jpg").touch()

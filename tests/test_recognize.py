@@ -125,7 +125,7 @@ def test_codes_of_the_database_alone(small_model, tmp_path):
     assert not (tmp_path / "out/features/second/patchcodec.npz").exists()
 
 
-def test_pictures_that_are_not_read_are_counted_once(small_model, tmp_path, capsys):
+def test_pictures_of_other_formats_are_counted_once(small_model, tmp_path, capsys):
     drives = lay_out(tmp_path, 2)
     for number in range(3):
         (drives[0] / f"{number}.heic").touch()
@@ -135,7 +135,7 @@ def test_pictures_that_are_not_read_are_counted_once(small_model, tmp_path, caps
     for path in drives[0].glob("*.jpg"):
         path.unlink()
     assert recognize(options) == 2
-    assert "first: holds no picture that is read, but 3 .heic files" in capsys.readouterr().err
+    assert "first: holds no picture to list, but 3 .heic files" in capsys.readouterr().err
 
 
 def test_positions_of_the_other_drive(small_model, tmp_path, capsys):

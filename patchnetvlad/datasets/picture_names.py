@@ -28,7 +28,7 @@ _EASTINGS, _NORTHINGS = (100_000, 900_000), (0, 10_000_000)  # metres that occur
 
 
 def listed_below(root: Path, folder: str, warn: bool = True) -> list[str]:
-    """Names of the pictures in a folder and those within, relative to the root above it; warn: of what is not read."""
+    """Names of the pictures in a folder and those within, relative to the root above it; warn: of what is left out."""
     return [(PurePosixPath(folder) / name).as_posix() for name in list_folder(root / folder, True, warn)]
 
 
