@@ -274,7 +274,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a picture, or of a kind that cannot be read") from error
+        raise UserError(
+            f"{path}: not a picture, or of a kind that cannot be read (such as HEIC: convert it to .jpg)"
+        ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise UserError(f"{path}: more than {limit} pixels (make it smaller)") from error
