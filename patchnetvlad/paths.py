@@ -139,7 +139,9 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
             f"{path} is there: set {f'resumepath to {path} and ' if by_name else ''}num_pcs to {size}"
             for size, path in sizes
         ]
-        raise UserError(f"resumepath = {name}: no such checkpoint with num_pcs = {num_pcs} ({'; '.join(there)})")
+        raise UserError(
+            f"[global_params] resumepath = {name}: no such checkpoint with num_pcs = {num_pcs} ({'; '.join(there)})"
+        )
     raise UserError(
         f"{' and '.join(forms)}: no such checkpoint (named whole, or without its end, which is num_pcs and .pth.tar; "
         f"published ones are {', '.join(PUBLISHED_CHECKPOINTS)}; configs/builtin.ini needs no download)"
