@@ -20,6 +20,7 @@ from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_sco
 
 _SHOWN = 20  # queries on the screen, each with
 _BEST = 3  # of its candidates
+_GIVEN = "--position_csv, --pairs_csv or --frames"
 
 
 def recognize(arguments: Sequence[str] | None = None) -> int:
@@ -142,9 +143,9 @@ def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -
         from patchnetvlad.datasets.picture_names import kind_of_positions
 
         kind, why = kind_of_positions(root, queries, database)
-        print(f"positions: {'none, ' if kind == 'folders' else ''}{why}")
+        print(f"positions: {f'none, {why} ({_GIVEN} give them)' if kind == 'folders' else why}")
     if args.radius is not None and kind == "folders":
-        raise UserError("--radius: needs positions (--position_csv, --pairs_csv or --frames)")
+        raise UserError(f"--radius: needs positions ({_GIVEN} give them)")
     radius = [] if args.radius is None else ["--radius", str(args.radius)]
     return [kind, str(root), *sides, *radius]
 
