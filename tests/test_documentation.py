@@ -152,3 +152,20 @@ def test_notebook_runs_with_the_bundled_model(checkout, monkeypatch):
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert "of 12 queries" in outputs[-1]["text"]
+
+
+# Of the published package (0.1.8): what other people's scripts import
+PUBLISHED_NAMES = """
+PATCHNETVLAD_ROOT_DIR input_transform PlaceDataset images numQ numDb get_positives PatchMatcher match all_keypoints
+all_indices torch_nn gen_image_file_list get_backend get_model get_pca_encoding Flatten L2Norm NetVLAD init_params
+PatchNetVLAD get_integral_feature get_square_regions_from_integral local_matcher calc_receptive_boxes
+calc_keypoint_centers_from_patches normalise_func MSLS new_epoch update_subcache collate_fn ImagesFromList
+default_cities get_clusters pca save_checkpoint train_epoch val convert_kapture_to_msls feature_extract feature_match
+compute_recall write_kapture_output write_recalls_output match_two apply_patch_weights plot_two download_all_models
+ask_yesno
+""".split()
+
+
+def test_every_published_name_is_on_the_page_of_the_published_code():
+    code = " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")))
+    assert not set(PUBLISHED_NAMES) - set(re.findall(r"\w+", code))
