@@ -88,7 +88,7 @@ def check_images(paths: Sequence[Path], workers: int = 4, progress: bool = False
     started = perf_counter()
     try:
         for number, (path, problem) in enumerate(
-            tqdm(checked, "Checking pictures", len(unknown), disable=not progress, unit="img"), start=1
+            tqdm(checked, "Checking pictures", len(unknown), disable=not (progress and unknown), unit="img"), start=1
         ):
             state = states[path]
             if problem is not None:
