@@ -48,7 +48,7 @@ def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details:
             lines.append(f"{label:<{wide}}" + "".join(f"{100 * value:{13 if details else 7}.1f}" for value in values))
             if details:
                 spans = (f"{100 * low:.1f}–{100 * high:.1f}" for low, high in intervals)
-                lines.append(f"{f'  {LEVEL:.0%} interval':<{wide}}" + "".join(f"{span:>13}" for span in spans))
+                lines.append(f"{f'  {100 * LEVEL:g} % interval':<{wide}}" + "".join(f"{span:>13}" for span in spans))
         if details:
             precision = "".join(f"{100 * value:13.1f}" for value in measured.mean_average_precision)
             lines.append(f"{f'  mAP@N (MSLS), {name}':<{wide}}{precision}")

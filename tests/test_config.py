@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchnetvlad import paths
-from patchnetvlad.config import CHANGES, Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config import (
+    CHANGES,
+    ENCODER_ALIASES,
+    ENCODERS,
+    ENCODERS_WITH_ARGUMENTS,
+    Config,
+    FeatureExtractConfig,
+    FeatureMatchConfig,
+    GlobalParams,
+    TrainConfig,
+)
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import config_text, load_config, record_config, recorded_config
 from patchnetvlad.paths import shipped_folder
@@ -144,6 +154,12 @@ def test_checkpoint_by_the_beginning_of_its_name_or_the_whole(tmp_path: Path, mo
         if found is None:
             with pytest.raises(UserError, match=r"models/vgg64.pth.tar is there: set num_pcs to 64\)$"):
                 config.require_checkpoint()
+
+
+@pytest.mark.parametrize("name", ["builtin.ini", "rootsift.ini"])
+def test_own_configurations_name_every_encoder(name: str) -> None:
+    words = set(re.findall(r"\w+", (CONFIGS / name).read_text()))
+    assert {*ENCODERS, *ENCODERS_WITH_ARGUMENTS, *ENCODER_ALIASES} <= words
 
 
 def test_the_checkpoints_that_are_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
