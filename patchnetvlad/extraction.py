@@ -36,7 +36,7 @@ from patchnetvlad.workers import Company
 
 logger = logging.getLogger(__name__)
 
-SAME_PICTURE = 0.99  # cosine of two descriptions of it, on whatever device and in whatever precision
+_SAME_PICTURE = 0.99  # cosine of two descriptions of it, on whatever device and in whatever precision
 
 _CODEC_PICTURES = 100  # pictures at most that codes of patches are learned from
 
@@ -164,7 +164,7 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
     batches = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
     described = _describe(model, next(iter(batches))[1], pictures.names[index])
     similarity = float(described.global_[0].cpu().float().numpy() @ row)
-    if similarity < SAME_PICTURE:
+    if similarity < _SAME_PICTURE:
         raise UserError(
             f"{writer.folder}: {pictures.names[index]} was another picture when it was described (similarity "
             f"{similarity:.3f}; another root folder, or pictures replaced? choose another output "

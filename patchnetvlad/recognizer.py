@@ -1,6 +1,5 @@
 """Place recognition from Python: describe pictures, compare two, keep a database in memory and query it."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from patchnetvlad.config_values import value_text
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import memory_errors, require_device
 from patchnetvlad.errors import UserError, by_number, counted
-from patchnetvlad.extraction import SAME_PICTURE, tell_precision
+from patchnetvlad.extraction import tell_precision
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -28,13 +27,13 @@ from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, find_matcher
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
 from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.manifest import has_manifest
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.reading.spot_check import check_root
 from patchnetvlad.weights import load_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-logger = logging.getLogger(__name__)
 
 Picture: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a Pillow picture, an H×W×3 or H×W uint8 array (RGB or grey), or a 3×H×W tensor with values 0 to 1."""
@@ -43,7 +42,6 @@ Pictures: TypeAlias = Picture | Iterable[Picture]
 """One or several; an array or tensor with one dimension more is several of one size."""
 
 
-_LOOKED_FOR = 5  # pictures of a stored database, to see whether they are where the root says
 _FORMS = "a path, a Pillow picture, a uint8 array or a float tensor"
 
 
@@ -254,26 +252,9 @@ class PlaceRecognizer:
             stored = opened.enter_context(
                 open_features(self.config, pictures, Path(features), memory, lambda: self.model)
             )
-            self._check_root(pictures, stored, Path(features))
+            if has_manifest(Path(features)):  # without one it has been held against two of its pictures
+                check_root(Path(features), pictures, stored.global_, self.config, self.model)
             return PlaceDatabase(self, _Stored(stored, pictures), positions, stored, opened.pop_all())
-
-    def _check_root(self, pictures: ImageList, stored: DescribedPictures, features: Path) -> None:
-        """Hold one of the pictures against its features; a warning where none of some is at hand."""
-        some = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_FOR).astype(int)).tolist()
-        at_hand = next((index for index in some if pictures.paths[index].is_file()), None)
-        if at_hand is None:
-            logger.warning(
-                "%s: %s is not there, nor are others: the database answers, but cannot be drawn (another root?)",
-                features,
-                pictures.paths[0],
-            )
-            return
-        (described,) = self.describe(pictures.paths[at_hand])
-        if (similarity := float(described.global_.cpu().numpy() @ stored.global_[at_hand])) < SAME_PICTURE:
-            raise UserError(
-                f"{features}: {pictures.paths[at_hand]} is not the picture that was described as "
-                f"{pictures.names[at_hand]} (similarity {similarity:.3f}; another root, or replaced since?)"
-            )
 
 
 def picture_name(picture: object, number: int) -> str:

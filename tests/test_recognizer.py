@@ -164,9 +164,7 @@ def test_a_stored_database_is_held_against_its_pictures(tmp_path, caplog):
     other.mkdir(parents=True)
     for number in range(3):
         (other / f"place{number:02d}_0.jpg").symlink_to(EXAMPLES / "queries" / f"query{number + 5:02d}_0.jpg")
-    with pytest.raises(
-        UserError, match=r"is not the picture that was described as database/place00_0\.jpg \(similarity"
-    ):
+    with pytest.raises(UserError, match=r"is not the picture that was described as database/place00_0\.jpg \(cosine"):
         recognizer.open_database(*files, tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""Feature folders that nothing says the origin of, held against two of their pictures, described again."""
+"""Feature folders held against a picture or two, described again: where nothing says their origin, or their root."""
 
 import logging
 from collections.abc import Callable
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _SAME = 0.99  # cosine of two descriptions of one picture, on whatever device and by whatever version
 _OTHER = 0.9  # below it the picture, the model or the settings are others
+_LOOKED_FOR = 5  # pictures of a list, to see whether they are where its root says
 
 
 def check_by_pictures(
@@ -49,6 +50,30 @@ def check_by_pictures(
     logger.info(
         "%s: has no manifest.jsonl; described again and found to agree: %s", folder, counted(len(chosen), "picture")
     )
+
+
+def check_root(
+    folder: Path, pictures: ImageList, global_: NDArray[np.float32], config: Config, model: PlaceModel
+) -> None:
+    """Describe one picture of a list again; raises UserError where it is not the one that the folder describes.
+
+    global_: the folder's, N×D, unit rows. A warning where none of a few is at hand.
+    """
+    some = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_FOR).astype(int)).tolist()
+    at_hand = next((index for index in some if pictures.paths[index].is_file()), None)
+    if at_hand is None:
+        logger.warning(
+            "%s: %s is not there, nor are others: the database answers, but cannot be drawn (another root?)",
+            folder,
+            pictures.paths[0],
+        )
+        return
+    path = pictures.paths[at_hand]
+    if (likeness := float(_describe(model, path, config) @ global_[at_hand])) < _SAME:
+        raise UserError(
+            f"{folder}: {path} is not the picture that was described as {pictures.names[at_hand]} (cosine "
+            f"{likeness:.3f}; another root, or replaced since?)"
+        )
 
 
 @torch.inference_mode()
