@@ -1,4 +1,4 @@
-"""Feature folders held against a picture or two, described again: where nothing says their origin, or their root."""
+"""Feature folders checked by describing a picture or two again: without a record of what made them, or of their root."""
 
 import logging
 from collections.abc import Callable
