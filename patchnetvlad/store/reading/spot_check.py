@@ -1,4 +1,4 @@
-"""Feature folders checked by describing a picture or two again: without a record of what made them, or of their root."""
+"""Feature folders checked by describing a picture or two again: of unknown origin, or of a root that may be another."""
 
 import logging
 from collections.abc import Callable
