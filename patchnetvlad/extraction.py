@@ -307,8 +307,8 @@ def check_disk(folder: Path, num_bytes: int) -> None:
 class _Estimate:
     """Says what a run will take, in bytes and time, from its first pictures.
 
-    The disk is checked after the first of them. An accelerator's first batch takes longer than all others, since it
-    starts there: the time comes from the second one, unless there is only one.
+    The disk is checked after the first of them. A process's first batch on an accelerator, or first picture on a CPU,
+    takes twice as long as others or longer: the time comes from the second one, unless there is only one.
     """
 
     def __init__(
@@ -316,7 +316,7 @@ class _Estimate:
     ) -> None:
         self._folder, self._header, self._device = folder, header, device
         self._num_pictures = num_pictures
-        self._to_leave_out = 0 if device.type == "cpu" or num_pictures <= batch_size else 1
+        self._to_leave_out = 0 if num_pictures <= (1 if device.type == "cpu" else batch_size) else 1
         self._num_bytes: int | None = None  # until the first pictures tell the feature map's size
         self._told = False
         self._began = 0.0
