@@ -196,10 +196,10 @@ def msls(
 
 
 def _msls_pictures(root: Path, side: CitySide, include_panoramas: bool) -> Pictures:
-    keep = side.kept(include_panoramas)
-    side.require_positions(keep)
-    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in np.flatnonzero(keep)]
-    return Pictures(tuple(names), None if side.positions is None else side.positions[keep])
+    rows = side.units(1, include_panoramas)[:, 0]
+    side.require_positions(rows)
+    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in rows]
+    return Pictures(tuple(names), None if side.positions is None else side.positions[rows])
 
 
 def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[str]:
