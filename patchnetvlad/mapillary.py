@@ -133,7 +133,7 @@ def _city_folder(root: Path, city: str) -> Path:
 
 
 def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[tuple[str, ...], str]:
-    """The pictures' keys, and the table that has them; every table has as many rows, and the same keys if it has any."""
+    """The pictures' keys, and the table that has them; each table has as many rows, and the same keys if it has any."""
     keyed = next((table for table in tables.values() if table.find("key")), None)
     if keyed is None:
         keyed = read_table(folder / "seq_info.csv")

@@ -1,8 +1,9 @@
 """Pictures other than MSLS as training data: one CSV file that says of each where it was taken and what it is for.
 
 Columns, in any case: ``image`` (path, relative to the dataset's root, or absolute); ``easting`` and ``northing`` in
-metres, or ``latitude`` and ``longitude`` in degrees; ``role``, one of ROLES. Optional: ``city`` (queries are only
-compared with the database of their city), and the flags ``night``, ``sideways``, ``panorama``.
+metres, or ``latitude`` and ``longitude`` in degrees, which count where there are both; ``role``, one of ROLES.
+Optional: ``city`` (queries are only compared with the database of their city), and the flags ``night``, ``sideways``,
+``panorama``.
 """
 
 import csv
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyproj import Transformer
 
-from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
+from patchnetvlad.csv_table import PICTURES, read_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, GroundTruth
@@ -35,7 +36,9 @@ def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, c
         raise UserError(f"{path}: lists no picture")
     if "" in images:
         raise UserError(f"{path}: line {table.lines[images.index('')]}: names no picture")
-    positions = _positions(table)
+    positions, geographic = table.positions()
+    if geographic:
+        positions = earth_centred(*positions.T)
     cities = table.text("city") if table.find("city") else ["all"] * len(images)
     night, sideways, panorama = (
         table.flags(column) if table.find(column) else np.zeros(len(images), dtype=bool)
@@ -98,19 +101,3 @@ def earth_centred(latitude: NDArray[np.float64], longitude: NDArray[np.float64])
     """Metres from the earth's centre, n×3, of degrees on the WGS 84 ellipsoid: true distances, anywhere."""
     to_metres = Transformer.from_crs("EPSG:4979", "EPSG:4978")
     return np.column_stack(to_metres.transform(latitude, longitude, np.zeros_like(latitude)))
-
-
-def _positions(table: Table) -> NDArray[np.float64]:
-    if table.find(EASTINGS):
-        return np.column_stack([table.numbers(EASTINGS), table.numbers(NORTHINGS)])
-    if not (table.find(LATITUDES) and table.find(LONGITUDES)):
-        raise UserError(f"{table.path}: has neither columns easting and northing nor latitude and longitude")
-    latitude, longitude = table.numbers(LATITUDES), table.numbers(LONGITUDES)
-    wrong = np.flatnonzero((np.abs(latitude) > 90) | (np.abs(longitude) > 180))
-    if len(wrong):
-        row = wrong[0]
-        raise UserError(
-            f"{table.path}: line {table.lines[row]}: latitude {latitude[row]:g}, longitude {longitude[row]:g}: "
-            "expected degrees (swapped, or metres?)"
-        )
-    return earth_centred(latitude, longitude)

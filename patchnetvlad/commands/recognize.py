@@ -38,7 +38,8 @@ def recognize(arguments: Sequence[str] | None = None) -> int:
         "--position_csv",
         nargs=2,
         metavar=("DATABASE_CSV", "QUERY_CSV"),
-        help="where they were taken: name within its folder, and latitude, longitude or easting, northing",
+        help="where they were taken: name within its folder, and latitude, longitude (these where there are both) or "
+        "easting, northing",
     )
     positions.add_argument(
         "--pairs_csv", metavar="CSV", help="pictures that show one place, in columns query and database"

@@ -214,8 +214,8 @@ def _add_dataset_options(parser: Parser) -> None:
         "--dataset_csv",
         nargs="+",
         metavar="CSV",
-        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role; one "
-        "for each root in their order, with - for an MSLS tree",
+        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude, which "
+        "count where there are both), role; one for each root in their order, with - for an MSLS tree",
     )
 
 
