@@ -1,9 +1,10 @@
 """CSV files of datasets: named columns, checked values, and errors that say file, line and column."""
 
 import csv
+import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import some_of
+from patchnetvlad.files import some_of, write_text
 
 T = TypeVar("T")
 
@@ -187,6 +188,13 @@ def read_table(path: Path) -> Table:
     cells = zip(*rows, strict=True) if rows else [()] * len(header)
     columns = {name: [cell.strip() for cell in column] for name, column in zip(header, cells, strict=True) if name}
     return Table(path, columns, lines)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file: the columns' names, and a row of as many values each, as they print."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue())
 
 
 def check_geographic(geographic: NDArray[np.float64], names: Sequence[str], where: str) -> None:

@@ -6,22 +6,20 @@ Optional: ``city`` (queries are only compared with the database of their city), 
 ``panorama``.
 """
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pyproj import Transformer
 
-from patchnetvlad.csv_table import PICTURES, read_table
+from patchnetvlad.csv_table import PICTURES, read_table, write_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, GroundTruth
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 
 ROLES = ("train_query", "train_database", "val_query", "val_database")
+COLUMNS = ("image", "easting", "northing", "role", "city")  # of the tables written here
 
 
 def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, complete: bool = True) -> TrainingData:
@@ -88,13 +86,15 @@ def write_training_csv(
             f"{path}: the ground truth has {truth.utm_query.shape[1]} coordinates in {truth.unit}, and training needs "
             "easting and northing in metres"
         )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "easting", "northing", "role", "city"))
-    for pictures, positions, side in ((queries, truth.utm_query, "query"), (database, truth.utm_database, "database")):
-        for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True):
-            writer.writerow((name, easting, northing, f"{split}_{side}", city))
-    write_text(path, text.getvalue())
+    rows = [
+        (name, easting, northing, f"{split}_{side}", city)
+        for pictures, positions, side in (
+            (queries, truth.utm_query, "query"),
+            (database, truth.utm_database, "database"),
+        )
+        for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True)
+    ]
+    write_table(path, COLUMNS, rows)
 
 
 def earth_centred(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:

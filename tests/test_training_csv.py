@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from patchnetvlad.csv_table import read_table, write_table
 from patchnetvlad.datasets.makers import MAKERS
 from patchnetvlad.errors import UserError
 from patchnetvlad.training_csv import earth_centred, read_training_csv
@@ -141,3 +144,21 @@ def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     text = METRIC.replace("q/b.jpg", "\n\nq/b.jpg").replace("6,8", "six,8")
     with pytest.raises(UserError, match=r"own\.csv: line 6: easting = 'six'"):
         read_training_csv(write(tmp_path, text), tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=("Cc", "Cs"))).map(str.strip),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.booleans(),
+        )
+    )
+)
+def test_written_tables_are_read_back(tmp_path: Path, rows: list[tuple[str, float, bool]]) -> None:
+    path = tmp_path / "table.csv"
+    write_table(path, ("image", "metres", "night"), rows)
+    table = read_table(path)
+    read = zip(table.text("image"), table.numbers("metres").tolist(), table.flags("night").tolist(), strict=True)
+    assert list(read) == rows and b"\r" not in path.read_bytes()

@@ -3,17 +3,16 @@
 Streets of a city are driven several times; drive k of a side is one sequence and passes the places in order.
 """
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchnetvlad.config import MSLS_CITIES
+from patchnetvlad.csv_table import write_table
 from patchnetvlad.examples.rendered_city import City, View, make_city
 from patchnetvlad.examples.rendered_places import Size
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import make_folder
 from patchnetvlad.mapillary import SUBTASKS
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
@@ -138,8 +137,5 @@ def _subtasks(is_query: bool, night: bool, drive: int) -> list[bool]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["", *columns])
-    writer.writerows([index, *row] for index, row in enumerate(rows))
-    write_text(path, text.getvalue())
+    """With the index that tables of MSLS have as their first column, without a name."""
+    write_table(path, ["", *columns], ([index, *row] for index, row in enumerate(rows)))
