@@ -16,6 +16,7 @@ from patchnetvlad.commands.datasets import make_dataset
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import SIDES, list_file_name
 from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
 
 _SHOWN = 20  # queries on the screen, each with
@@ -74,7 +75,7 @@ def _recognize(args: argparse.Namespace) -> int:
     command_line.require_checkpoint(config)
     making = _making(args, root, database, queries)
     output = Path(args.output_dir)
-    lists = {side: output / "lists" / f"{_NAME}_imageNames_{side}.txt" for side in ("query", "index")}
+    lists = {side: output / "lists" / list_file_name(_NAME, side) for side in SIDES}
     features = _feature_folders(output / "features", making[0], database, queries)
     truth = output / "lists" / f"{_NAME}.npz"
     truth.unlink(missing_ok=True)

@@ -10,12 +10,12 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.image_lists import list_file_name, read_image_list
 from patchnetvlad.paths import RUNS_FOLDER, check_new_checkpoint, find_checkpoint, require_file, with_wpca
 
 logger = logging.getLogger(__name__)
 
-PITTSBURGH_LIST = "pitts30k_imageNames_index.txt"
+PITTSBURGH_LIST = list_file_name("pitts30k", "index")
 
 
 def train(arguments: Sequence[str] | None = None) -> int:

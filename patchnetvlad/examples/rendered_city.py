@@ -13,6 +13,7 @@ from PIL import Image
 
 from patchnetvlad.files import make_folder, write_text
 from patchnetvlad.ground_truth import write_ground_truth
+from patchnetvlad.image_lists import list_file_name, write_image_list
 
 from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 
@@ -146,10 +147,10 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     geometry = city_geometry(city, size)
     write_text(pictures / "geometry.json", json.dumps(geometry, indent=1) + "\n")
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
-    for side, views in (("index", city.database), ("query", city.queries)):
-        write_text(lists / f"{name}_imageNames_{side}.txt", (f"{view.name}\n" for view in views))
     sides = (city.queries, city.database)
     query, database = (np.array([(view.east, view.north) for view in views]) for views in sides)
     names = ([view.name for view in city.queries], [view.name for view in city.database])
+    write_image_list(lists / list_file_name(name, "query"), names[0])
+    write_image_list(lists / list_file_name(name, "index"), names[1])
     write_ground_truth(truth / f"{name}.npz", query, database, MATCH_RADIUS, "m", names)
     return pictures
