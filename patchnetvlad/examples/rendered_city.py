@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import replacing, write_text
 from patchnetvlad.ground_truth import write_ground_truth
 from patchnetvlad.image_lists import list_file_name, write_image_list
 
@@ -141,9 +141,8 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     """
     pictures = root / f"{name}_images"
     for view in (*city.database, *city.queries):
-        path = pictures / view.name
-        make_folder(path.parent)
-        city.render(view, size).save(path, quality=quality, optimize=True)
+        with replacing(pictures / view.name, durable=False) as temporary:
+            city.render(view, size).save(temporary, quality=quality, optimize=True)
     geometry = city_geometry(city, size)
     write_text(pictures / "geometry.json", json.dumps(geometry, indent=1) + "\n")
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import (
     locked,
@@ -30,6 +28,7 @@ from patchnetvlad.store.arrays.array_files import (
     GLOBAL_NAME,
     PATCH_GLOB,
     create_rows_file,
+    map_rows,
     patch_file_name,
     read_array_info,
 )
@@ -225,7 +224,7 @@ def _grow_rows(folder: Path, manifest: Manifest, count: int, moves: Iterable[tup
     if not source.exists():
         return
     dims = manifest.header.num_dims
-    old = _open_rows(source, (manifest.num_pictures, dims))
+    old = map_rows(source, (manifest.num_pictures, dims), _WAYS_OUT)
     create_rows_file(grown, (count, dims))
     offset = read_array_info(grown).offset
     with grown.open("r+b", buffering=0) as new:
@@ -270,16 +269,8 @@ def _has_files(folder: Path, header: StoreHeader, entry: ManifestEntry) -> bool:
 
 def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> frozenset[int]:
     """Those pictures whose global descriptor was written: a row that a lost machine did not write is all zero."""
-    rows = _open_rows(path, shape)
+    rows = map_rows(path, shape, _WAYS_OUT)
     return frozenset(index for index in finished if rows[index].any())
-
-
-def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Global descriptors, memory-mapped for reading."""
-    info = read_array_info(path)
-    if info.shape != shape or info.dtype != np.float32 or info.fortran_order:
-        raise UserError(f"{path}: is not the {shape[0]}×{shape[1]} float32 table of the manifest ({_WAYS_OUT})")
-    return np.memmap(path, np.float32, "r", info.offset, shape)
 
 
 def _feature_files(folder: Path) -> Iterator[Path]:
