@@ -209,8 +209,7 @@ def open_features(
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
     height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew
-    stride = expected.geometry.stride
-    map_size = (height // stride, width // stride) if min(height, width) > 0 else None
+    map_size = expected.geometry.map_size(height, width) if min(height, width) > 0 else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
         if checked is None and not has_manifest(folder):
             if not config.describes_on_demand:

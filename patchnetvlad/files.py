@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +271,21 @@ def some_of(names: Sequence[str], shown: int = 5, separator: str = ", ") -> str:
     """The first names, and how many more there are: a, b, c and 12 more."""
     more = f"{separator.strip(', ')} and {len(names) - shown} more" if len(names) > shown else ""
     return separator.join(names[:shown]) + more
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 12.3 s, 5 min, 2.1 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def file_sha256(path: Path) -> str:

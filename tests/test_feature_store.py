@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import patchnetvlad.extraction as extraction
+import patchnetvlad.files as files
 import patchnetvlad.store.arrays.blocks as feature_blocks
 import patchnetvlad.store.writing.feature_writer as feature_writer
 import patchnetvlad.store.writing.layouts as feature_layouts
@@ -845,7 +845,7 @@ def test_performance_features_of_pitts30k():
 
 def test_check_disk(tmp_path, monkeypatch):
     check_disk(tmp_path / "not" / "there", 1)
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
     with pytest.raises(UserError, match=r"812\.0 GB, its disk has 3\.0 GB free") as caught:
         check_disk(tmp_path / "not" / "there", 812 * 10**9)
     assert "feature_dtype" in one_line(caught)

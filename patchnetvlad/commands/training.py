@@ -195,7 +195,7 @@ def _how_to_use(config: Config, checkpoint: Path, num_pcs: int) -> list[str]:
     from patchnetvlad.encoders.table import encoder_geometry
 
     # The largest patches of performance.ini span 8 positions, those of speed.ini 5
-    positions = min(sides.values()) // encoder_geometry(params.backbone).stride
+    positions = min(encoder_geometry(params.backbone).map_size(train.imageresizeh, train.imageresizew))
     base = "performance.ini" if positions >= 8 else "speed.ini"
     if positions < 5:
         changes.append(f"global_params.patch_sizes={max(1, min(2, positions))}")
