@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
-from patchnetvlad.files import make_folder, replacing, told, write_text
+from patchnetvlad.files import make_folder, read_text, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
 from patchnetvlad.store.manifest import hash_names
 
@@ -254,8 +254,7 @@ def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Ind
 
 def _read_record(path: Path) -> IndexRecord:
     try:
-        with told(path, "cannot be read"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, "a search index"))
         if content.pop("format") != _FORMAT:
             raise ValueError(content)
         version = content.pop("version")
