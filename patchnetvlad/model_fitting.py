@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
 SAMPLE_BYTES = 1 << 30  # that they may take, though at least twice as many are used as dimensions are kept
-# Pictures whose local descriptors are clustered, at most: 200,000 of them are thousands for each of 64 clusters, so that
+# Pictures whose local descriptors are clustered, at most: 200,000 of those are thousands for each of 64 clusters, and
 # more would hardly move a centre, while memory and the time of every iteration grow with them
 CLUSTER_PICTURES = 2_000
 PATCHES_PER_PICTURE = 100  # of one size, since patches of one picture overlap; again more where dimensions need it

@@ -104,12 +104,12 @@ def test_encoders_are_kept_in_16_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("half:vgg16", "vgg16"), ("vgg16", "half:vgg16"), ("half:half:vgg16", "half:vgg16")])
 def test_an_encoder_at_half_size_starts_the_whole_one(names: tuple[str, str], tmp_path: Path) -> None:
     """And the other way round: their weights are the same, only what they are shown differs."""
-    with torch.device("cpu"):
-        torch.manual_seed(4)
-        made, model = (PlaceModel(name, "max") for name in names)
+    torch.manual_seed(4)
+    made, model = (PlaceModel(name, "max") for name in names)
     write_checkpoint(tmp_path / "made.pth.tar", made)
+    params = replace(PARAMS, backbone=names[1], patch_backbone=None)
     train = TrainConfig(pretrained=str(tmp_path / "made.pth.tar"))
-    initialise_encoder(model, Config(global_params=replace(PARAMS, backbone=names[1], patch_backbone=None), train=train))
+    initialise_encoder(model, Config(global_params=params, train=train))
     before, after = made.encoder.state_dict(), model.encoder.state_dict()
     assert len(before) == len(after) and list(before) != list(after)
     assert all(map(torch.equal, before.values(), after.values()))
