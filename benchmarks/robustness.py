@@ -32,31 +32,35 @@ STAGES = ("retrieval", "re-ranked")
 COLOURS = ("#1b6ca8", "#d1495b", "#2a9d8f", "#8d99ae")
 LINES = (":", "-")
 
-Make = Callable[[City, View, tuple[int, int], float, int], Picture]
-"""A city, a database view, the pictures' width and height, an amount 0 to 1 and the view's number → a query."""
+Make = Callable[[City, View, Picture, float, int], Picture]
+"""A city, a database view, the query as it is at amount 0, an amount 0 to 1 and the view's number → a query."""
 
 
-def aside(city: City, view: View, size: tuple[int, int], amount: float, number: int) -> Picture:
+def aside(city: City, view: View, before: Picture, amount: float, number: int) -> Picture:
     """From 3 to 12 m aside, the camera turned back towards the place."""
-    return _seen(city, view, size, number, metres=BASE + amount * (ASIDE - BASE))
+    return seen(city, view, _size(before), number, metres=BASE + amount * (ASIDE - BASE))
 
 
-def dusk(city: City, view: View, size: tuple[int, int], amount: float, number: int) -> Picture:
+def dusk(city: City, view: View, before: Picture, amount: float, number: int) -> Picture:
     """From 3 m aside, later in the day: up to dusk with lit windows."""
-    return _seen(city, view, size, number, dusk=amount)
+    return seen(city, view, _size(before), number, dusk=amount)
 
 
-def _seen(city: City, view: View, size: tuple[int, int], number: int, metres: float = BASE, dusk: float = 0) -> Picture:
+def seen(city: City, view: View, size: tuple[int, int], number: int, metres: float = BASE, dusk: float = 0) -> Picture:
+    """A database view's place from some metres further along the street, to the one or the other side."""
     x = view.camera.x + metres * (1 if number % 2 else -1)
     yaw = -0.85 * float(np.degrees(np.arctan2(x, view.camera.distance)))
     condition = replace(view.condition, dusk=dusk)
     return np.asarray(city.render(replace(view, camera=replace(view.camera, x=x, yaw=yaw), condition=condition), size))
 
 
+def _size(picture: Picture) -> tuple[int, int]:
+    return picture.shape[1], picture.shape[0]
+
+
 def _changing(name: str, strength: float) -> Make:
-    def make(city: City, view: View, size: tuple[int, int], amount: float, number: int) -> Picture:
-        picture = _seen(city, view, size, number)
-        return CHANGES[name](picture, strength * amount, np.random.default_rng(number))
+    def make(city: City, view: View, before: Picture, amount: float, number: int) -> Picture:
+        return CHANGES[name](before, strength * amount, np.random.default_rng(number))
 
     return make
 
@@ -81,6 +85,7 @@ def measure(
     """Recall@1 in %, stages × models × kinds × amounts; what all kinds have in common at amount 0 is measured once."""
     views = city.database
     databases = [model.database([np.asarray(city.render(view, size)) for view in views]) for model in models]
+    before = [seen(city, view, size, number) for number, view in enumerate(views)]
     vectors = [np.stack([picture.global_.numpy() for picture in database.pictures]) for database in databases]
     right = np.zeros((len(STAGES), len(models), len(KINDS), len(amounts)))
     for column, (_, make) in enumerate(tqdm(KINDS.values(), "Changes")):
@@ -89,7 +94,7 @@ def measure(
                 right[:, :, column, place] = right[:, :, 0, place]
                 continue
             for number, view in enumerate(views):
-                query = make(city, view, size, amount, number)
+                query = make(city, view, before[number], amount, number)
                 for row, (model, database) in enumerate(zip(models, databases, strict=True)):
                     (described,) = model.describe(query)
                     nearest = int(np.argmax(vectors[row] @ described.global_.numpy()))
