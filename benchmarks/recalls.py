@@ -33,8 +33,8 @@ from patchnetvlad.ranking import add_matcher
 from patchnetvlad.ransac import TOLERANCE
 from patchnetvlad.reranking import Matcher
 from patchnetvlad.result_files import RERANKING, RETRIEVAL
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 SIDES = ("query", "index")

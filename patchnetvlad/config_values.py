@@ -15,6 +15,7 @@ _INDEX_WORD = re.compile(
     "R?Flat|FlatL|Refine|IVF|IMI|HNSW|NSG|NNDescent|O?PQ|x|fsr?|np|PCAW?R?|RR|ITQ|LSHr?t?|L|[Nn]orm|Pad|SQ(fp|bf)?|"
     "bit|direct|signed|P?RQ|P?LSQ|RCQ|Residual|N(qint|cqint|float|none|norm|lsq|rq)|ZnLattice|RaBitQ|IDMap"
 )
+_INDEX_WITHOUT_NUMBER = re.compile("(IVF|IMI|PQ|SQ|PCAW?R?|RQ|Pad)([,_()]|$)")  # cells, bytes, bits, dimensions
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def index_name(ending: str) -> Rule[str]:
 
     def parse(text: str) -> str:
         words = re.findall("[A-Za-z]+", text)
-        if not text.endswith(ending) and (not words or not all(map(_INDEX_WORD.fullmatch, words))):
+        known = bool(words) and all(map(_INDEX_WORD.fullmatch, words)) and not _INDEX_WITHOUT_NUMBER.search(text)
+        if not text.endswith(ending) and not known:
             raise ValueError
         return text
 

@@ -38,12 +38,12 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
-from patchnetvlad.store.described_pictures import FOLDER_NAME, DescribedOnDisk
-from patchnetvlad.store.feature_cache import cache_bytes
-from patchnetvlad.store.feature_header import StoreHeader, has_manifest
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
-from patchnetvlad.store.spot_check import check_by_pictures
+from patchnetvlad.store.cache.described_pictures import FOLDER_NAME, DescribedOnDisk
+from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.manifest import StoreHeader, has_manifest
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, OnDemandPatches
+from patchnetvlad.store.reading.spot_check import check_by_pictures
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)

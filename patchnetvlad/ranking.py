@@ -28,7 +28,7 @@ from patchnetvlad.reranking import (
     with_similarities,
 )
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesOnDevice, PatchSource
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesOnDevice, PatchSource
 from patchnetvlad.workers import Workers, choose_way
 
 logger = logging.getLogger(__name__)

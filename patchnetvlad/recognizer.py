@@ -25,8 +25,8 @@ from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, find_matcher
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
-from patchnetvlad.store.feature_cache import cache_bytes
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.weights import load_model
 
 if TYPE_CHECKING:

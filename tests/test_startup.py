@@ -309,7 +309,7 @@ def test_every_factory_string_of_faiss_may_be_configured(tmp_path):
         faiss.index_factory(64, text)
         (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")
         assert load_config(tmp_path / "a.ini").feature_match.index == text
-    for text in ("flat", "Flatt", "hnsw32", "16"):
+    for text in ("flat", "Flatt", "hnsw32", "16", "IVF,Flat", "IVF16,PQ", "PCA,Flat", "SQ", "OPQ,PQ8"):
         with pytest.raises(RuntimeError):
             faiss.index_factory(64, text)
         (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")

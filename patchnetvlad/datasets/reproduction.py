@@ -21,7 +21,7 @@ from patchnetvlad.measures import Measures
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.ranking import find_matcher
 from patchnetvlad.reranking import rerank
-from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.cache.picture_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
