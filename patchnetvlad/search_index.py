@@ -30,7 +30,8 @@ _TRAINED_ON = 1 << 18  # pictures at most; faiss itself takes no more than 256 f
 _ROWS_AT_ONCE = 1 << 16  # rows added at a time
 _HASHED_ROWS = 64  # rows whose bytes stand for all: each may be a read of the disk when an index is opened
 _TRIALS = 500  # queries whose neighbours tell the recall
-_MIXED = 3  # pictures whose mean stands for a query: likeness 1/√3 to each, as of a place at another time
+_LIKENESS = 0.5  # of a made query to a picture, as of a place at another time
+_MIXED = 1024  # pictures whose covariance the rest of it has
 _WIDENINGS = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates looked up for each one wanted
 _FEWEST_CODED = 10_000  # pictures below which a byte a dimension is short enough
 _FEWEST_IN_CELLS = 4_000_000  # pictures from which on comparing all takes too long
@@ -161,7 +162,7 @@ def build_index(
 
     path: the .json file, beside which the shards go; factory: None for `default_factory`; shards: parts of which one
     at a time is in memory; neighbours and recall: the search takes the least effort that finds this share of the
-    exact nearest ones; queries: descriptors like those that will be searched, None for means of pictures.
+    exact nearest ones; queries: descriptors like those that will be searched, None for made ones.
 
     Raises UserError where faiss cannot make the index, and when files cannot be written.
     """
@@ -277,13 +278,17 @@ def _sample(database: Float32Rows) -> NDArray[np.float32]:
 
 
 def _made_queries(database: Float32Rows) -> Float32Rows:
-    """Means of a few pictures each, as unit rows: less like any picture of the database than these are to one another.
+    """Half a picture, half noise of the pictures' covariance: as queries are less like a database than it is to itself.
 
     What finds their neighbours finds those of pictures of the database too; the other way round it is not so.
     """
-    chosen = np.random.default_rng(0).integers(0, max(1, len(database)), (min(_TRIALS, len(database)), _MIXED))
-    means = np.asarray(database[chosen], dtype=np.float32).mean(axis=1)
-    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.float32(1e-12))
+    rng = np.random.default_rng(0)
+    count = min(_TRIALS, len(database))
+    near, mixed = (np.sort(rng.choice(len(database), min(many, len(database)), False)) for many in (count, _MIXED))
+    pictures = np.asarray(database[mixed], dtype=np.float32)
+    noise = rng.standard_normal((count, len(pictures)), dtype=np.float32) @ (pictures - pictures.mean(axis=0))
+    noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), np.float32(1e-12))
+    return np.asarray(_LIKENESS * database[near] + np.float32(math.sqrt(1 - _LIKENESS**2)) * noise, dtype=np.float32)
 
 
 def _rows_sha256(database: Float32Rows) -> str:

@@ -130,7 +130,7 @@ def build_index(arguments: Sequence[str] | None = None) -> int:
     """Make a search index of a database's global descriptors, once."""
     parser = Parser(
         "Make a search index of a database's global descriptors, for --set feature_match.index=FILE. Searching takes "
-        "the least effort that reaches the recall, measured with queries, or else with means of three pictures.",
+        "the least effort that reaches the recall, measured with queries, or else with made ones at half the likeness.",
         "build_index.py",
     )
     parser.add_config_options("performance.ini")
