@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
-from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.config import BUILT_INDEX, MATCHERS, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header, tell_precision
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
@@ -22,7 +22,7 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas
 from patchnetvlad.recall import Recall, constant_shift
 from patchnetvlad.result_files import (
     FORMATS,
@@ -131,7 +131,7 @@ def open_run(
     config.check_matching()
     if not shared:
         config.check_one_process("matching")
-    find_matcher(config.feature_match.matcher)
+    MATCHERS.find(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
     _check_names(queries, database, formats, city_file)
