@@ -32,10 +32,10 @@ from patchnetvlad.ini import load_config
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_to_code, train_codec
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.feature_cache import CacheStatistics
-from patchnetvlad.store.feature_files import CPU
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.patch_sources import DescribedPictures
+from patchnetvlad.store.arrays.codecs import CPU
+from patchnetvlad.store.cache.picture_cache import CacheStatistics
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures
 from patchnetvlad.weights import load_model
 
 SAMPLE_PICTURES = 100

@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from patchnetvlad.config_values import (
+    Table,
     choice,
     code_bytes,
     encoder_name,
@@ -38,20 +40,38 @@ MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
 }
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
-# What tables of the method have, by name, so that a wrong name is refused before torch is imported. A script that adds
-# to a table adds its name here: ranking.add_matcher and encoders.table.add_encoder do both.
-MATCHERS = ["RANSAC", "spatialApproximator"]
-ENCODERS = ["vgg16", "rootsift", "efficientnet_lite0"]
-ENCODERS_WITH_ARGUMENTS = ("timm", "half")  # behind a colon: timm:NAME:LAYER, half:ENCODER
+# A Matcher each (matching.py)
+MATCHERS: Table[Any] = Table(
+    "[feature_match] matcher", {"RANSAC": "ransac:RANSAC", "spatialApproximator": "rapid_spatial:RAPID_SPATIAL"}
+)
+# A subclass of Encoder each (encoders/interface.py), and what it takes behind colons
+ENCODERS: Table[Any] = Table(
+    "[global_params] backbone",
+    {
+        "vgg16": "encoders.vgg16:VGG16",
+        "rootsift": "encoders.rootsift:DenseRootSIFT",
+        "efficientnet_lite0": "encoders.efficientnet_lite:EfficientNetLite0",
+        "timm:NAME[:LAYER]": "encoders.timm_encoder:TimmEncoder",
+        "half:ENCODER": "encoders.half_size:HalfSize",
+    },
+)
 ENCODER_ALIASES = {
     "resnet50": "timm:resnet50.tv2_in1k:layer3",
     "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
 }
-LOSSES = ("triplet", "multi_similarity")
-CHANGES = ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
+# A Loss each (losses.py)
+LOSSES: Table[Any] = Table("[train] loss", {"triplet": "losses:TRIPLET", "multi_similarity": "losses:MULTI_SIMILARITY"})
+# A Change each (picture_changes.py), in the order in which they happen to a picture
+CHANGES: Table[Any] = Table(
+    "[train] augmentation",
+    {
+        name: f"picture_changes:{name}"
+        for name in ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
+    },
+)
 BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 _ONE_GPU = "several are for feature_extract.py and feature_match.py with --engine ray; torchrun is for train.py"
-_ENCODER = encoder_name(ENCODERS, ENCODERS_WITH_ARGUMENTS, ENCODER_ALIASES)
+_ENCODER = encoder_name(ENCODERS, ENCODER_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,11 @@ class TrainConfig:
     subset_queries: int = setting(1000, whole(1))  # queries that are mined for at a time
     subset_negatives: int = setting(1000, whole(1))  # random database pictures that negatives are mined from
     frozen_cache_gb: float = setting(8.0, real(0))  # GB for the frozen layers' output of the pictures mined
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """What augmentation names, each a Change, in the table's order."""
+        return tuple(CHANGES[name] for name in CHANGES if name in self.augmentation)
 
 
 @dataclass(frozen=True)

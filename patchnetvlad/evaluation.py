@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.candidates import Candidates
-from patchnetvlad.config import BUILT_INDEX, Config
+from patchnetvlad.config import BUILT_INDEX, MATCHERS, Config
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import expected_header, tell_precision
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
@@ -22,7 +22,7 @@ from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, 
 from patchnetvlad.measures import Judged, Measures, judge, measure
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas, find_matcher
+from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas
 from patchnetvlad.recall import Recall, constant_shift
 from patchnetvlad.result_files import (
     FORMATS,
@@ -38,12 +38,12 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
-from patchnetvlad.store.described_pictures import FOLDER_NAME, DescribedOnDisk
-from patchnetvlad.store.feature_cache import cache_bytes
-from patchnetvlad.store.feature_header import StoreHeader, has_manifest
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.patch_sources import DescribedPictures, OnDemandPatches
-from patchnetvlad.store.spot_check import check_by_pictures
+from patchnetvlad.store.cache.described_pictures import FOLDER_NAME, DescribedOnDisk
+from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.manifest import StoreHeader, has_manifest
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, OnDemandPatches
+from patchnetvlad.store.reading.spot_check import check_by_pictures
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def open_run(
     config.check_matching()
     if not shared:
         config.check_one_process("matching")
-    find_matcher(config.feature_match.matcher)
+    MATCHERS.find(config.feature_match.matcher)
     queries = read_image_list(sources.query_list, sources.root)
     database = read_image_list(sources.index_list, sources.root)
     _check_names(queries, database, formats, city_file)

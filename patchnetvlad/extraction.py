@@ -27,9 +27,10 @@ from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.store.feature_files import array_file_bytes, read_patch_codec
-from patchnetvlad.store.feature_header import ManifestEntry, StoreHeader, entry_line
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.arrays.array_files import array_file_bytes
+from patchnetvlad.store.arrays.codecs import read_patch_codec
+from patchnetvlad.store.manifest import ManifestEntry, StoreHeader, entry_line
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 from patchnetvlad.workers import Company
 

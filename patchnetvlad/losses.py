@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import PatchGrid
 
 Triplet: TypeAlias = tuple[int, int, Sequence[int]]
@@ -137,14 +136,5 @@ def _interpolated(feature_map: Tensor, points: Tensor, grid: PatchGrid) -> Tenso
     return F.grid_sample(feature_map[None], relative[None, None].to(feature_map.dtype), align_corners=True)[0, :, 0].T
 
 
-LOSSES: dict[str, Loss] = {
-    "triplet": Loss(triplet_loss, lambda triplets: sum(len(negatives) for _, _, negatives in triplets)),
-    "multi_similarity": Loss(multi_similarity_loss, len, whole_step=True),
-}
-
-
-def find_loss(name: str) -> Loss:
-    """A loss by its name in the table; raises UserError for another name."""
-    if name not in LOSSES:
-        raise UserError(f"[train] loss = {name}: expected one of {', '.join(LOSSES)}")
-    return LOSSES[name]
+TRIPLET = Loss(triplet_loss, lambda triplets: sum(len(negatives) for _, _, negatives in triplets))
+MULTI_SIMILARITY = Loss(multi_similarity_loss, len, whole_step=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import memory_errors, require_device
 from patchnetvlad.errors import UserError
@@ -23,10 +23,10 @@ from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import Ranker, find_matcher
+from patchnetvlad.ranking import Ranker
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
-from patchnetvlad.store.feature_cache import cache_bytes
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.weights import load_model
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Comparison:
         if all(isinstance(described.source, (str, Path)) for described in (self.query, self.reference)):
             names = list(distinct_names(Path(names[0]), Path(names[1])))
         grids = (self.query.patches.grids, self.reference.patches.grids)
-        meaning = find_matcher(self.config.feature_match.matcher).meaning
+        meaning = MATCHERS.find(self.config.feature_match.matcher).meaning
         return MatchedPair(pictures[0], pictures[1], *grids, self.pair, resized, (names[0], names[1]), meaning)
 
     def figure(self, width: float = 10.0, outlines: bool = False) -> "Figure":
@@ -153,7 +153,7 @@ class PlaceRecognizer:
         config.check_matching()
         self.model = model
         self.config = config
-        self.matcher = find_matcher(config.feature_match.matcher)
+        self.matcher = MATCHERS.find(config.feature_match.matcher)
 
     @classmethod
     def load(

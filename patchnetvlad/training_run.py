@@ -29,13 +29,11 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
-from patchnetvlad.losses import find_loss
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.paths import RUNS_FOLDER
-from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, read_cities, triplet_places
@@ -142,8 +140,6 @@ def _check_run(config: Config, processes: Processes) -> None:
     """Raises UserError for settings that cannot be trained with, and warns of GPUs that would stand idle."""
     config.check_training()
     train = config.train
-    find_loss(train.loss)
-    check_changes(train.augmentation)
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
     if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchnetvlad.store.described_pictures import DescribedOnDisk
+from patchnetvlad.store.cache.described_pictures import DescribedOnDisk
 
 
 def picture(folder: Path, number: int) -> Path:

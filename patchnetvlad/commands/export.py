@@ -64,7 +64,7 @@ def _export_hloc(args: argparse.Namespace) -> None:
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
     from patchnetvlad.export.hloc_features import write_hloc_descriptors
-    from patchnetvlad.store.feature_store import FeatureStore
+    from patchnetvlad.store.reading.feature_store import FeatureStore
 
     with FeatureStore.open(features, pictures) as store:
         descriptors = store.global_

@@ -213,7 +213,7 @@ def _weighting(
         raise UserError(
             f"--approximation {args.approximation}: needs --query_input_features_dir and --index_input_features_dir"
         )
-    from patchnetvlad.store.feature_store import FeatureStore
+    from patchnetvlad.store.reading.feature_store import FeatureStore
 
     vectors = []
     for pictures, folder in zip((queries, database), folders, strict=True):

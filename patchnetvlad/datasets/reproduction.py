@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from patchnetvlad.checkpoints import Checkpoint
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.datasets.benchmark_files import Files
 from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
@@ -19,9 +19,8 @@ from patchnetvlad.images import image_batches, require_readable
 from patchnetvlad.measure_files import Protocol, joined
 from patchnetvlad.measures import Measures
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.ranking import find_matcher
 from patchnetvlad.reranking import rerank
-from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.cache.picture_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
         patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
-        rerank(patches[0], patches * 2, options.patchweights2use, find_matcher(options.matcher))
+        rerank(patches[0], patches * 2, options.patchweights2use, MATCHERS.find(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)

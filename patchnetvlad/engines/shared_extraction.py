@@ -18,10 +18,10 @@ from patchnetvlad.files import told
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import PatchCodec
-from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, Block
-from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader
-from patchnetvlad.store.feature_writer import FeatureWriter
-from patchnetvlad.store.picture_writer import PictureWriter, Written
+from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block
+from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
+from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from patchnetvlad.image_lists import Derived, ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.ranking import Ranker, RerankAll, Reranked
 from patchnetvlad.reranking import Reranking
-from patchnetvlad.store.feature_header import StoreHeader
+from patchnetvlad.store.manifest import StoreHeader
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
 from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
 from patchnetvlad.result_files import read_scores
-from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.cache.picture_cache import cache_bytes
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.evaluation import Evaluation, MatchingRun
-from patchnetvlad.ranking import find_matcher
 from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_matches
 from patchnetvlad.reranking import score_pair
 
@@ -50,7 +49,7 @@ def _pair_matches(run: MatchingRun) -> Callable[[int, int], Sequence[DrawnMatche
     queries, database = run.query_features.patches, run.database_features.patches
     if queries is None or database is None:
         return None
-    matcher = find_matcher(run.config.feature_match.matcher)
+    matcher = MATCHERS.find(run.config.feature_match.matcher)
 
     def matches(row: int, index: int) -> Sequence[DrawnMatches]:
         query, reference = queries.patches(row, run.device), database.patches(index, run.device)
