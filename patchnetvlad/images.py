@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError, by_number, counted
-from patchnetvlad.files import some_of
+from patchnetvlad.files import duration, some_of
 from patchnetvlad.paths import user_cache
 
 logger = logging.getLogger(__name__)
@@ -337,13 +337,11 @@ def _with_memory(work: Callable[[sqlite3.Connection], R]) -> R | None:
 
 
 def _announce_check(count: int, before: int, seconds_each: float, workers: int) -> None:
-    seconds = count * seconds_each
-    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     logger.info(
         "checking %d pictures with %s: about %s%s",
         count,
         counted(workers, "thread"),
-        duration,
+        duration(count * seconds_each),
         f" ({by_number(before, '1 more was', f'{before} more were')} found whole before)" if before else "",
     )
 

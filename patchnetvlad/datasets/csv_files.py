@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.config import MSLS_CITIES
-from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
+from patchnetvlad.csv_table import PICTURES, Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.datasets.picture_names import from_geographic, listed_below
 from patchnetvlad.errors import UserError, counted
@@ -16,8 +16,7 @@ from patchnetvlad.files import some_of
 from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
 from patchnetvlad.mapillary import SIDES, CitySide, read_side
 
-_DEGREES, _METRES = "latitude and longitude", "easting and northing"
-_COLUMNS = {_DEGREES: (LATITUDES, LONGITUDES), _METRES: (EASTINGS, NORTHINGS)}
+_KINDS = {True: "latitude and longitude", False: "easting and northing"}  # whether they are geographic
 _ZONES = ("zone", "utm_zone")
 
 
@@ -33,7 +32,7 @@ def csv_tables(
     database_folder: str = "",
 ) -> list[Dataset]:
     """A CSV file each for queries and database: a column with names, and latitude and longitude, or easting and
-    northing with a zone for each row, or the one zone given, or none.
+    northing with a zone for each row, or the one zone given, or none. With both, latitude and longitude count.
 
     Names are relative to the root, or to the folder below it that is given; pictures there without a row are counted.
     """
@@ -43,19 +42,20 @@ def csv_tables(
     folders = query_folder, database_folder
     listed = [listed_below(root, folder) if folder else [] for folder in folders]
     _check_sides(tables, folders, listed)
-    kinds = [_kind(table) for table in tables]
+    given = [table.positions(gaps=True) for table in tables]
     where = f"{queries}, {database}"
+    kinds = [_KINDS[positions.geographic] for positions in given]
     if kinds[0] != kinds[1]:
         raise UserError(f"{queries} gives {kinds[0]}, {database} {kinds[1]}: expected the same in both")
     sides = [
-        _placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out", folder, names)
-        for table, folder, names in zip(tables, folders, listed, strict=True)
+        _placed(table, positions.values, incomplete == "leave_out", folder, names)
+        for table, positions, folder, names in zip(tables, given, folders, listed, strict=True)
     ]
     notes = [note for side in sides for note in side.notes]
     names = [side.names for side in sides]
-    if kinds[0] == _DEGREES:
-        positions = [side.positions for side in sides]
-        return [from_geographic(name, names, positions, limit, where, zone).noted(*notes)]
+    if given[0].geographic:
+        geographic = [side.positions for side in sides]
+        return [from_geographic(name, names, geographic, limit, where, zone).noted(*notes)]
     utm, zone, moved = _in_metres(sides, zone, where)
     if moved:
         notes.append(f"expressed in zone {zone}: {counted(moved, 'position')} of other zones")
@@ -159,11 +159,10 @@ def _within(table: Table, folder: str) -> list[str]:
 
 
 def _placed(
-    table: Table, columns: Sequence[Sequence[str]], leave_out: bool, folder: str, listed: Sequence[str]
+    table: Table, positions: NDArray[np.float64], leave_out: bool, folder: str, listed: Sequence[str]
 ) -> _Placed:
     """Rows of a table that have a position; listed: the pictures of its folder, for those that no row names."""
     names = _within(table, folder)
-    positions = np.column_stack([table.numbers(column, gaps=True) for column in columns])
     known = ~np.isnan(positions).any(axis=1)
     notes = []
     if not known.all():
@@ -225,10 +224,10 @@ def msls(
 
 
 def _msls_pictures(root: Path, side: CitySide, include_panoramas: bool) -> Pictures:
-    keep = side.kept(include_panoramas)
-    side.require_positions(keep)
-    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in np.flatnonzero(keep)]
-    return Pictures(tuple(names), None if side.positions is None else side.positions[keep])
+    rows = side.units(1, include_panoramas)[:, 0]
+    side.require_positions(rows)
+    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in rows]
+    return Pictures(tuple(names), None if side.positions is None else side.positions[rows])
 
 
 def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[str]:
@@ -237,16 +236,6 @@ def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[s
     panoramas = int((side.selected & side.panorama).sum())
     return notes + (
         [f"{name}: {counted(panoramas, 'panorama')} left out"] if panoramas and not include_panoramas else []
-    )
-
-
-def _kind(table: Table) -> str:
-    for kind, columns in _COLUMNS.items():
-        if all(table.find(column) for column in columns):
-            return kind
-    raise UserError(
-        f"{table.path}: expected columns latitude and longitude, or easting and northing: found "
-        f"{', '.join(table.names)}"
     )
 
 
