@@ -1,8 +1,6 @@
 """The bundled learned model, made again in one command: from pictures by the package's own training."""
 
 import argparse
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +9,9 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.examples import render_msls
 from patchnetvlad.commands.models import combine_models
 from patchnetvlad.commands.training import add_pca, train
-from patchnetvlad.csv_table import read_table
+from patchnetvlad.csv_table import read_table, write_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import make_folder
 from patchnetvlad.paths import check_new_checkpoint, find_checkpoint, require_file
 
 CONFIG = "learn_builtin.ini"
@@ -54,11 +52,13 @@ def _make(args: argparse.Namespace) -> None:
         raise UserError(f"{table}: no such file (expected the frames' videos, numbers and floors)")
     if args.seed < 0:
         raise UserError(f"--seed: {args.seed}: expected a whole number of 0 or more")
+    from patchnetvlad.training_csv import COLUMNS
+
     patches = find_checkpoint(PATCHES, 0) or require_file(PATCHES, "pretrained_models")
     check_new_checkpoint(Path(args.output_path), DIMENSIONS, args.overwrite)
     make_folder(work)
     frames, cities = work / "frames.csv", work / "cities"
-    write_text(frames, frames_table(table))
+    write_table(frames, COLUMNS, frames_table(table))
     quiet = ["-q"] if args.quiet else []
     device = ["--device", args.device, *(["--nocuda"] if args.nocuda else []), *quiet]
     if not cities.exists():
@@ -77,23 +77,20 @@ def _make(args: argparse.Namespace) -> None:
     )
 
 
-def frames_table(table: Path) -> str:
-    """Frames of videos as pictures to train with, from a table with image_path, video_id, frame and label (the floor).
+def frames_table(table: Path) -> list[tuple[object, ...]]:
+    """Frames of videos as rows to train with, from a table with image_path, video_id, frame and label (the floor).
 
     Frames of one video lie METRES_A_FRAME metres apart, videos far from each other; every other frame is a query.
     Raises UserError naming what the table lacks.
     """
     frames = read_table(table)
-    rows = [["image", "easting", "northing", "role", "city"]]
+    rows: list[tuple[object, ...]] = []
     columns = (frames.text("image_path"), frames.whole_numbers("video_id"), frames.whole_numbers("frame"))
     for path, video, frame, floor in zip(*columns, frames.text("label"), strict=True):
         judged = floor in JUDGED_BY
         role = ("val_" if judged else "train_") + ("query" if frame % 2 else "database")
-        place = [str(METRES_A_FRAME * frame), str(METRES_A_VIDEO * video)]
-        rows.append([path, *place, role, floor if judged else "floors"])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+        rows.append((path, METRES_A_FRAME * frame, METRES_A_VIDEO * video, role, floor if judged else "floors"))
+    return rows
 
 
 def _run(command: Callable[[Sequence[str]], int], arguments: list[str]) -> None:
