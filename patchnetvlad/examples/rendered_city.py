@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from patchnetvlad.examples.rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 from patchnetvlad.files import replacing, write_text
 from patchnetvlad.ground_truth import write_ground_truth
 from patchnetvlad.image_lists import list_file_name, write_image_list
-
-from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 
 MATCH_RADIUS = 25.0  # metres
 
