@@ -91,6 +91,8 @@ def describe_list(
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
     started = time.perf_counter()
+    if config.feature_extract.picture_size is not None:  # refused before there is a folder
+        model.grids(*model.geometry.map_size(*config.feature_extract.picture_size))
     trained = _patch_codec(model, config, pictures, None if overwrite else folder)
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:

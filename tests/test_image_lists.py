@@ -1,5 +1,7 @@
 """Lists survive what people write into them; no two pictures share the name of their features."""
 
+import hashlib
+import json
 import random
 import tempfile
 import unicodedata
@@ -13,6 +15,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.examples.rendered_city import make_city, write_city
 from patchnetvlad.image_lists import (
     SIDES,
+    hash_names,
     list_file_name,
     list_folder,
     read_image_list,
@@ -67,6 +70,21 @@ def test_first_line_does_not_change_the_others(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("robotcar/a.jpg\nday/b.png\n")
     assert read_image_list(path, tmp_path).names == ("robotcar/a.jpg", "day/b.png")
+
+
+@given(st.text("ab./-_ \n", max_size=12))
+def test_lists_of_plain_names_are_read_as_all_others(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "list.txt"
+        path.write_text(f"first.jpg\n{text}")
+        names = read_image_list(path, Path(folder)).names
+        path.write_text(f"first.jpg\n{text}\nü.jpg", encoding="utf-8")  # which is looked at line by line
+        assert read_image_list(path, Path(folder)).names == (*names, "ü.jpg")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=5) | st.sampled_from(['a", "b', "\\", "é", "\x7f"])))
+def test_the_hash_of_names_is_that_of_their_json(names: list[str]) -> None:
+    assert hash_names(names) == hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def test_absolute_names_below_a_linked_or_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

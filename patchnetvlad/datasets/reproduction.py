@@ -138,7 +138,8 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
         patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
-        rerank(patches[0], patches * 2, options.patchweights2use, MATCHERS.find(options.matcher))
+        candidates = [*range(len(patches))] * 2
+        rerank(patches[0], candidates, patches.__getitem__, options.patchweights2use, MATCHERS.find(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)

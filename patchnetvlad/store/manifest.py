@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
 from patchnetvlad.config_values import code_bytes
@@ -71,7 +72,7 @@ class StoreHeader:
             num_pictures,
             self.codec.width(self.num_dims),
             self.codec.dtype,
-            lambda map_size: tuple(map(len, self.stored_grids(map_size))),
+            lru_cache(maxsize=1024)(lambda map_size: tuple(map(len, self.stored_grids(map_size)))),
             self.codec.num_scales(self.num_dims) * len(self.patch_sizes),
         )
 
@@ -194,13 +195,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     # Where a machine was lost while it wrote, a file may end in zero bytes.
     lines = content.partition(b"\0")[0].splitlines(keepends=True)
     header, num_pictures, names_sha256 = _parse_header(lines[0] if lines else b"", path)
+    layout = header.block_layout(num_pictures)
     entries: dict[int, ManifestEntry] = {}
     blocks: dict[int, Block] = {}
     whole_bytes = len(lines[0])
     last: int | None = -1
     for number, line in enumerate(lines[1:], start=2):
-        parse = _parse_block if header.layout == "packed" else _parse_entry
-        record = parse(line, header, num_pictures) if line.endswith(b"\n") else None
+        record: Block | ManifestEntry | None = None
+        if line.endswith(b"\n"):
+            packed = header.layout == "packed"
+            record = _parse_block(line, layout) if packed else _parse_entry(line, header, num_pictures)
         if isinstance(record, Block):
             blocks[record.number] = record
             last = _later(last, record.pictures)
@@ -292,13 +296,13 @@ def _parse_entry(line: bytes, header: StoreHeader, num_pictures: int) -> Manifes
     return entry if right else None
 
 
-def _parse_block(line: bytes, header: StoreHeader, num_pictures: int) -> Block | None:
+def _parse_block(line: bytes, layout: BlockLayout) -> Block | None:
     """The block of a line, None when the line does not describe one."""
     try:
         record = json.loads(line)
         runs = tuple((int(height), int(width), int(count)) for height, width, count in record["maps"])
         block = Block(int(record["block"]), runs)
-        pictures = len(header.block_layout(num_pictures).pictures(block.number))
+        pictures = len(layout.pictures(block.number))
         right = block.num_pictures == pictures or (record.get("short") is True and 0 < block.num_pictures < pictures)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -222,7 +221,7 @@ class BlockReader:
     def __init__(self, folder: Path, layout: BlockLayout, blocks: Iterable[Block]) -> None:
         """Raises UserError when a block is missing or not as long as its entry says."""
         self._folder, self._layout = folder, layout
-        self._counts = lru_cache(maxsize=1024)(layout.patch_counts)
+        self._counts = layout.patch_counts
         self._blocks = {block.number: block for block in blocks}
         there = file_sizes(folder)
         for number in range(layout.num_blocks):
