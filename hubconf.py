@@ -9,7 +9,8 @@ from patchnetvlad.paths import require_file as _require_file
 from patchnetvlad.recognizer import PlaceRecognizer as _PlaceRecognizer
 from patchnetvlad.weights import load_model as _load_model
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "faiss", "cv2", "sklearn", "natsort", "tqdm", "PIL"]
+# Modules that torch.hub asks for before it calls an entry point: those that one imports
+dependencies = ["torch", "numpy", "faiss", "natsort", "tqdm", "PIL", "psutil", "threadpoolctl"]
 
 
 def place_recognizer(

@@ -44,12 +44,10 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
-        "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
         "faiss-cpu>=1.11",
         "opencv-python-headless>=4.8",
-        "scikit-learn>=1.3",
         "threadpoolctl>=3.1",
         "natsort>=8",
         "tqdm>=4.60",
@@ -70,6 +68,9 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
+            # What pictures and measures are compared with; the package itself imports neither
+            "torchvision>=0.21",
+            "scikit-learn>=1.3",
             "ruff>=0.6",
             "mypy>=1.11",
             "selenium>=4.11",

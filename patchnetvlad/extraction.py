@@ -21,7 +21,7 @@ from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import duration, file_sha256, free_disk
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
+from patchnetvlad.images import count_reshaped, image_batches, require_readable
 from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
@@ -161,10 +161,8 @@ def _check_kept(writer: FeatureWriter, model: PlaceModel, pictures: ImageList, c
     if kept is None:
         return
     index, row = kept
-    size = config.feature_extract
-    batches = image_batches(pictures.paths, size.imageresizeh, size.imageresizew, 1, 1, size.exif_rotation, [index])
-    described = _describe(model, next(iter(batches))[1], pictures.names[index])
-    similarity = float(described.global_[0].cpu().float().numpy() @ row)
+    described = model.describe_file(pictures.paths[index], config.feature_extract)
+    similarity = float(described.global_[0].cpu().numpy() @ row)
     if similarity < _SAME_PICTURE:
         raise UserError(
             f"{writer.folder}: {pictures.names[index]} was another picture when it was described (similarity "
@@ -213,23 +211,14 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
         return kept
     indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
     rows = math.ceil(SAMPLE_ROWS / len(indices))
-    described = _described(model, config, pictures, indices)
-    sample = torch.cat([_some_rows(descriptors, rows, index) for index, descriptors in described])
+    described = (model.describe_file(pictures.paths[index], config.feature_extract) for index in indices)
+    sample = torch.cat(
+        [_some_rows(descriptors, rows, index) for index, descriptors in zip(indices, described, strict=True)]
+    )
     trained = train_codec(sample, num_bytes)
     learned_from = counted(len(sample), "patch", "patches"), counted(len(indices), "picture")
     logger.info("codec of %s from %s of %s", counted(num_bytes, "byte"), *learned_from)
     return trained
-
-
-def _described(
-    model: PlaceModel, config: Config, pictures: ImageList, indices: Sequence[int]
-) -> Iterator[tuple[int, Descriptors]]:
-    """Some pictures of a list, one at a time."""
-    size = config.feature_extract
-    for index in indices:
-        picture = read_image(pictures.paths[index], size.exif_rotation)
-        tensor = prepare_image(picture, size.imageresizeh, size.imageresizew)
-        yield index, _describe(model, tensor[None], pictures.names[index])
 
 
 def _some_rows(described: Descriptors, count: int, seed: int) -> Tensor:

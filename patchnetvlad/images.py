@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -139,9 +139,8 @@ def count_reshaped(
     """
     if min(height, width) <= 0:
         return 0
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        sizes = pool.map(lambda path: _size(path, exif_rotation), dict.fromkeys(paths))
-        return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
+    sizes = in_order(lambda path: _size(path, exif_rotation), dict.fromkeys(paths), workers)
+    return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
 
 
 def _resized(picture: Image.Image, height: int, width: int) -> Image.Image:
@@ -215,17 +214,23 @@ def in_order(
     if threads < 1:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        yield from in_order_by(pool, function, items, 4 * threads if ahead is None else ahead)
+
+
+def in_order_by(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Generator[R, None, None]:
+    """The same by threads that are there; what has not begun when this ends early never does."""
     under_way: deque[Future[R]] = deque()
     try:
         for item in items:
             under_way.append(pool.submit(function, item))
-            if len(under_way) > (4 * threads if ahead is None else ahead):
+            if len(under_way) > ahead:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in under_way:
+            future.cancel()
 
 
 def _batches_of_one_size(

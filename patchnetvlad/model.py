@@ -1,17 +1,20 @@
 """Encoder, pooling and WPCA as one module: pictures in, global and patch descriptors out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.devices import float32_products
 from patchnetvlad.encoders.table import make_encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.global_pooling import AveragePooling, MaxPooling
+from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import patch_descriptors
@@ -133,6 +136,17 @@ class PlaceModel(nn.Module):
             patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
             grids = self.grids(local.shape[1], local.shape[2])
             return Descriptors(global_, tuple(self._whitened_patches(of_size) for of_size in patches), grids)
+
+    def describe_file(self, path: Path, size: FeatureExtractConfig) -> Descriptors:
+        """The same of one picture file, read and prepared as [feature_extract] says.
+
+        Raises UserError for a file that cannot be read, and naming it, as `describe` does.
+        """
+        picture = prepare_image(read_image(path, size.exif_rotation), size.imageresizeh, size.imageresizew)
+        try:
+            return self.describe(picture[None].to(self.device))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def feature_map(self, pictures: Tensor, encoder: nn.Module | None = None) -> Tensor:
         """The output of the encoder, or of another, for N×3×H×W pictures, N×C×H×W, in the model's precision."""

@@ -17,7 +17,9 @@ from patchnetvlad.config_values import value_text
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import memory_errors, require_device
 from patchnetvlad.errors import UserError, by_number, counted
+from patchnetvlad.evaluation import open_features
 from patchnetvlad.extraction import tell_precision
+from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import in_order, prepare_image, read_image
 from patchnetvlad.ini import load_config
@@ -239,9 +241,6 @@ class PlaceRecognizer:
         positions. Close it, or use it in a with block. Raises UserError for what does not fit together, a picture that
         is another one than when it was described among it.
         """
-        from patchnetvlad.evaluation import open_features
-        from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
-
         pictures = read_image_list(require_file(str(listed), "dataset_imagenames"), Path(root))
         positions = None
         if ground_truth is not None:

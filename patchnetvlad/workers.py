@@ -9,9 +9,8 @@ import logging
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier
 from typing import TypeVar
@@ -20,6 +19,7 @@ import torch
 
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
+from patchnetvlad.images import in_order_by
 from patchnetvlad.matching import WAYS, Way
 from patchnetvlad.reranking import match_pair
 
@@ -48,17 +48,7 @@ class Workers:
         if self._pool is None:
             yield from map(work, items)
             return
-        running: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                running.append(self._pool.submit(work, item))
-                if len(running) > self.count:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        yield from in_order_by(self._pool, work, items, self.count)
 
 
 def _keep_freed_memory() -> None:

@@ -7,11 +7,12 @@ import pytest
 from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.commands import bundled_model
 from patchnetvlad.commands.bundled_model import FITTED, METRES_A_FRAME, frames_table, make_bundled_model
+from patchnetvlad.csv_table import write_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import find_checkpoint, require_file
-from patchnetvlad.training_csv import read_training_csv
+from patchnetvlad.training_csv import COLUMNS, read_training_csv
 from patchnetvlad.training_data import triplet_places
 
 FRAMES = [("a", 1, 3, "floor10"), ("b", 1, 4, "floor10"), ("c", 1, 7, "floor10"), ("d", 1, 8, "floor10")]
@@ -27,7 +28,7 @@ def floors(tmp_path: Path) -> Path:
 
 def test_frames_become_places(floors: Path) -> None:
     """Frames side by side are positives; the three next ones are none, but no negatives; other videos are."""
-    (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
+    write_table(floors / "frames.csv", COLUMNS, frames_table(floors / "images.csv"))
     data = read_training_csv(floors / "frames.csv", floors)
     train = load_config(require_file("learn_builtin.ini", "configs")).train
     places = triplet_places(data.train, train.positive_radius, train.negative_radius)
@@ -91,7 +92,7 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
 
 def test_what_is_learned_from_is_fitted_to(floors: Path, msls: Path) -> None:
     """Database pictures of both sources, none of the places that training is judged by."""
-    (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
+    write_table(floors / "frames.csv", COLUMNS, frames_table(floors / "images.csv"))
     changes = ["train.cities=trondheim,london", "train.val_cities=sf"]
     config = load_config(require_file("learn_builtin.ini", "configs"), changes)
     paths = bundled_model._database_pictures(config, floors, floors / "frames.csv", msls)

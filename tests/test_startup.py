@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,7 @@ def test_every_factory_string_of_faiss_may_be_configured(tmp_path):
 
 BUILT = """
 import json, sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from patchnetvlad.ini import load_config
 sizes = [f"feature_{part}.imageresize{side}" for part in ("extract", "match") for side in ("w=160", "h=120")]
@@ -330,6 +332,27 @@ def test_describing_and_comparing_import_no_more_than_they_use(work):
     modules = set(run_python(BUILT + work + "\nprint(json.dumps(sorted(sys.modules)))"))
     assert "torch" in modules
     assert modules & WORKED_WITHOUT == set()
+
+
+def test_torch_hub_asks_for_what_is_imported():
+    """hubconf names each module of a requirement that describing and comparing imports, and no other."""
+    work = (
+        "import hubconf\n"
+        "places = hubconf.place_recognizer(overrides=sizes)\n"
+        "places.compare(*places.describe(sorted(Path('example_images/queries').iterdir())[:2]))\n"
+        "print(json.dumps([sorted(sys.modules), hubconf.dependencies]))"
+    )
+    modules, dependencies = run_python(BUILT + work)
+    assert set(dependencies) <= set(modules)
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
+    assert required is not None
+    names = [name.replace("_", "-") for name in re.findall(r'"([\w-]+)>=', required[1])]
+    of_requirement = {name: set() for name in names}
+    for module, distributions in packages_distributions().items():
+        for name in {name.lower().replace("_", "-") for name in distributions} & set(names):
+            of_requirement[name].add(module)
+    for name, own in of_requirement.items():
+        assert bool(own & set(modules)) == bool(own & set(dependencies)), name
 
 
 def test_commands_leave_the_log_as_they_found_it(capsys):

@@ -1,8 +1,6 @@
 """The bundled learned model, made again in one command: from pictures by the package's own training."""
 
 import argparse
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,9 +10,9 @@ from patchnetvlad.commands.examples import render_msls
 from patchnetvlad.commands.models import fit_model
 from patchnetvlad.commands.training import train
 from patchnetvlad.config import Config
-from patchnetvlad.csv_table import read_table
+from patchnetvlad.csv_table import read_table, write_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import write_text
+from patchnetvlad.image_lists import write_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import check_new_checkpoint, require_file
 
@@ -58,13 +56,15 @@ def _make(args: argparse.Namespace) -> None:
         raise UserError(f"--seed: {args.seed}: expected a whole number of 0 or more")
     config = load_config(require_file(CONFIG, "configs"))
     check_new_checkpoint(Path(args.output_path), config.global_params.num_pcs, args.overwrite)
+    from patchnetvlad.training_csv import COLUMNS
+
     frames, cities, listed = work / "frames.csv", work / "cities", work / "pictures.txt"
-    write_text(frames, frames_table(table))
+    write_table(frames, COLUMNS, frames_table(table))
     quiet = ["-q"] if args.quiet else []
     device = ["--device", args.device, *(["--nocuda"] if args.nocuda else []), *quiet]
     if not cities.exists():
         _run(render_msls, ["--output_dir", f"{cities}", "--places", PLACES, *quiet])
-    write_text(listed, (f"{path.resolve()}\n" for path in _database_pictures(config, root, frames, cities)))
+    write_image_list(listed, [f"{path.resolve()}" for path in _database_pictures(config, root, frames, cities)])
     pictures = ["--dataset_root_dir", f"{root}", f"{cities}", "--dataset_csv", f"{frames}", "-"]
     settings = ["--config_path", CONFIG, "--set", f"train.seed={args.seed}"]
     name = f"seed{args.seed}"
@@ -84,23 +84,20 @@ def _database_pictures(config: Config, root: Path, frames: Path, cities: Path) -
     return [path for city in data.train for path in city.database.paths]
 
 
-def frames_table(table: Path) -> str:
-    """Frames of videos as pictures to train with, from a table with image_path, video_id, frame and label (the floor).
+def frames_table(table: Path) -> list[tuple[object, ...]]:
+    """Frames of videos as rows to train with, from a table with image_path, video_id, frame and label (the floor).
 
     Frames of one video lie METRES_A_FRAME metres apart, videos far from each other; every other frame is a query.
     Raises UserError naming what the table lacks.
     """
     frames = read_table(table)
-    rows = [["image", "easting", "northing", "role", "city"]]
+    rows: list[tuple[object, ...]] = []
     columns = (frames.text("image_path"), frames.whole_numbers("video_id"), frames.whole_numbers("frame"))
     for path, video, frame, floor in zip(*columns, frames.text("label"), strict=True):
         judged = floor in JUDGED_BY
         role = ("val_" if judged else "train_") + ("query" if frame % 2 else "database")
-        place = [str(METRES_A_FRAME * frame), str(METRES_A_VIDEO * video)]
-        rows.append([path, *place, role, floor if judged else "floors"])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+        rows.append((path, METRES_A_FRAME * frame, METRES_A_VIDEO * video, role, floor if judged else "floors"))
+    return rows
 
 
 def _run(command: Callable[[Sequence[str]], int], arguments: list[str]) -> None:

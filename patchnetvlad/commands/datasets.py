@@ -217,7 +217,7 @@ def _tell(reproduction: Reproduction, work: Path) -> None:
         for name, evaluation in reproduction.evaluations.items():
             print("\n".join(["", name, *evaluation.lines()]))
     print("\n".join(["", *_comparison_lines(reproduction.comparisons)]))
-    print(f"{reproduction.seconds:.0f} s; results in {work / 'results'}")
+    print(f"{duration(reproduction.seconds)}; results in {work / 'results'}")
     record = measure_record(reproduction.protocol, reproduction.measures)
     record["known"] = [
         {

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
 
 STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel thresholds mean the same
@@ -15,10 +16,7 @@ ORIENTATIONS = 8
 _CELL_SIZE, _SMOOTHING = 16, 1.0  # pixels, unless told otherwise
 CLIP = 0.2  # largest entry after the first L2 normalisation (Lowe 2004)
 
-# What normalisation took away, and the weights of ITU-R BT.601 luma.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)  # weights of ITU-R BT.601
 
 
 def _blur_radius(smoothing: float) -> int:

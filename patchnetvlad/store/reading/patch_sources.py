@@ -13,7 +13,6 @@ from patchnetvlad.candidates import ApproximateSearch
 from patchnetvlad.config import FeatureExtractConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.store.arrays.codecs import CPU
@@ -192,16 +191,14 @@ class OnDemandPatches:
         return self._cache.statistics
 
     def _describe(self, index: int) -> tuple[np.ndarray, ...]:
-        settings, path = self._settings, self._pictures.paths[index]
+        path = self._pictures.paths[index]
         described = None if self._kept is None else self._kept.get(path)
         if described is not None:
             map_size, arrays = described
             self._grids[index] = self._model.grids(*map_size)
             self._bytes = sum(array.nbytes for array in arrays)
             return arrays
-        picture = read_image(path, settings.exif_rotation)
-        tensor = prepare_image(picture, settings.imageresizeh, settings.imageresizew)
-        features = self._model.describe(tensor[None].to(self._model.device)).picture(0)
+        features = self._model.describe_file(path, self._settings).picture(0)
         self._grids[index] = features.grids
         self._bytes = features.nbytes
         arrays = tuple(descriptors.cpu().numpy() for descriptors in features.descriptors)

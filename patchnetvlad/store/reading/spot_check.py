@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,10 @@ def check_by_pictures(
         return
     chosen = sorted({at_hand[len(at_hand) // 3], at_hand[2 * len(at_hand) // 3]})  # not at an end, where lists agree
     try:
-        described = {index: _describe(find_model(), pictures.paths[index], config) for index in chosen}
+        described = {
+            index: find_model().describe_file(pictures.paths[index], config.feature_extract).global_[0].cpu().numpy()
+            for index in chosen
+        }
     except UserError as error:
         logger.warning("%s: has no manifest.jsonl, and cannot be checked by its pictures (%s)", folder, error)
         return
@@ -74,15 +75,6 @@ def check_root(
             f"{folder}: {path} is not the picture that was described as {pictures.names[at_hand]} (cosine "
             f"{likeness:.3f}; another root, or replaced since?)"
         )
-
-
-@torch.inference_mode()
-def _describe(model: PlaceModel, path: Path, config: Config) -> NDArray[np.float32]:
-    """The global descriptor of a picture (D,)."""
-    size = config.feature_extract
-    picture = prepare_image(read_image(path, size.exif_rotation), size.imageresizeh, size.imageresizew)
-    descriptor = model(picture[None].to(model.device))[0]
-    return np.asarray(descriptor.float().cpu().numpy(), dtype=np.float32)
 
 
 def _compare(
