@@ -19,7 +19,7 @@ from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import make_folder, replacing, told, write_text
-from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
+from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason, read_rows
 from patchnetvlad.store.manifest import hash_names
 
 logger = logging.getLogger(__name__)
@@ -293,5 +293,5 @@ def _made_queries(database: Float32Rows) -> Float32Rows:
 
 def _rows_sha256(database: Float32Rows) -> str:
     rows = np.unique(np.linspace(0, max(0, len(database) - 1), _HASHED_ROWS).astype(int))
-    chosen = database[rows] if len(database) else database
+    chosen = read_rows(database, rows) if len(database) else database
     return hashlib.sha256(np.ascontiguousarray(chosen, dtype=np.float32).tobytes()).hexdigest()
