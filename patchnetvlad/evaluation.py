@@ -211,8 +211,7 @@ def open_features(
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
     size = config.feature_extract.picture_size
-    stride = expected.geometry.stride
-    map_size = (size[0] // stride, size[1] // stride) if size else None
+    map_size = expected.geometry.map_size(*size) if size else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
         if checked is None and not has_manifest(folder):
             if not config.describes_on_demand:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 from natsort import natsorted
 
@@ -17,6 +17,9 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text, write_text
 
 T = TypeVar("T")
+
+Side = Literal["query", "index"]
+SIDES: tuple[Side, ...] = ("query", "index")  # of a dataset: its queries, and the database that they are searched in
 
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -101,6 +104,11 @@ def read_image_list(list_path: Path, root: Path) -> ImageList:
         raise UserError(f"{list_path}: names no picture (expected one path a line)")
     paths = Derived(lambda: [root / name for name in names], len(names))
     return ImageList(names, paths, Derived(lambda: unique_feature_names(names), len(names)), list_path)
+
+
+def list_file_name(name: str, side: Side) -> str:
+    """What a list of the queries or of the database of a dataset is called, as the published ones are."""
+    return f"{name}_imageNames_{side}.txt"
 
 
 def write_image_list(list_path: Path, names: Sequence[str]) -> None:

@@ -7,18 +7,21 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
-from patchnetvlad.files import make_folder, replacing, told, write_text
+from patchnetvlad.files import make_folder, read_text, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason, read_rows
 from patchnetvlad.store.manifest import hash_names
 
@@ -205,6 +208,7 @@ def open_index(path: Path, database: Float32Rows, names: Sequence[str]) -> Searc
     Raises UserError, in one line, when it is of another list or model, damaged or cut short.
     """
     record = _read_record(path)
+    _announce(path, record.shards)
     if record.num_pictures != len(database) or record.names_sha256 != hash_names(names):
         raise UserError(
             f"{path}: is an index of another list ({record.num_pictures} pictures there, {len(database)} here; build "
@@ -242,6 +246,15 @@ def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shard
     return tuple(files)
 
 
+def _announce(path: Path, files: Sequence[tuple[str, int]]) -> None:
+    """Let the system read the shards while other things are checked, where they fit into memory easily."""
+    if sum(size for _, size in files) > psutil.virtual_memory().available // 4 or not hasattr(os, "posix_fadvise"):
+        return
+    for name, size in files:
+        with suppress(OSError), path.with_name(name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+
+
 def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Index]:
     shards = []
     for name, num_bytes in files:
@@ -256,8 +269,7 @@ def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Ind
 
 def _read_record(path: Path) -> IndexRecord:
     try:
-        with told(path, "cannot be read"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, "a search index"))
         if content.pop("format") != _FORMAT:
             raise ValueError(content)
         version = content.pop("version")

@@ -12,7 +12,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import hash_names, list_folder, read_image_list, unique_feature_names, write_image_list
+from patchnetvlad.examples.rendered_city import make_city, write_city
+from patchnetvlad.image_lists import (
+    SIDES,
+    hash_names,
+    list_file_name,
+    list_folder,
+    read_image_list,
+    unique_feature_names,
+    write_image_list,
+)
+from patchnetvlad.paths import shipped_folder
+
+
+def test_one_rule_names_the_lists(tmp_path: Path) -> None:
+    """The shipped lists and those written anew, by the published names."""
+    assert [list_file_name("pitts30k", side) for side in SIDES] == [
+        "pitts30k_imageNames_query.txt",
+        "pitts30k_imageNames_index.txt",
+    ]
+    city = make_city(places=2, look_alikes=0)
+    write_city(city, tmp_path, "example", size=(32, 24))
+    for side, views in zip(SIDES, (city.queries, city.database), strict=True):
+        assert (shipped_folder("dataset_imagenames") / list_file_name("example", side)).is_file()
+        written = read_image_list(tmp_path / "dataset_imagenames" / list_file_name("example", side), tmp_path)
+        assert written.names == tuple(view.name for view in views)
 
 
 def test_one_list_of_every_kind_of_line(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A benchmark's known results repeated: one run of the whole chain, from lists to comparison."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -150,11 +149,3 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     cache = min(cache_bytes(options.cache_gb), disk)
     return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free

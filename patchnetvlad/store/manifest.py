@@ -121,7 +121,8 @@ class Manifest:
 
     num_pictures and names_sha256: of the picture list, see `hash_names`; entries: by picture index, the last line of
     a picture wins; blocks: by number, those of a packed folder, which has no entries; whole_bytes: the manifest's
-    length in bytes without a torn last line.
+    length in bytes without a torn last line; last: the last picture that a line names, −1 where there is none, and
+    None unless the lines are in the order of the list, one for each picture or block.
     """
 
     path: Path
@@ -131,6 +132,7 @@ class Manifest:
     entries: Mapping[int, ManifestEntry]
     blocks: Mapping[int, Block]
     whole_bytes: int
+    last: int | None
 
 
 def header_line(header: StoreHeader, names: Sequence[str], list_name: str) -> bytes:
@@ -197,6 +199,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     entries: dict[int, ManifestEntry] = {}
     blocks: dict[int, Block] = {}
     whole_bytes = len(lines[0])
+    last: int | None = -1
     for number, line in enumerate(lines[1:], start=2):
         record: Block | ManifestEntry | None = None
         if line.endswith(b"\n"):
@@ -204,14 +207,31 @@ def read_manifest(folder: Path) -> Manifest | None:
             record = _parse_block(line, layout) if packed else _parse_entry(line, header, num_pictures)
         if isinstance(record, Block):
             blocks[record.number] = record
+            last = _later(last, record.pictures)
         elif record is not None:
             entries[record.index] = record
+            last = _later(last, range(record.index, record.index + 1))
         elif number < len(lines):
             raise UserError(f"{path}: line {number} does not describe a picture or block ({_DAMAGED})")
         else:
             break
         whole_bytes += len(line)
-    return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes)
+    return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes, last)
+
+
+def first_line(folder: Path) -> bytes:
+    """What says what made the features of a folder, as it is; empty where there is no manifest."""
+    path = folder / MANIFEST_NAME
+    with told(path, "cannot be read"):
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            return file.readline()
+
+
+def _later(last: int | None, pictures: range) -> int | None:
+    """The last picture, with these behind it; None where they are not, or others come between."""
+    return None if last is None or pictures[0] <= last else pictures[-1]
 
 
 def in_list_order(content: bytes) -> bytes:
