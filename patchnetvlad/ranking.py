@@ -180,8 +180,10 @@ class Ranker:
             query = query.round_as("query")
         weights = self._options.patchweights2use
         if self._device.type == "cpu":
-            share = min(MOST_A_THREAD, max(1, len(head) // (2 * self._workers.count)))
-            return rerank(query, head, database.patches, weights, self._matcher, share, self._workers.map)
+            threads = self._workers
+            return rerank(
+                query, head, database.patches, weights, self._matcher, MOST_A_THREAD, threads.map, threads.count
+            )
         return rerank(query, head, database.patches, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:

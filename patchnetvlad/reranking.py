@@ -1,8 +1,9 @@
 """Spatial scores of a query's candidates, fused over patch sizes into one ranking (paper sections 3.4 and 3.5)."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import torch
@@ -97,13 +98,15 @@ def rerank(
     matcher: Matcher,
     batch_size: int = 1,
     run: Run = map,
+    threads: int = 1,
 ) -> Reranking:
     """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
     load: gives the patches of a candidate, once for each and where it is matched, so that they may come from disk one
     by one, and be decoded by the threads that share the work. batch_size: candidates matched and scored in one go on
     the query's device; few suit the CPU, more an accelerator. run: calls a function for each batch and gives the
-    results in order, as `map` does; several at a time if it likes.
+    results in order, as `map` does; several at a time if it likes. threads: how many at a time, of which none should
+    wait long for the others at the end: the last batches are smaller then.
     """
 
     def score(indices: Sequence[int]) -> Scored:
@@ -111,12 +114,20 @@ def rerank(
         scored = _score_all(query, [candidate.grids for candidate in batch], _match_all(query, batch), matcher)
         return [[score.value for score in scores] for scores in scored]
 
-    stream = iter(candidates)
-    batches = iter(lambda: list(islice(stream, batch_size)), [])
-    values = list(chain.from_iterable(run(score, batches)))
+    values = list(chain.from_iterable(run(score, _batches(candidates, batch_size, threads))))
     per_scale = np.array(values, dtype=np.float64).reshape(len(values), len(query.descriptors))
     fused = fuse(per_scale, weights)
     return Reranking(np.argsort(-fused, kind="stable"), fused, per_scale)
+
+
+def _batches(candidates: Sequence[int], largest: int, threads: int) -> Iterator[Sequence[int]]:
+    """In order, each at most a share of what is left, so that threads which take them in turn end together."""
+    first = 0
+    while first < len(candidates):
+        left = len(candidates) - first
+        size = largest if threads == 1 else min(largest, math.ceil(left / (2 * threads)))
+        yield candidates[first : first + size]
+        first += size
 
 
 def with_similarities(reranking: Reranking, similarities: NDArray[np.floating], weight: float) -> Reranking:

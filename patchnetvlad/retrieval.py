@@ -1,5 +1,6 @@
 """Nearest database pictures by global descriptor."""
 
+import mmap
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -77,6 +78,18 @@ class DatabaseIndex:
 def exact_rows(queries: Float32Rows, database: Float32Rows, k: int) -> NDArray[np.int64]:
     """Rows of the k nearest of each query, up to the rounding of fast distances; nearest first, nQ×k."""
     return _faiss_search(database)(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(database)))[1]
+
+
+def read_rows(database: Float32Rows, rows: NDArray[np.int64]) -> Float32Rows:
+    """Rows of descriptors by their numbers; the disk is asked for all of them before the first is waited for."""
+    mapping = getattr(database, "_mmap", None)  # of np.memmap
+    if mapping is not None and hasattr(mmap, "MADV_WILLNEED"):
+        row_bytes = database.strides[0]
+        first = database.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
+        for start in (first + rows * row_bytes).tolist():
+            begin = start - start % mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_WILLNEED, begin, start + row_bytes - begin)
+    return np.asarray(database[rows], dtype=np.float32)
 
 
 def faiss_reason(error: RuntimeError) -> str:
@@ -231,7 +244,7 @@ def _ranked(queries: Float32Rows, database: Float32Rows, proposed: NDArray[np.in
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     for position, (query, rows) in enumerate(zip(queries, proposed, strict=True)):
         rows = np.sort(rows[rows >= 0])  # in the order in which they lie on disk
-        difference = database[rows] - query
+        difference = read_rows(database, rows) - query
         distances = np.einsum("nd,nd->n", difference, difference)
         order = np.argsort(distances, kind="stable")[:k]
         indices[position, : len(order)], scores[position, : len(order)] = rows[order], -distances[order]

@@ -7,19 +7,22 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import make_folder, read_text, replacing, told, write_text
-from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
+from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason, read_rows
 from patchnetvlad.store.manifest import hash_names
 
 logger = logging.getLogger(__name__)
@@ -205,6 +208,7 @@ def open_index(path: Path, database: Float32Rows, names: Sequence[str]) -> Searc
     Raises UserError, in one line, when it is of another list or model, damaged or cut short.
     """
     record = _read_record(path)
+    _announce(path, record.shards)
     if record.num_pictures != len(database) or record.names_sha256 != hash_names(names):
         raise UserError(
             f"{path}: is an index of another list ({counted(record.num_pictures, 'picture')} there, {len(database)} "
@@ -240,6 +244,15 @@ def _write_shards(trained: faiss.Index, database: Float32Rows, path: Path, shard
         files.append((file.name, file.stat().st_size))
         logger.info("%s: %s, %.1f MB", file, counted(end - first, "picture"), file.stat().st_size / 1e6)
     return tuple(files)
+
+
+def _announce(path: Path, files: Sequence[tuple[str, int]]) -> None:
+    """Let the system read the shards while other things are checked, where they fit into memory easily."""
+    if sum(size for _, size in files) > psutil.virtual_memory().available // 4 or not hasattr(os, "posix_fadvise"):
+        return
+    for name, size in files:
+        with suppress(OSError), path.with_name(name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
 
 
 def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Index]:
@@ -292,5 +305,5 @@ def _made_queries(database: Float32Rows) -> Float32Rows:
 
 def _rows_sha256(database: Float32Rows) -> str:
     rows = np.unique(np.linspace(0, max(0, len(database) - 1), _HASHED_ROWS).astype(int))
-    chosen = database[rows] if len(database) else database
+    chosen = read_rows(database, rows) if len(database) else database
     return hashlib.sha256(np.ascontiguousarray(chosen, dtype=np.float32).tobytes()).hexdigest()

@@ -171,3 +171,24 @@ def test_scores_of_all_queries_are_in_final_order():
     np.testing.assert_array_equal(scores.fused, [first.fused[::-1], [0, 0]])
     np.testing.assert_array_equal(scores.per_scale[0], first.per_scale[::-1])
     np.testing.assert_array_equal(scores.per_scale[1], [second.per_scale[0], [0, 0]])
+
+
+@given(st.integers(0, 120), st.integers(1, 5), st.integers(1, 8))
+def test_threads_that_share_candidates_end_together(count, batch_size, threads):
+    """Whoever is free takes the next batch, as threads do: all are busy until little more than a pair is left."""
+    batches = []
+
+    def run(score, indices):
+        batches.extend(map(list, indices))
+        return [[[0.0]] * len(batch) for batch in batches]
+
+    query = PatchFeatures((torch.ones(1, 2),), (PatchGrid(1, 1, 1),))
+    rerank(query, range(count), None, (1.0,), RAPID, batch_size, run, threads)
+    assert [index for batch in batches for index in batch] == list(range(count))
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    if threads == 1:
+        assert len(batches) == -(-count // batch_size)
+    done = [0] * threads
+    for batch in batches:
+        done[done.index(min(done))] += len(batch)
+    assert threads == 1 or max(done) - min(done) <= 1

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from patchnetvlad import retrieval
 from patchnetvlad.candidates import Candidates
 from patchnetvlad.errors import UserError
-from patchnetvlad.retrieval import DatabaseIndex, best_cutout_per_panorama, looks_like_cutouts
+from patchnetvlad.retrieval import DatabaseIndex, best_cutout_per_panorama, looks_like_cutouts, read_rows
 
 
 def retrieve(queries, database, k, index="Flat", panorama_cutouts=1):
@@ -197,3 +197,17 @@ def test_blocks_beyond_the_room_come_once_for_each_batch_of_queries(monkeypatch)
         reads.clear()
         np.testing.assert_array_equal(search(unit_rows(5, 8, 0), 7)[1], expected)
         assert reads == [18, 27, 36]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_rows_of_a_mapped_table_are_those_asked_for(tmp_path, first):
+    """Also of a part of it, whose first row does not lie at the mapping's start."""
+    table = np.random.default_rng(0).standard_normal((700, 37)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", table)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")[first:]
+    rows = np.array([0, 5, 6, 311, 696])
+    for one in (mapped, table[first:]):
+        read = read_rows(one, rows)
+        assert type(read) is np.ndarray
+        np.testing.assert_array_equal(read, table[first + rows])
+    assert read_rows(mapped, rows[:0]).shape == (0, 37)
