@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchnetvlad.devices import rounds_by_threads, row_products
+
 EPSILON = 1e-12  # every L2 normalisation divides by max(norm, EPSILON), so that empty clusters stay near 0
 
 
@@ -51,7 +53,12 @@ class NetVLAD(nn.Module):
         with torch.autocast(feature_map.device.type, enabled=False):
             local = feature_map.float().permute(0, 2, 3, 1)  # N×H×W×C
             local = F.normalize(local, dim=-1, eps=EPSILON).contiguous()
-            logits = F.linear(local, self.conv.weight.flatten(1), self.conv.bias)
+            weight, bias = self.conv.weight.flatten(1), self.conv.bias
+            if rounds_by_threads(local):
+                logits = row_products(local, weight)
+                logits = logits if bias is None else logits.add_(bias)
+            else:
+                logits = F.linear(local, weight, bias)
             return local, logits.softmax(dim=-1)
 
     def aggregate(self, local: Tensor, assignment: Tensor) -> Tensor:
