@@ -91,6 +91,11 @@ class FeatureExtractConfig:
     precision: str = setting("float32", choice("float32", "tf32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that all pictures get, None where each keeps its own."""
+        return (self.imageresizeh, self.imageresizew) if min(self.imageresizeh, self.imageresizew) > 0 else None
+
 
 @dataclass(frozen=True)
 class FeatureMatchConfig:
@@ -161,6 +166,11 @@ class GlobalParams:
             object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
 
     @property
+    def has_patches(self) -> bool:
+        """Whether pictures have patch descriptors beside the global one."""
+        return self.pooling == "patchnetvlad"
+
+    @property
     def loading_threads(self) -> int:
         """Threads that load pictures while others are described, 1 or more."""
         return self.threads or _cores()
@@ -217,6 +227,7 @@ class TrainConfig:
     @property
     def changes(self) -> tuple[Any, ...]:
         """What augmentation names, each a Change, in the table's order."""
+        CHANGES.check(*self.augmentation)
         return tuple(CHANGES[name] for name in CHANGES if name in self.augmentation)
 
 
@@ -238,11 +249,12 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
-        pooling, patches = self.global_params.pooling, self.global_params.patch_backbone
-        if patches is not None and pooling != "patchnetvlad":
+        patch_backbone = self.global_params.patch_backbone
+        if patch_backbone is not None and not self.global_params.has_patches:
             place = self._place("global_params.patch_backbone", "global_params.pooling")
             raise UserError(
-                f"{place}: [global_params] patch_backbone = {patches}: pooling = {pooling} has no patches (expected "
+                f"{place}: [global_params] patch_backbone = {patch_backbone}: pooling = "
+                f"{self.global_params.pooling} has no patches (expected "
                 "patchnetvlad, or patch_backbone = None)"
             )
         if len(strides) != len(sizes):
@@ -292,7 +304,7 @@ class Config:
     @property
     def describes_on_demand(self) -> bool:
         """Whether matching makes patch descriptors when it needs them, in place of reading them."""
-        return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
+        return self.global_params.has_patches and self.feature_match.local_features == "on_demand"
 
     def check_one_gpu(self, work: str) -> None:
         """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
@@ -328,7 +340,7 @@ class Config:
     def check_fitting(self) -> None:
         """Raises UserError unless a model can be fitted without training."""
         params, train = self.global_params, self.train
-        if train.augmentation and params.pooling == "patchnetvlad":
+        if train.augmentation and params.has_patches:
             raise UserError(
                 f"{self._place('train.augmentation')}: [train] augmentation: WPCA learns from changed pictures for a "
                 "global model alone, since a changed picture's patches lie elsewhere (set [global_params] pooling = "
@@ -370,7 +382,7 @@ class Config:
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
         params, train = self.global_params, self.train
-        pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
+        pooling = "netvlad" if params.has_patches else params.pooling
         sizes = replace(
             self.feature_extract,
             imageresizew=train.imageresizew,
@@ -383,6 +395,8 @@ class Config:
     def check_training(self) -> None:
         """Raises UserError unless [train] has the picture size of extraction, one for all, and what fits together."""
         self._check_picture_size("train", self.train)
+        LOSSES.check(self.train.loss)
+        CHANGES.check(*self.train.augmentation)
         if min(self.train.imageresizew, self.train.imageresizeh) < 1:
             place = self._place(*(f"train.{key}" for key in PICTURE_SIZE))
             raise UserError(

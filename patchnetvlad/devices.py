@@ -1,4 +1,4 @@
-"""What runs depend on of a machine: its accelerators' memory and TF32, and its processor's number of threads."""
+"""What a machine does to numbers and memory: accelerators' room and TF32, and how a processor's threads round."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -45,8 +45,7 @@ def initialise_encoder(model: PlaceModel, config: Config) -> None:
     imagenet stands for the weights that the encoder is published with (DINOv2's come from other pictures), none for
     random ones, package:NAME for the file of weights in an installed Python package. Another name is that of a
     checkpoint, whole or without its end, whose encoder is taken, or of the encoder's weights as somebody else published
-    them. An encoder without weights
-    needs none. Raises UserError when they cannot be fetched or do not fit.
+    them. An encoder without weights needs none. Raises UserError when they cannot be fetched or do not fit.
     """
     source = config.train.pretrained
     if not model.encoder.state_dict():
@@ -74,11 +73,24 @@ def initialise_encoder(model: PlaceModel, config: Config) -> None:
 def _encoder_state(state: Mapping[str, Tensor], encoder: Encoder, path: Path) -> Mapping[str, Tensor]:
     """The encoder's part of a checkpoint, or what a file of its publisher means for it."""
     if any(key.startswith(_ENCODER) for key in state):
-        return {key.removeprefix(_ENCODER): value for key, value in state.items() if key.startswith(_ENCODER)}
+        # One shown pictures of half their size has the weights of the one it contains, and either may start the other
+        names = {_inmost(key): key for key in encoder.state_dict()}
+        return {
+            names.get(_inmost(key), key.removeprefix(_ENCODER)): value
+            for key, value in state.items()
+            if key.startswith(_ENCODER)
+        }
     try:
         return encoder.own_state(state)
     except KeyError:
         return _by_order(state, encoder, path)
+
+
+def _inmost(key: str) -> str:
+    """A key inside the encoders that contain one another."""
+    while key.startswith(_ENCODER):
+        key = key.removeprefix(_ENCODER)
+    return key
 
 
 def _by_order(state: Mapping[str, Tensor], encoder: Encoder, path: Path) -> Mapping[str, Tensor]:

@@ -1,7 +1,6 @@
 """A benchmark's known results repeated: one run of the whole chain, from lists to comparison."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.measure_files import Protocol, joined
-from patchnetvlad.measures import Measures
+from patchnetvlad.judging import Measures
+from patchnetvlad.judging_files import EvaluationProtocol, joined
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.reranking import rerank
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _BASE_GB = 1.5  # of memory for Python, torch and the encoder's feature maps
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRecall:
     """A known Recall@N beside the measured one, both in %; passed: within the band, None where there is none."""
 
     known: Known
@@ -51,10 +50,10 @@ class Estimate:
 class Reproduction:
     """What a run gave: the measures of all pairs of lists joined, of each pair, and beside the known results."""
 
-    protocol: Protocol
+    protocol: EvaluationProtocol
     measures: dict[str, Measures]
     evaluations: dict[str, Evaluation]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ComparedRecall, ...]
     seconds: float
 
 
@@ -103,7 +102,7 @@ def reproduce(
     return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
 
 
-def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
+def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[ComparedRecall, ...]:
     """Known recalls beside those measured; a stage or N that was not measured is passed over."""
     comparisons = []
     for known_result in known:
@@ -117,7 +116,7 @@ def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comp
                 passed = None
                 if known_result.band is not None:
                     passed = value - known_result.band[0] <= round(ours, 2) <= value + known_result.band[1]
-                comparisons.append(Comparison(known_result, n, ours, passed))
+                comparisons.append(ComparedRecall(known_result, n, ours, passed))
     return tuple(comparisons)
 
 
@@ -139,7 +138,8 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
         patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
-        rerank(patches[0], patches * 2, options.patchweights2use, MATCHERS.find(options.matcher))
+        candidates = [*range(len(patches))] * 2
+        rerank(patches[0], candidates, patches.__getitem__, options.patchweights2use, MATCHERS.find(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)
@@ -149,11 +149,3 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     cache = min(cache_bytes(options.cache_gb), disk)
     return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free

@@ -14,12 +14,11 @@ from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.engines.ray_cluster import Cluster
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import Describe, check_disk, describe_pictures, estimate_bytes
-from patchnetvlad.files import told
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block
-from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader
+from patchnetvlad.store.manifest import StoreHeader, first_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
 
@@ -55,7 +54,7 @@ class Places(Sequence[T]):
 
 
 @dataclass(frozen=True)
-class Part:
+class PictureBlock:
     """Some pictures of a list: their indices, and the list with no more than them."""
 
     indices: Sequence[int]
@@ -80,9 +79,9 @@ class ExtractionJob:
     device: str
     cpus: int
 
-    def prepare(self) -> Callable[[Part], list[Written]]:
+    def prepare(self) -> Callable[[PictureBlock], list[Written]]:
         """The model on its device; what describes a part writes its files too."""
-        if _first_line(self.folder) != self.manifest:
+        if first_line(self.folder) != self.manifest:
             raise UserError(
                 f"{self.folder}: is not the same folder on {platform.node()}, which Ray uses too (all machines must "
                 "see --output_features_dir, --dataset_root_dir and the list's pictures under the same paths)"
@@ -92,7 +91,7 @@ class ExtractionJob:
         model = self.model.to(torch.device(self.device))
 
         @memory_errors(EXTRACTION_MEMORY)
-        def describe(part: Part) -> list[Written]:
+        def describe(part: PictureBlock) -> list[Written]:
             return describe_part(model, config, part, self.header, self.trained, self.folder, self.short)
 
         return describe
@@ -101,7 +100,7 @@ class ExtractionJob:
 def describe_part(
     model: PlaceModel,
     config: Config,
-    part: Part,
+    part: PictureBlock,
     header: StoreHeader,
     trained: PatchCodec | None,
     folder: Path,
@@ -125,8 +124,10 @@ def with_ray(cluster: Cluster) -> Describe:
 
     def describe(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
         folder, pictures = writer.folder.absolute(), writer.pictures
-        what = model, config, writer.header, writer.trained
-        job = ExtractionJob(*what, folder, writer.short_blocks, _first_line(folder), cluster.device, cluster.cpus)
+        described_with = model, config, writer.header, writer.trained
+        job = ExtractionJob(
+            *described_with, folder, writer.short_blocks, first_line(folder), cluster.device, cluster.cpus
+        )
         blocks = _cut(cluster, writer, config)
         announced = False
         for place, written in cluster.answers(job, (_part(pictures, indices) for indices in blocks)):
@@ -141,13 +142,6 @@ def with_ray(cluster: Cluster) -> Describe:
     return describe
 
 
-def _first_line(folder: Path) -> bytes:
-    """Of a folder's manifest; empty where there is none."""
-    path = folder / MANIFEST_NAME
-    with told(path, "cannot be read"):
-        return path.read_bytes().partition(b"\n")[0] if path.exists() else b""
-
-
 def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[int]]:
     """Missing pictures in parts: blocks of a packed folder, otherwise whole batches."""
     missing = writer.missing
@@ -159,8 +153,8 @@ def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[i
     return list(blocks.values())
 
 
-def _part(pictures: ImageList, indices: Sequence[int]) -> Part:
-    return Part(
+def _part(pictures: ImageList, indices: Sequence[int]) -> PictureBlock:
+    return PictureBlock(
         indices,
         ImageList(
             Places.of(pictures.names, indices),

@@ -1,7 +1,5 @@
 """Queries to places on the map: all of a finished matching run, or single pictures against a feature folder."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +9,17 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
+from patchnetvlad.csv_table import write_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_features, with_built_index
-from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import GroundTruth, check_lists
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
-from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
+from patchnetvlad.recognizer import PlaceRecognizer, for_ranking
 from patchnetvlad.result_files import read_scores
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def locate_pictures(
     config.check_own_candidates("single pictures (give the results of feature_match)")
     check_panoramas(options.panorama_cutouts, len(database_list), database)
     recognizer = PlaceRecognizer.load(config, device)
-    queries = described_pictures(recognizer, recognizer.describe(pictures))
+    queries = for_ranking(recognizer, recognizer.describe(pictures))
     memory = cache_bytes(options.cache_gb)
     with open_features(config, database_list, features, memory, lambda: recognizer.model) as database_features:
         database_features = with_built_index(config, database_list, database_features)
@@ -126,8 +124,4 @@ def write_positions(path: Path, located: Sequence[Located], zone: Zone | None) -
     """Write the rows as CSV; a query without a match has empty cells."""
     rows = position_rows(located, zone)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_table(path, columns, [[row.get(column, "") for column in columns] for row in rows])
