@@ -1,4 +1,4 @@
-"""A machine's accelerators: how much memory they have, and whether they compute in TF32."""
+"""What a machine does to numbers and memory: accelerators' room and TF32, and how a processor's threads round."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

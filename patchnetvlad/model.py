@@ -13,9 +13,8 @@ from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.devices import float32_products
 from patchnetvlad.encoders.table import make_encoder
 from patchnetvlad.errors import UserError
-from patchnetvlad.global_pooling import AveragePooling, MaxPooling
 from patchnetvlad.images import prepare_image, read_image
-from patchnetvlad.netvlad import EPSILON, NetVLAD
+from patchnetvlad.netvlad import EPSILON, AveragePooling, MaxPooling, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import patch_descriptors
 from patchnetvlad.whitening import WPCA, WPCAFit

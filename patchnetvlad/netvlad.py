@@ -1,10 +1,15 @@
-"""NetVLAD: soft assignment of local descriptors to clusters, and the residuals' sums (paper section 3.1)."""
+"""NetVLAD: soft assignment of local descriptors to clusters, and the residuals' sums (paper section 3.1).
+
+Beside it pooling layers without parameters, to compare with.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from patchnetvlad.products import rounds_by_threads, row_products
 
 EPSILON = 1e-12  # every L2 normalisation divides by max(norm, EPSILON), so that empty clusters stay near 0
 
@@ -51,7 +56,12 @@ class NetVLAD(nn.Module):
         with torch.autocast(feature_map.device.type, enabled=False):
             local = feature_map.float().permute(0, 2, 3, 1)  # N×H×W×C
             local = F.normalize(local, dim=-1, eps=EPSILON).contiguous()
-            logits = F.linear(local, self.conv.weight.flatten(1), self.conv.bias)
+            weight, bias = self.conv.weight.flatten(1), self.conv.bias
+            if rounds_by_threads(local):
+                logits = row_products(local, weight)
+                logits = logits if bias is None else logits.add_(bias)
+            else:
+                logits = F.linear(local, weight, bias)
             return local, logits.softmax(dim=-1)
 
     def aggregate(self, local: Tensor, assignment: Tensor) -> Tensor:
@@ -90,3 +100,17 @@ class NetVLAD(nn.Module):
         self.conv.weight.copy_(weight[:, :, None, None].float())
         self.centroids.copy_(centers.float())
         return alpha
+
+
+class MaxPooling(nn.Module):
+    """N×C×H×W to N×C unit descriptors, by the maximum over positions."""
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return F.normalize(feature_map.float().amax(dim=(2, 3)), dim=1, eps=EPSILON)
+
+
+class AveragePooling(nn.Module):
+    """N×C×H×W to N×C unit descriptors, by the mean over positions."""
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return F.normalize(feature_map.float().mean(dim=(2, 3)), dim=1, eps=EPSILON)

@@ -22,6 +22,7 @@ from patchnetvlad.reranking import (
     collect_scores,
     reorder,
     rerank,
+    similarities,
     with_similarities,
 )
 from patchnetvlad.retrieval import DatabaseIndex
@@ -121,7 +122,8 @@ class Ranker:
             raise ValueError("pictures without patches cannot be re-ranked")
         rerankings, patch_sizes = self._rerank_all(queries.patches, self._database.patches, rows, heads, progress)
         if self._options.global_weight:
-            near = [self._database.global_[head] @ queries.global_[row] for row, head in zip(rows, heads, strict=True)]
+            database, pairs = self._database.global_, zip(rows, heads, strict=True)
+            near = [similarities(database[head], queries.global_[row]) for row, head in pairs]
             weight = self._options.global_weight
             rerankings = [with_similarities(*pair, weight) for pair in zip(rerankings, near, strict=True)]
         _log_reads(self._database.patches, sum(map(len, heads)))

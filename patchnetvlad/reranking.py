@@ -130,13 +130,19 @@ def _batches(candidates: Sequence[int], largest: int, threads: int) -> Iterator[
         first += size
 
 
-def with_similarities(reranking: Reranking, similarities: NDArray[np.floating], weight: float) -> Reranking:
-    """The same with a share for the global descriptors' similarities to the query's, (n,) in retrieval order.
+def similarities(candidates: NDArray[np.floating], query: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Dot products of n global descriptors (n×D) with a query's (D,): (n,)."""
+    products: NDArray[np.floating] = np.einsum("nd,d->n", candidates, query)  # @ rounds by the number of threads
+    return products
+
+
+def with_similarities(reranking: Reranking, near: NDArray[np.floating], weight: float) -> Reranking:
+    """The same with a share for the global descriptors' `similarities` to the query's, (n,) in retrieval order.
 
     They are standardised over the candidates and weighted like the scores of one more patch size; ties keep the
     retrieval order.
     """
-    fused = reranking.fused + fuse(similarities[:, None], (weight,))
+    fused = reranking.fused + fuse(near[:, None], (weight,))
     return replace(reranking, order=np.argsort(-fused, kind="stable"), fused=fused)
 
 

@@ -93,6 +93,34 @@ def test_a_mistake_ends_all_processes(msls: Path, tmp_path: Path) -> None:
     assert "no such folder, for city boston" in done.stderr
 
 
+LATE = """
+import os, sys, time
+from datetime import timedelta
+
+from torch.distributed import distributed_c10d
+
+distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+
+import torch
+
+from patchnetvlad.distributed import processes
+
+with processes(torch.device("cpu")) as place:
+    place.from_first("both are there")
+    if place.is_first:
+        time.sleep(4)
+    print(place.rank, place.from_first(os.environ["RANK"] + " decides"), flush=True)
+"""
+
+
+def test_the_others_wait_for_a_first_process_that_is_late(tmp_path: Path) -> None:
+    """Longer than torch would have them wait by itself, which here is a second."""
+    (tmp_path / "late.py").write_text(LATE)
+    done = finished([*LAUNCH, str(tmp_path / "late.py")])
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == ["0 0 decides", "1 0 decides"]
+
+
 def test_shares_cover_everything_once() -> None:
     ranks = [Processes(rank, 3, torch.device("cpu")) for rank in range(3)]
     items = list(range(10))

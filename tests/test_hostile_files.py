@@ -14,10 +14,10 @@ import pytest
 import scipy.io
 import torch
 from refusals import assert_refused
-from tiny_run import EXAMPLES, example_names, tiny_model
+from tiny_run import EXAMPLES, example_names, run, tiny_model
 
 from patchnetvlad.checkpoints import read_checkpoint
-from patchnetvlad.commands.features import feature_extract
+from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.datasets.matlab import from_struct
 from patchnetvlad.encoders.interface import EncoderGeometry
 from patchnetvlad.errors import UserError
@@ -219,6 +219,35 @@ def test_links_out_of_the_feature_folder(name: str, tmp_path: Path, capsys: pyte
     assert outside.read_bytes() == before
     assert feature_extract([*command, "--overwrite"]) == 0
     assert outside.read_bytes() == before and not (out / name.removesuffix(".partial")).is_symlink()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_log_file_is_not_written_through_a_link(
+    exists: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = tiny_model(tmp_path)
+    outside = tmp_path / "outside"
+    queries, database = example_names("queries")[:1], example_names("database")[:2]
+    run(options, EXAMPLES, tmp_path, queries, database)
+    if exists:
+        outside.write_bytes(b"a secret")
+    places = ["--dataset_root_dir", str(EXAMPLES), "-q", "--nocuda"]
+    extract = [*options, *places, "--dataset_file_path", str(tmp_path / "queries.txt"), "--output_features_dir"]
+    match = [*options, *places, "--result_save_folder", str(tmp_path / "results")]
+    for side, name in (("query", "queries"), ("index", "database")):
+        match += [f"--{side}_file_path", str(tmp_path / f"{name}.txt")]
+        match += [f"--{side}_input_features_dir", str(tmp_path / name)]
+    for command, arguments, log in (
+        (feature_extract, [*extract, str(tmp_path / "queries")], tmp_path / "queries" / "extract.log"),
+        (feature_match, match, tmp_path / "results" / "match.log"),
+    ):
+        assert command(arguments) == 0
+        log.unlink()
+        log.symlink_to(outside)
+        assert_refused(command(arguments), capsys.readouterr().err, log.name, "symbolic link")
+        assert outside.exists() == exists and (not exists or outside.read_bytes() == b"a secret")
+        log.unlink()
+        assert command(arguments) == 0 and log.read_text().count("command: ") == 1
 
 
 def test_a_linked_patch_file_is_replaced_not_followed(tmp_path: Path) -> None:

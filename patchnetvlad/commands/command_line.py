@@ -242,8 +242,11 @@ class _WaitingFile(logging.FileHandler):
 def log_file(path: Path) -> Iterator[None]:
     """Append everything that is logged, with times, to a file for as long as the context lasts.
 
-    The file's folder is for the work within to make; what is logged before that is written then.
+    The file's folder is for the work within to make; what is logged before that is written then. Raises UserError
+    where the file is a symbolic link: what it leads to would be added to.
     """
+    if path.is_symlink():
+        raise UserError(f"{path}: is a symbolic link, and would be written through it (remove it)")
     handler = _WaitingFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
+from patchnetvlad.products import rounds_by_threads, row_products
 
 _STEM = 32  # channels behind the first convolution, of stride 2
 _STAGES = (  # channels, blocks, kernel, stride of the first block, expansion
@@ -91,13 +92,23 @@ class _Block(nn.Module):
         return maps + made if self.residual else made
 
 
+class _Pointwise(nn.Conv2d):
+    """A 1×1 convolution, which describes a picture alike whatever the number of threads."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if not rounds_by_threads(maps):
+            return super().forward(maps)
+        return row_products(maps.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[nn.Module, ...]:
     before, behind = _before(kernel, stride), kernel // 2
     pad = () if before == behind else (nn.ZeroPad2d((before, behind, before, behind)),)
     padding = 0 if pad else behind
+    convolution = nn.Conv2d if kernel > 1 else _Pointwise
     return (
         *pad,
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
+        convolution(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
         nn.BatchNorm2d(outputs, eps=_EPSILON),
         nn.ReLU6(inplace=True),
     )

@@ -14,6 +14,7 @@ STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel th
 CELLS = 4  # cells along each side of a descriptor
 ORIENTATIONS = 8
 _CELL_SIZE, _SMOOTHING = 16, 1.0  # pixels, unless told otherwise
+ONE_THREAD = 1 << 14  # elements that torch leaves to one thread, all of them in whole vectors
 CLIP = 0.2  # largest entry after the first L2 normalisation (Lowe 2004)
 
 LUMA = (0.299, 0.587, 0.114)  # weights of ITU-R BT.601
@@ -100,7 +101,7 @@ class DenseRootSIFT(Encoder):
         along_x = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2
         along_y = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
         magnitude = (along_x.square() + along_y.square()).sqrt()  # torch.hypot has no ONNX counterpart
-        position = torch.atan2(along_y, along_x) * (ORIENTATIONS / (2 * math.pi))  # in bins, −4..4
+        position = _angles(along_y, along_x) * (ORIENTATIONS / (2 * math.pi))  # in bins, −4..4
         bins = torch.arange(ORIENTATIONS, dtype=grey.dtype, device=grey.device).view(1, -1, 1, 1)
         distance = (position - bins).abs()  # 0..11
         distance = torch.minimum(distance, (distance - ORIENTATIONS).abs())
@@ -118,6 +119,17 @@ class DenseRootSIFT(Encoder):
         map_height, map_width = planes.shape[-2:]
         planes = planes.reshape(batch, orientations, CELLS * CELLS, map_height, map_width)
         return planes.transpose(1, 2).reshape(batch, self.channels, map_height, map_width)  # cell-major
+
+
+def _angles(along_y: Tensor, along_x: Tensor) -> Tensor:
+    """torch.atan2, on a processor the same for any number of threads.
+
+    Each thread's last few elements, which fill no vector, are computed by another function that rounds differently.
+    """
+    if along_y.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.atan2(along_y, along_x)
+    pairs = zip(along_y.flatten().split(ONE_THREAD), along_x.flatten().split(ONE_THREAD), strict=True)
+    return torch.cat([torch.atan2(*pair) for pair in pairs]).view_as(along_y)
 
 
 def _gaussian(sigma: float) -> Tensor:

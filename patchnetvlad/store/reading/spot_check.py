@@ -70,7 +70,8 @@ def check_root(
         )
         return
     path = pictures.paths[at_hand]
-    if (likeness := float(_describe(model, path, config) @ global_[at_hand])) < _SAME:
+    described = model.describe_file(path, config.feature_extract).global_[0].cpu().numpy()
+    if (likeness := float(described @ global_[at_hand])) < _SAME:
         raise UserError(
             f"{folder}: {path} is not the picture that was described as {pictures.names[at_hand]} (cosine "
             f"{likeness:.3f}; another root, or replaced since?)"
