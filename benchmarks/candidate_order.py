@@ -28,10 +28,10 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.store.feature_header import StoreHeader
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.feature_writer import FeatureWriter
-from patchnetvlad.store.patch_sources import DescribedPictures
+from patchnetvlad.store.manifest import StoreHeader
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 
 QUERIES, PICTURES, CANDIDATES = 200, 1000, 100
 MEMORY = (50, 80, 120, 200, 400, 800)  # pictures that fit

@@ -37,11 +37,11 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.feature_cache import CacheStatistics
-from patchnetvlad.store.feature_files import CPU, read_patch_codec
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.feature_writer import FeatureWriter
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory, PatchSource
+from patchnetvlad.store.arrays.codecs import CPU, read_patch_codec
+from patchnetvlad.store.cache.memory_cache import CacheStatistics
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory, PatchSource
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 SAMPLE_PICTURES = 100

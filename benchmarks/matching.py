@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from patchnetvlad.clustering import find_clusters
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.ini import load_config
 from patchnetvlad.matching import WAYS, Prepared, rounding_works
@@ -35,7 +35,7 @@ from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_rounding import approximate_similarities
 from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.ranking import MOST_A_THREAD
-from patchnetvlad.reranking import MATCHERS, match_pair, rerank
+from patchnetvlad.reranking import match_pair, rerank
 from patchnetvlad.whitening import WPCAFit, fit_wpca
 from patchnetvlad.workers import Workers
 

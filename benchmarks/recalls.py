@@ -23,20 +23,18 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.evaluation import Evaluation, Sources, evaluate, open_run
 from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.matching import Matches, Score
+from patchnetvlad.matching import Matcher, Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
-from patchnetvlad.ranking import add_matcher
 from patchnetvlad.ransac import TOLERANCE
-from patchnetvlad.reranking import Matcher
 from patchnetvlad.result_files import RERANKING, RETRIEVAL
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 SIDES = ("query", "index")
@@ -155,7 +153,7 @@ def measure(config: Config, root: Path, work: Path, forms: Sequence[str], with_r
         rows.append({"stage": "retrieval alone, described in bfloat16", "recalls": recalls(spatial[ROUGH], RETRIEVAL)})
         measured["bfloat16_cosine"] = round(least_cosine(root, work), 6)
     if with_ransac:
-        add_matcher("OpenCV", Matcher(opencv_score))
+        MATCHERS["OpenCV"] = Matcher(opencv_score)
         ransac, opencv = (run(config, root, work, "float32", matcher) for matcher in ("RANSAC", "OpenCV"))
         rows.append({"stage": "RANSAC, float32", "recalls": recalls(ransac, RERANKING)})
         rows.append({"stage": "RANSAC of OpenCV, float32", "recalls": recalls(opencv, RERANKING)})

@@ -17,8 +17,9 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
+from patchnetvlad.config import CHANGES
 from patchnetvlad.examples.rendered_city import City, View, make_city
-from patchnetvlad.picture_changes import CHANGES, Picture
+from patchnetvlad.picture_changes import Picture
 from patchnetvlad.recognizer import PlaceRecognizer
 
 matplotlib.use("Agg")

@@ -36,11 +36,12 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, trai
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
-from patchnetvlad.store.feature_blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
-from patchnetvlad.store.feature_files import GLOBAL_NAME, create_rows_file, read_array_info, write_patch_codec
-from patchnetvlad.store.feature_header import MANIFEST_NAME, block_line, header_line, read_manifest
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, create_rows_file, read_array_info
+from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
+from patchnetvlad.store.arrays.codecs import write_patch_codec
+from patchnetvlad.store.manifest import MANIFEST_NAME, block_line, header_line, read_manifest
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 
 STREET = 40  # pictures of one walk
 SHARED = 0.3  # of a picture's squared length that all of its street have in common

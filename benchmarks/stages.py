@@ -36,8 +36,8 @@ from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import patch_descriptors
 from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.store.feature_header import StoreHeader
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.manifest import StoreHeader
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.workers import PICTURE_MEMORY, keep_freed_memory
 
 REPEATS = 5

@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from patchnetvlad.config_values import (
+    Table,
     choice,
     code_bytes,
     encoder_name,
@@ -38,20 +40,38 @@ MSLS_CITIES = {  # Mapillary Street-Level Sequences, by what a city is for
 }
 _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
-# What tables of the method have, by name, so that a wrong name is refused before torch is imported. A script that adds
-# to a table adds its name here: ranking.add_matcher and encoders.table.add_encoder do both.
-MATCHERS = ["RANSAC", "spatialApproximator"]
-ENCODERS = ["vgg16", "rootsift", "efficientnet_lite0"]
-ENCODERS_WITH_ARGUMENTS = ("timm", "half")  # behind a colon: timm:NAME:LAYER, half:ENCODER
+# A Matcher each (matching.py)
+MATCHERS: Table[Any] = Table(
+    "[feature_match] matcher", {"RANSAC": "ransac:RANSAC", "spatialApproximator": "rapid_spatial:RAPID_SPATIAL"}
+)
+# A subclass of Encoder each (encoders/interface.py), and what it takes behind colons
+ENCODERS: Table[Any] = Table(
+    "[global_params] backbone",
+    {
+        "vgg16": "encoders.vgg16:VGG16",
+        "rootsift": "encoders.rootsift:DenseRootSIFT",
+        "efficientnet_lite0": "encoders.efficientnet_lite:EfficientNetLite0",
+        "timm:NAME[:LAYER]": "encoders.timm_encoder:TimmEncoder",
+        "half:ENCODER": "encoders.half_size:HalfSize",
+    },
+)
 ENCODER_ALIASES = {
     "resnet50": "timm:resnet50.tv2_in1k:layer3",
     "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
 }
-LOSSES = ("triplet", "multi_similarity")
-CHANGES = ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
+# A Loss each (losses.py)
+LOSSES: Table[Any] = Table("[train] loss", {"triplet": "losses:TRIPLET", "multi_similarity": "losses:MULTI_SIMILARITY"})
+# A Change each (picture_changes.py), in the order in which they happen to a picture
+CHANGES: Table[Any] = Table(
+    "[train] augmentation",
+    {
+        name: f"picture_changes:{name}"
+        for name in ("turn", "roll", "zoom", "occlusion", "darkness", "blur", "noise", "jpeg")
+    },
+)
 BUILT_INDEX = ".json"  # what ends the name of a search index made before, and no factory string
 _ONE_GPU = "several are for feature_extract.py and feature_match.py with --engine ray; torchrun is for train.py"
-_ENCODER = encoder_name(ENCODERS, ENCODERS_WITH_ARGUMENTS, ENCODER_ALIASES)
+_ENCODER = encoder_name(ENCODERS, ENCODER_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,11 @@ class FeatureExtractConfig:
     # so is, between the two, tf32 on an NVIDIA GPU, and elsewhere it is float32.
     precision: str = setting("float32", choice("float32", "tf32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that all pictures get, None where each keeps its own."""
+        return (self.imageresizeh, self.imageresizew) if min(self.imageresizeh, self.imageresizew) > 0 else None
 
 
 @dataclass(frozen=True)
@@ -141,6 +166,11 @@ class GlobalParams:
             object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
 
     @property
+    def has_patches(self) -> bool:
+        """Whether pictures have patch descriptors beside the global one."""
+        return self.pooling == "patchnetvlad"
+
+    @property
     def loading_threads(self) -> int:
         """Threads that load pictures while others are described, 1 or more."""
         return self.threads or _cores()
@@ -194,6 +224,11 @@ class TrainConfig:
     subset_negatives: int = setting(1000, whole(1))  # random database pictures that negatives are mined from
     frozen_cache_gb: float = setting(8.0, real(0))  # GB for the frozen layers' output of the pictures mined
 
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """What augmentation names, each a Change, in the table's order."""
+        return tuple(CHANGES[name] for name in CHANGES if name in self.augmentation)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -213,11 +248,12 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
-        pooling, patches = self.global_params.pooling, self.global_params.patch_backbone
-        if patches is not None and pooling != "patchnetvlad":
+        patch_backbone = self.global_params.patch_backbone
+        if patch_backbone is not None and not self.global_params.has_patches:
             place = self._place("global_params.patch_backbone", "global_params.pooling")
             raise UserError(
-                f"{place}: [global_params] patch_backbone = {patches}: pooling = {pooling} has no patches (expected "
+                f"{place}: [global_params] patch_backbone = {patch_backbone}: pooling = "
+                f"{self.global_params.pooling} has no patches (expected "
                 "patchnetvlad, or patch_backbone = None)"
             )
         if len(strides) != len(sizes):
@@ -267,7 +303,7 @@ class Config:
     @property
     def describes_on_demand(self) -> bool:
         """Whether matching makes patch descriptors when it needs them, in place of reading them."""
-        return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
+        return self.global_params.has_patches and self.feature_match.local_features == "on_demand"
 
     def check_one_gpu(self, work: str) -> None:
         """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
@@ -303,7 +339,7 @@ class Config:
     def check_fitting(self) -> None:
         """Raises UserError unless a model can be fitted without training."""
         params, train = self.global_params, self.train
-        if train.augmentation and params.pooling == "patchnetvlad":
+        if train.augmentation and params.has_patches:
             raise UserError(
                 f"{self._place('train.augmentation')}: [train] augmentation: WPCA learns from changed pictures for a "
                 "global model alone, since a changed picture's patches lie elsewhere (set [global_params] pooling = "
@@ -345,7 +381,7 @@ class Config:
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
         params, train = self.global_params, self.train
-        pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
+        pooling = "netvlad" if params.has_patches else params.pooling
         sizes = replace(
             self.feature_extract,
             imageresizew=train.imageresizew,

@@ -1,11 +1,14 @@
-"""Kinds of values in a configuration: how the text of a key is read, checked, and what it is told to expect."""
+"""Kinds of values in a configuration: how the text of a key is read and checked, and what errors say was expected."""
 
 import configparser
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from importlib import import_module
+from typing import Generic, TypeVar, cast
+
+from patchnetvlad.errors import UserError
 
 T = TypeVar("T")
 
@@ -15,6 +18,7 @@ _INDEX_WORD = re.compile(
     "R?Flat|FlatL|Refine|IVF|IMI|HNSW|NSG|NNDescent|O?PQ|x|fsr?|np|PCAW?R?|RR|ITQ|LSHr?t?|L|[Nn]orm|Pad|SQ(fp|bf)?|"
     "bit|direct|signed|P?RQ|P?LSQ|RCQ|Residual|N(qint|cqint|float|none|norm|lsq|rq)|ZnLattice|RaBitQ|IDMap"
 )
+_INDEX_WITHOUT_NUMBER = re.compile("(IVF|IMI|PQ|SQ|PCAW?R?|RQ|Pad)([,_()]|$)")  # cells, bytes, bits, dimensions
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Rule(Generic[T]):
 
     expected: str
     parse: Callable[[str], T]
-    names: Sequence[str] = ()
+    names: Collection[str] = ()
 
     @property
     def told(self) -> str:
@@ -73,13 +77,56 @@ def flag() -> Rule[bool]:
     return Rule("True or False", parse)
 
 
+class Table(MutableMapping[str, T]):
+    """What a key of the configuration names, each as MODULE:NAME of the package or as it is.
+
+    A module is imported when what it holds is asked for: a wrong name is refused without any. key: as [section] name.
+    """
+
+    def __init__(self, key: str, entries: Mapping[str, str]) -> None:
+        self._key = key
+        self._entries: dict[str, str | T] = dict(entries)
+
+    def __getitem__(self, name: str) -> T:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = cast(T, getattr(import_module(f"patchnetvlad.{module}"), attribute))
+        return entry
+
+    def __setitem__(self, name: str, value: T) -> None:
+        self._entries[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def find(self, name: str) -> T:
+        """What a name stands for. Raises UserError for a name that is not in the table."""
+        if name not in self:
+            raise self.unknown(name)
+        return self[name]
+
+    def unknown(self, name: str) -> UserError:
+        """That the table does not have a name."""
+        return UserError(f"{self._key} = {name}: expected one of {', '.join(self)}")
+
+
 def choice(*names: str) -> Rule[str]:
     """One of the names, in any case; the value is the name as written here."""
     return named(names)
 
 
-def named(names: Sequence[str]) -> Rule[str]:
-    """The same of a list that may grow."""
+def named(names: Collection[str]) -> Rule[str]:
+    """The same of a table that may grow."""
 
     def parse(text: str) -> str:
         for name in names:
@@ -90,25 +137,31 @@ def named(names: Sequence[str]) -> Rule[str]:
     return Rule("one of", parse, names)
 
 
-def encoder_name(plain: Sequence[str], with_arguments: Sequence[str], short: Mapping[str, str]) -> Rule[str]:
-    """An encoder by its name, and by what stands behind a colon where one takes arguments.
+def encoder_name(forms: Collection[str], short: Mapping[str, str]) -> Rule[str]:
+    """An encoder by its name, and by what stands behind a colon where one takes arguments, as KIND:ENCODER does.
 
     short: names that stand for longer ones.
     """
 
     def check(text: str) -> None:
-        kind, colon, arguments = short.get(text, text).partition(":")
-        takes = kind in with_arguments
-        if not (takes or kind in plain) or bool(colon) != takes or bool(arguments) != takes:
-            raise ValueError
-        if kind == "half":
-            check(arguments)
+        form, arguments = encoder_form(short.get(text, text), forms)
+        if form.endswith(":ENCODER"):
+            check(":".join(arguments))
 
     def parse(text: str) -> str:
         check(text)
         return text
 
-    return Rule(f"one of timm:NAME, timm:NAME:LAYER, half:ENCODER, {', '.join(short)},", parse, plain)
+    return Rule(f"one of {', '.join(short)},", parse, forms)
+
+
+def encoder_form(name: str, forms: Collection[str]) -> tuple[str, list[str]]:
+    """Which form an encoder's name has, such as half:ENCODER, and its arguments. Raises ValueError for none of them."""
+    kind, *arguments = name.split(":", 2)
+    for form in forms:
+        if form.partition(":")[0] == kind and bool(arguments) == (":" in form) and all(arguments[:1]):
+            return form, arguments
+    raise ValueError
 
 
 def index_name(ending: str) -> Rule[str]:
@@ -116,7 +169,8 @@ def index_name(ending: str) -> Rule[str]:
 
     def parse(text: str) -> str:
         words = re.findall("[A-Za-z]+", text)
-        if not text.endswith(ending) and (not words or not all(map(_INDEX_WORD.fullmatch, words))):
+        known = bool(words) and all(map(_INDEX_WORD.fullmatch, words)) and not _INDEX_WITHOUT_NUMBER.search(text)
+        if not text.endswith(ending) and not known:
             raise ValueError
         return text
 
@@ -174,7 +228,7 @@ def list_of(rule: Rule[T], expected: str, distinct: bool = False) -> Rule[tuple[
     return Rule(f"{expected}, separated by commas", parse)
 
 
-def some_of_names(names: Sequence[str]) -> Rule[tuple[str, ...]]:
+def some_of_names(names: Collection[str]) -> Rule[tuple[str, ...]]:
     """Different ones of the names; None, or nothing at all, for no name."""
     rule, none = list_of(named(names), "different names", distinct=True), ("", "none")
     return Rule(

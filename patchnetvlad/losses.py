@@ -1,6 +1,5 @@
-"""Losses by name: what training pulls together and pushes apart, given mined sets of a query, a positive, negatives.
-
-And a loss of local features, where it is known which show the same point."""
+"""What training pulls together and pushes apart: global descriptors of queries, positives and negatives, and local
+features of which it is known that they show the same point."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import PatchGrid
 
 Triplet: TypeAlias = tuple[int, int, Sequence[int]]
@@ -108,8 +106,8 @@ def view_loss(pairs: Sequence[ViewPair], grid: PatchGrid) -> Tensor:
             continue
         anchors, candidates = pair.first.flatten(1).T[pair.positions], pair.second.flatten(1).T
         elsewhere = torch.cdist(target, centers) > FAR * grid.geometry.stride
-        found = zip(pairs, matches, strict=True)
-        others = torch.cat([match[:0], *(points for other, points in found if other.picture != pair.picture)])
+        of_all = zip(pairs, matches, strict=True)
+        others = torch.cat([match[:0], *(points for other, points in of_all if other.picture != pair.picture)])
         total = total + correspondence_loss(anchors, match, candidates, elsewhere, others) / len(target)
     return total
 
@@ -137,14 +135,5 @@ def _interpolated(feature_map: Tensor, points: Tensor, grid: PatchGrid) -> Tenso
     return F.grid_sample(feature_map[None], relative[None, None].to(feature_map.dtype), align_corners=True)[0, :, 0].T
 
 
-LOSSES: dict[str, Loss] = {
-    "triplet": Loss(triplet_loss, lambda triplets: sum(len(negatives) for _, _, negatives in triplets)),
-    "multi_similarity": Loss(multi_similarity_loss, len, whole_step=True),
-}
-
-
-def find_loss(name: str) -> Loss:
-    """A loss by its name in the table; raises UserError for another name."""
-    if name not in LOSSES:
-        raise UserError(f"[train] loss = {name}: expected one of {', '.join(LOSSES)}")
-    return LOSSES[name]
+TRIPLET = Loss(triplet_loss, lambda triplets: sum(len(negatives) for _, _, negatives in triplets))
+MULTI_SIMILARITY = Loss(multi_similarity_loss, len, whole_step=True)

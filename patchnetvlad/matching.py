@@ -4,7 +4,7 @@ All ways give the same matches. They differ in speed, from one processor to anot
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import (
     RoundedPatches,
     approximate_similarities,
@@ -52,6 +53,33 @@ class Score:
     value: float
     inliers: Tensor
     homography: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """How the matches of two pictures at one patch size are scored.
+
+    pair: matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement; pairs: the same
+    for many pairs together, computed on a device, where that is faster; meaning: of a score, in a few words for people.
+    """
+
+    pair: Callable[[Matches, PatchGrid, PatchGrid], Score]
+    pairs: Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]] | None = (
+        None
+    )
+    meaning: str = "larger is better"
+
+    def score(
+        self,
+        matches: Sequence[Matches],
+        query_grids: Sequence[PatchGrid],
+        reference_grids: Sequence[PatchGrid],
+        device: torch.device,
+    ) -> list[Score]:
+        """Scores of many pairs, in the way that is faster."""
+        if self.pairs is not None:
+            return self.pairs(matches, query_grids, reference_grids, device)
+        return [self.pair(*three) for three in zip(matches, query_grids, reference_grids, strict=True)]
 
 
 @dataclass(frozen=True)

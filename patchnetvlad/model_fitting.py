@@ -21,7 +21,7 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import chosen_descriptors
 from patchnetvlad.paths import with_wpca
-from patchnetvlad.picture_changes import Picture, changed, check_changes
+from patchnetvlad.picture_changes import Change, Picture, changed
 from patchnetvlad.weights import initialise_encoder
 from patchnetvlad.whitening import WPCAFit, check_num_pcs, fit_place_whitening, fit_wpca, whiteness_error
 
@@ -46,7 +46,6 @@ def fit_model(
     started = time.perf_counter()
     params = config.global_params
     config.check_fitting()
-    check_changes(config.train.augmentation)
     config.check_one_process("fitting")
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
@@ -120,7 +119,7 @@ def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, pro
     descriptors = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
     differences = None
     if train.augmentation:
-        change = _change(train.augmentation, train.seed)
+        change = _change(train.changes, train.seed)
         batches = picture_batches(config, paths, model.device, progress, "Describing changed pictures", change)
         changed_ones = sample_descriptors(model, batches, len(paths), num_pcs, train.seed)
         differences = changed_ones - descriptors
@@ -149,9 +148,9 @@ def add_projection(model: PlaceModel, paths: Sequence[Path], config: Config, pro
     return fit
 
 
-def _change(names: Sequence[str], seed: int) -> ChangePicture:
+def _change(changes: Sequence[Change], seed: int) -> ChangePicture:
     def change(number: int, picture: Picture) -> Picture:
-        return changed(picture, names, np.random.default_rng([seed, number]))
+        return changed(picture, changes, np.random.default_rng([seed, number]))
 
     return change
 
@@ -167,11 +166,11 @@ def sample_descriptors(
     """
     rng = np.random.default_rng(seed)
     groups = num_pictures * max(1, len(model.patch_sizes))
-    each = _patches_of_each(groups, num_pcs, model.output_dims) if model.patch_sizes else 1
-    samples = np.empty((groups * each, model.output_dims), dtype=np.float32)
+    rows_each = _patches_of_each(groups, num_pcs, model.output_dims) if model.patch_sizes else 1
+    samples = np.empty((groups * rows_each, model.output_dims), dtype=np.float32)
     filled = 0
     for batch in pictures:
-        for rows in _sampled_rows(model, batch, each, rng):
+        for rows in _sampled_rows(model, batch, rows_each, rng):
             samples[filled : filled + len(rows)] = rows.cpu().numpy()
             filled += len(rows)
     return samples[:filled]

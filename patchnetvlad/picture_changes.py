@@ -7,8 +7,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.errors import UserError
-
 Picture = NDArray[np.uint8]
 """H×W×3, RGB."""
 
@@ -44,17 +42,17 @@ def roll_homography(degrees: float, factor: float, width: int, height: int) -> N
 
 def turn(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
     """The camera turns to the left or right by up to 30°: part of the view goes, what comes in is mirrored."""
-    return _warped(picture, _homography("turn", amount, rng, picture.shape[1], picture.shape[0]))
+    return _warped(picture, _turned(amount, rng, picture.shape[1], picture.shape[0]))
 
 
 def roll(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
     """The camera is held askew by up to 30° to either side."""
-    return _warped(picture, _homography("roll", amount, rng, picture.shape[1], picture.shape[0]))
+    return _warped(picture, _rolled(amount, rng, picture.shape[1], picture.shape[0]))
 
 
 def zoom(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
     """The middle of the picture, enlarged by up to 2."""
-    return _warped(picture, _homography("zoom", amount, rng, picture.shape[1], picture.shape[0]))
+    return _warped(picture, _zoomed(amount, rng, picture.shape[1], picture.shape[0]))
 
 
 def darkness(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
@@ -108,58 +106,48 @@ def jpeg(picture: Picture, amount: float, rng: np.random.Generator) -> Picture:
     return np.ascontiguousarray(decoded[..., ::-1], dtype=np.uint8)
 
 
-CHANGES: dict[str, Change] = {  # in the order in which they happen to a picture
-    "turn": turn,
-    "roll": roll,
-    "zoom": zoom,
-    "occlusion": occlusion,
-    "darkness": darkness,
-    "blur": blur,
-    "noise": noise,
-    "jpeg": jpeg,
-}
+def changed(picture: Picture, changes: Sequence[Change], rng: np.random.Generator) -> Picture:
+    """A picture changed for training: each change in turn with a chance of 0.35, by any amount.
 
-MOVES = ("turn", "roll", "zoom")  # the first ones, which move pixels
-
-
-def check_changes(names: Sequence[str]) -> None:
-    """UserError for a name that is not in the table."""
-    for name in names:
-        if name not in CHANGES:
-            raise UserError(f"[train] augmentation = {name}: expected some of {', '.join(CHANGES)}")
-
-
-def changed(picture: Picture, names: Sequence[str], rng: np.random.Generator) -> Picture:
-    """A picture changed for training: each named change with a chance of 0.35, by any amount, in the table's order.
-
-    What moves pixels happens at once, so that the picture is resampled only once.
+    What moves pixels happens first and at once, so that the picture is resampled only once.
     """
     height, width = picture.shape[:2]
-    homography = changed_view(names, rng, width, height)
+    homography = changed_view(changes, rng, width, height)
     if not np.array_equal(homography, np.eye(3)):
         picture = _warped(picture, homography)
-    for name, change in CHANGES.items():
-        if name not in MOVES and name in names and rng.random() < _CHANCE:
+    for change in changes:
+        if change not in _MOVES and rng.random() < _CHANCE:
             picture = change(picture, rng.uniform(0, 1), rng)
     return picture
 
 
-def changed_view(names: Sequence[str], rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
+def changed_view(changes: Sequence[Change], rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
     """How `changed` moves the pixels of a picture, given the same random numbers: a homography, 3×3."""
     homography = np.eye(3)
-    for name in MOVES:
-        if name in names and rng.random() < _CHANCE:
-            homography = _homography(name, rng.uniform(0, 1), rng, width, height) @ homography
+    for change in changes:
+        if change in _MOVES and rng.random() < _CHANCE:
+            homography = _MOVES[change](rng.uniform(0, 1), rng, width, height) @ homography
     return homography
 
 
-def _homography(name: str, amount: float, rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
-    """What one of MOVES does to a picture's pixels, by an amount."""
-    if name == "turn":
-        return turn_homography(_side(rng) * amount * _TURN, width, height)
-    if name == "roll":
-        return roll_homography(_side(rng) * amount * _ROLL, 1.0, width, height)
+def _turned(amount: float, rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
+    return turn_homography(_side(rng) * amount * _TURN, width, height)
+
+
+def _rolled(amount: float, rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
+    return roll_homography(_side(rng) * amount * _ROLL, 1.0, width, height)
+
+
+def _zoomed(amount: float, rng: np.random.Generator, width: int, height: int) -> NDArray[np.float64]:
     return roll_homography(0.0, _ZOOM**amount, width, height)
+
+
+# Changes that move pixels, and by which homography
+_MOVES: dict[Change, Callable[[float, np.random.Generator, int, int], NDArray[np.float64]]] = {
+    turn: _turned,
+    roll: _rolled,
+    zoom: _zoomed,
+}
 
 
 def _warped(picture: Picture, homography: NDArray[np.float64]) -> Picture:

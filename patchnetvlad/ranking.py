@@ -11,16 +11,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from patchnetvlad import config
 from patchnetvlad.candidates import Candidates, RankingScores
-from patchnetvlad.config import BUILT_INDEX, FeatureMatchConfig
+from patchnetvlad.config import BUILT_INDEX, MATCHERS, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.devices import MATCHING_MEMORY, device_room, memory_errors
 from patchnetvlad.errors import UserError
 from patchnetvlad.matching import WAYS
 from patchnetvlad.reranking import (
-    MATCHERS,
-    Matcher,
     Reranking,
     collect_scores,
     reorder,
@@ -28,7 +25,7 @@ from patchnetvlad.reranking import (
     with_similarities,
 )
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesOnDevice, PatchSource
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesOnDevice, PatchSource
 from patchnetvlad.workers import Workers, choose_way
 
 logger = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ class Ranker:
 
     def __init__(self, options: FeatureMatchConfig, database: DescribedPictures, device: torch.device) -> None:
         self._options = options
-        self._matcher = find_matcher(options.matcher)
+        self._matcher = MATCHERS.find(options.matcher)
         self._database = database
         self._device = device
         self._workers = Workers()
@@ -197,20 +194,6 @@ class Ranker:
             self._rounded = WAYS[chosen].rounds
             if self._rounded:
                 database.round_references()
-
-
-def add_matcher(name: str, matcher: Matcher) -> None:
-    """Add a matcher, or replace one of that name; from then on a configuration may name it."""
-    MATCHERS[name] = matcher
-    if name not in config.MATCHERS:
-        config.MATCHERS.append(name)
-
-
-def find_matcher(name: str) -> Matcher:
-    """A matcher by its name in the table; raises UserError for another name."""
-    if name not in MATCHERS:
-        raise UserError(f"[feature_match] matcher = {name}: expected {' or '.join(MATCHERS)}")
-    return MATCHERS[name]
 
 
 def visiting_order(

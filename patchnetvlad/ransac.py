@@ -19,7 +19,7 @@ from patchnetvlad.homographies import (
     possible_quads,
     refine_homographies,
 )
-from patchnetvlad.matching import Matches, Score
+from patchnetvlad.matching import Matcher, Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 
 TOLERANCE = 1.5  # reprojection threshold in patch pitches
@@ -70,6 +70,9 @@ def ransac_scores(
         pixels = homography * homography.new_tensor([[1, 1, pitch], [1, 1, pitch], [1 / pitch, 1 / pitch, 1]])
         scores[index] = Score(int(mask.sum()) / len(query_grids[index]), mask, pixels / pixels[2, 2])
     return scores
+
+
+RANSAC = Matcher(ransac_score, ransac_scores, "inliers of one homography / patches of the query")
 
 
 def consensus(source: Tensor, target: Tensor, counts: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from patchnetvlad.matching import Matches, Score
+from patchnetvlad.matching import Matcher, Matches, Score
 from patchnetvlad.patch_grid import PatchGrid
 
 TOLERANCE = 1.5  # patch pitches from the mean displacement; only marks inliers, the score does not use it
@@ -24,3 +24,6 @@ def rapid_spatial_score(matches: Matches, query_grid: PatchGrid, reference_grid:
     value = float((extent - deviation).square().sum()) / len(query_grid)
     inliers = deviation.square().sum(dim=1).sqrt() <= TOLERANCE * query_grid.stride
     return Score(value, inliers)
+
+
+RAPID_SPATIAL = Matcher(rapid_spatial_score, meaning="likeness of all matches' shifts, inliers or not")

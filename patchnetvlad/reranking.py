@@ -12,39 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.matching import WAYS, Matches, Prepared, Score, mutual_matches_batch
+from patchnetvlad.matching import WAYS, Matcher, Matches, Prepared, Score, mutual_matches_batch
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.ransac import ransac_score, ransac_scores
-from patchnetvlad.rapid_spatial import rapid_spatial_score
 
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
-
-
-@dataclass(frozen=True)
-class Matcher:
-    """How the matches of two pictures at one patch size are scored.
-
-    one: matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement; many: the same
-    for many pairs together, computed on a device, where that is faster; meaning: of a score, in a few words for people.
-    """
-
-    one: Callable[[Matches, PatchGrid, PatchGrid], Score]
-    many: Callable[[Sequence[Matches], Sequence[PatchGrid], Sequence[PatchGrid], torch.device], list[Score]] | None = (
-        None
-    )
-    meaning: str = "larger is better"
-
-    def score(
-        self,
-        matches: Sequence[Matches],
-        query_grids: Sequence[PatchGrid],
-        reference_grids: Sequence[PatchGrid],
-        device: torch.device,
-    ) -> list[Score]:
-        """Scores of many pairs, in the way that is faster."""
-        if self.many is not None:
-            return self.many(matches, query_grids, reference_grids, device)
-        return [self.one(*pair) for pair in zip(matches, query_grids, reference_grids, strict=True)]
 
 
 Scored = list[list[float]]
@@ -52,11 +23,6 @@ Scored = list[list[float]]
 
 Run = Callable[[Callable[[Sequence[PatchFeatures]], Scored], Iterable[Sequence[PatchFeatures]]], Iterable[Scored]]
 """How a function is called for every batch of candidates: `map`, or one that shares them among threads."""
-
-MATCHERS: dict[str, Matcher] = {
-    "RANSAC": Matcher(ransac_score, ransac_scores, "inliers of one homography / patches of the query"),
-    "spatialApproximator": Matcher(rapid_spatial_score, meaning="likeness of all matches' shifts, inliers or not"),
-}
 
 
 @dataclass(frozen=True)

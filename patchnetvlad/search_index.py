@@ -20,7 +20,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.files import make_folder, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
-from patchnetvlad.store.feature_header import hash_names
+from patchnetvlad.store.manifest import hash_names
 
 logger = logging.getLogger(__name__)
 

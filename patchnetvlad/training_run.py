@@ -29,13 +29,11 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
-from patchnetvlad.losses import find_loss
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import initialise_pool, picture_batches
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.paths import RUNS_FOLDER
-from patchnetvlad.picture_changes import check_changes
 from patchnetvlad.training import Trainer
 from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import TrainingData, TripletPlaces, read_cities, triplet_places
@@ -121,9 +119,9 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     train = config.train
     config = config.for_training()
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
-    data = _read_data(config, options, processes, progress)
-    places = triplet_places(data.train, train.positive_radius, train.negative_radius)
-    check_validation(data.validation, train.match_radius)
+    cities = _read_data(config, options, processes, progress)
+    places = triplet_places(cities.train, train.positive_radius, train.negative_radius)
+    check_validation(cities.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
     logger.info("learning: %s", learning_layers(learning.model))
     _tell_memory(config, learning.model, places)
@@ -132,7 +130,9 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     logger.info("run in %s", folder)
     if learning.progress.epoch >= options.num_epochs > 0:
         logger.warning("%d epochs are finished already, --nEpochs is %d", learning.progress.epoch, options.num_epochs)
-    trainer = Trainer(config, learning, places, data.validation, folder, processes, options.save_every_epoch, progress)
+    trainer = Trainer(
+        config, learning, places, cities.validation, folder, processes, options.save_every_epoch, progress
+    )
     trainer.run(options.num_epochs)
     state = learning.progress
     return TrainedRun(folder, state.epoch, state.recalls, state.best_score)
@@ -142,8 +142,6 @@ def _check_run(config: Config, processes: Processes) -> None:
     """Raises UserError for settings that cannot be trained with, and warns of GPUs that would stand idle."""
     config.check_training()
     train = config.train
-    find_loss(train.loss)
-    check_changes(train.augmentation)
     if train.mixed_precision and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("[train] mixed_precision = True: this GPU does not compute in bfloat16 (set it to False)")
     if processes.device.type == "cuda" and config.global_params.ngpu > processes.count:
@@ -185,9 +183,9 @@ def read_training_data(config: Config, sources: Sequence[Source]) -> TrainingDat
 
 
 def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
-    data = read_training_data(config, options.sources)
+    cities = read_training_data(config, options.sources)
     workers = config.global_params.loading_threads
-    return data.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
+    return cities.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
 
 
 def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:

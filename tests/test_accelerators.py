@@ -20,7 +20,7 @@ from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel, Precision
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.feature_header import StoreHeader
+from patchnetvlad.store.manifest import StoreHeader
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")

@@ -30,9 +30,9 @@ from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.images import read_image
 from patchnetvlad.ini import load_config
 from patchnetvlad.localization.poses import read_poses
-from patchnetvlad.store.feature_files import read_array
-from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader, entry_line, header_line, read_manifest
-from patchnetvlad.store.feature_header import ManifestEntry as Entry
+from patchnetvlad.store.arrays.array_files import read_array
+from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader, entry_line, header_line, read_manifest
+from patchnetvlad.store.manifest import ManifestEntry as Entry
 
 
 class Bad(NamedTuple):

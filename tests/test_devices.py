@@ -32,8 +32,8 @@ from patchnetvlad.ranking import Ranker
 from patchnetvlad.ransac import consensus, ransac_score, ransac_scores
 from patchnetvlad.rapid_spatial import rapid_spatial_score
 from patchnetvlad.retrieval import DatabaseIndex
-from patchnetvlad.store.feature_files import CODECS, CPU
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory, PatchesOnDevice
+from patchnetvlad.store.arrays.codecs import CODECS, CPU
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory, PatchesOnDevice
 from patchnetvlad.whitening import WPCA, fit_wpca
 
 ROOT = Path(__file__).parent.parent

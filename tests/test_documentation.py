@@ -35,17 +35,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tables_as_before() -> Iterator[None]:
     """Pages add encoders and matchers, of which later tests should know nothing."""
-    from patchnetvlad import config, reranking
-    from patchnetvlad.encoders import table
+    from patchnetvlad.config import ENCODERS, MATCHERS
 
-    named, listed = (table.ENCODERS, reranking.MATCHERS), (config.ENCODERS, config.MATCHERS)
-    before = [dict(entries) for entries in named], [list(names) for names in listed]
+    before = [(table, set(table)) for table in (ENCODERS, MATCHERS)]
     yield
-    for entries, kept in zip(named, before[0], strict=True):
-        entries.clear()
-        entries.update(kept)
-    for names, known in zip(listed, before[1], strict=True):
-        names[:] = known
+    for table, known in before:
+        for name in set(table) - known:
+            del table[name]
 
 
 @pytest.fixture

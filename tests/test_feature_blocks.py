@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.store import feature_blocks
-from patchnetvlad.store.feature_blocks import Block, BlockLayout, BlockReader, BlockWriter, block_name, scales_name
+from patchnetvlad.store.arrays import blocks
+from patchnetvlad.store.arrays.blocks import Block, BlockLayout, BlockReader, BlockWriter, block_name, scales_name
 
 SIZES = (2, 3)
 
@@ -20,7 +20,7 @@ def counts(map_size: tuple[int, int]) -> tuple[int, ...]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(feature_blocks, "PICTURES_IN_BLOCK", 4)
+    monkeypatch.setattr(blocks, "PICTURES_IN_BLOCK", 4)
 
 
 def make(folder: Path, layout: BlockLayout, maps: list[tuple[int, int]], seed: int = 0):

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import patchnetvlad.extraction as extraction
-import patchnetvlad.store.feature_blocks as feature_blocks
-import patchnetvlad.store.feature_layouts as feature_layouts
-import patchnetvlad.store.feature_writer as feature_writer
-import patchnetvlad.store.picture_writer as picture_writer
+import patchnetvlad.store.arrays.blocks as feature_blocks
+import patchnetvlad.store.writing.feature_writer as feature_writer
+import patchnetvlad.store.writing.layouts as feature_layouts
+import patchnetvlad.store.writing.picture_writer as picture_writer
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import check_disk, estimate_bytes
@@ -32,11 +32,11 @@ from patchnetvlad.image_lists import ImageList, unique_feature_names
 from patchnetvlad.patch_codes import coded_grids, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
-from patchnetvlad.store.feature_cache import PictureCache
-from patchnetvlad.store.feature_files import CODECS
-from patchnetvlad.store.feature_header import StoreHeader
-from patchnetvlad.store.feature_store import FeatureStore
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.arrays.codecs import CODECS
+from patchnetvlad.store.cache.memory_cache import PictureCache
+from patchnetvlad.store.manifest import StoreHeader
+from patchnetvlad.store.reading.feature_store import FeatureStore
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 
 MAP_SIZE = (5, 7)
 NAMES = ("night/a.jpg", "day/a.jpg", "day/b.jpg")
@@ -303,7 +303,7 @@ KILLED_RUN = """
 import time
 from pathlib import Path
 from test_feature_store import make_features, make_header, make_list
-from patchnetvlad.store.feature_writer import FeatureWriter
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 
 header, pictures = make_header(), make_list([f"{i}.jpg" for i in range(200)])
 with FeatureWriter(Path(FOLDER), pictures, header) as writer:

@@ -25,10 +25,10 @@ from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.mapillary import read_side
-from patchnetvlad.store.feature_files import read_array
-from patchnetvlad.store.feature_header import MANIFEST_NAME, ManifestEntry, StoreHeader, entry_line, header_line
-from patchnetvlad.store.feature_header import read_manifest as read_folder
-from patchnetvlad.store.feature_store import FeatureStore
+from patchnetvlad.store.arrays.array_files import read_array
+from patchnetvlad.store.manifest import MANIFEST_NAME, ManifestEntry, StoreHeader, entry_line, header_line
+from patchnetvlad.store.manifest import read_manifest as read_folder
+from patchnetvlad.store.reading.feature_store import FeatureStore
 
 
 class Payload:

@@ -9,13 +9,12 @@ import torch
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 
+from patchnetvlad.config import LOSSES
 from patchnetvlad.errors import UserError
 from patchnetvlad.losses import (
-    LOSSES,
     TEMPERATURE,
     ViewPair,
     correspondence_loss,
-    find_loss,
     moved,
     multi_similarity_loss,
     seen_positions,
@@ -84,7 +83,7 @@ def test_terms_make_shares_of_a_step_add_up() -> None:
 
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"\[train\] loss = hinge: expected one of triplet, multi_similarity"):
-        find_loss("hinge")
+        LOSSES.find("hinge")
 
 
 def test_correspondence_loss_by_hand() -> None:

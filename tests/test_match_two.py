@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_run import EXAMPLES, tiny_model
 
 from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.config import MATCHERS
 from patchnetvlad.figures import match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches, Score
@@ -18,7 +19,7 @@ from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.realtime import follow, frames
 from patchnetvlad.recognizer import PlaceRecognizer
-from patchnetvlad.reranking import MATCHERS, PairScore
+from patchnetvlad.reranking import PairScore
 
 QUERY, SAME = EXAMPLES / "queries" / "query00_0.jpg", EXAMPLES / "database" / "place00_0.jpg"
 OTHER = EXAMPLES / "database" / "place07_0.jpg"

@@ -35,7 +35,7 @@ from patchnetvlad.patch_rounding import (
 )
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.reranking import match_pair
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.workers import choose_way
 
 

@@ -23,9 +23,9 @@ from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ranking import Ranker, check_panoramas, visiting_order
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.retrieval import Candidates
-from patchnetvlad.store.feature_cache import PictureCache, available_memory, cache_bytes
-from patchnetvlad.store.feature_files import CPU
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.arrays.codecs import CPU
+from patchnetvlad.store.cache.memory_cache import PictureCache, available_memory, cache_bytes
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 
 QUERIES = [f"queries/query{number:02}_0.jpg" for number in (0, 3, 7)]
 DATABASE = [f"database/place{number:02}_0.jpg" for number in range(12)]

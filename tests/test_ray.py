@@ -30,9 +30,10 @@ from patchnetvlad.extraction import expected_header
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.store import feature_blocks, feature_layouts
-from patchnetvlad.store.feature_writer import FeatureWriter
-from patchnetvlad.store.picture_writer import PictureWriter, Written
+from patchnetvlad.store.arrays import blocks as feature_blocks
+from patchnetvlad.store.writing import layouts
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
+from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -204,7 +205,7 @@ PARTS = make_list([f"{number:02}.jpg" for number in range(11)])
 @pytest.mark.parametrize("layout", ["files", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_parts_in_any_order_make_the_same_folder(layout, dtype, tmp_path, monkeypatch):
-    for module in (feature_blocks, feature_layouts, shared_extraction):
+    for module in (feature_blocks, layouts, shared_extraction):
         monkeypatch.setattr(module, "PICTURES_IN_BLOCK", 4)
     header = make_header(layout=layout, dtype=dtype)
     with FeatureWriter(tmp_path / "one", PARTS, header) as writer:
@@ -231,7 +232,7 @@ def test_a_disk_that_is_full_is_one_line_of_the_worker(tmp_path, monkeypatch):
     def full(path: Path, array: np.ndarray) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_layouts, "write_patch_array", full)
+    monkeypatch.setattr(layouts, "write_patch_array", full)
     files = (tmp_path, LIST, make_header(), None, [0])
     with (
         pytest.raises(UserError, match=r"No space left on device.*finished blocks are kept.*again to continue"),

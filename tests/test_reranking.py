@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from patchnetvlad.config import MATCHERS
 from patchnetvlad.descriptors import PatchFeatures
+from patchnetvlad.matching import Matcher
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.rapid_spatial import rapid_spatial_score
-from patchnetvlad.reranking import MATCHERS, Matcher, collect_scores, fuse, reorder, rerank, score_pair, weighted_sum
+from patchnetvlad.reranking import collect_scores, fuse, reorder, rerank, score_pair, weighted_sum
 
 RANSAC, RAPID = MATCHERS["RANSAC"], MATCHERS["spatialApproximator"]
 WEIGHTS = (0.45, 0.15, 0.4)

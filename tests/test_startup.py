@@ -12,14 +12,9 @@ import pytest
 from conftest import ROOT
 
 import patchnetvlad
-from patchnetvlad import config
-from patchnetvlad.encoders.table import ENCODERS, add_encoder
+from patchnetvlad.config import CHANGES, ENCODERS, LOSSES, MATCHERS
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
-from patchnetvlad.losses import LOSSES
-from patchnetvlad.picture_changes import CHANGES
-from patchnetvlad.ranking import add_matcher
-from patchnetvlad.reranking import MATCHERS
 
 SCRIPTS = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
@@ -84,7 +79,7 @@ NAMES = [  # of tables whose modules import torch
     (["--set", "global_params.backbone=vgg17"], "resnet50, dinov2, vgg16, rootsift"),
     (["--set", "global_params.backbone=vgg16:3"], "half:ENCODER"),
     (["--set", "global_params.backbone=half:timm"], "half:ENCODER"),
-    (["--set", "global_params.patch_backbone=vgg17"], "None, or one of timm:NAME"),
+    (["--set", "global_params.patch_backbone=vgg17"], "None, or one of resnet50"),
     (["--set", "train.loss=hinge"], "expected one of triplet, multi_similarity"),
     (["--set", "train.augmentation=turn,fog"], "some of turn, roll, zoom"),
 ]
@@ -267,32 +262,23 @@ def test_answers_about_arguments_need_no_torch_and_leave_nothing(script, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_names_in_the_configuration_are_those_of_the_tables():
-    assert list(MATCHERS) == config.MATCHERS
-    assert [*config.ENCODERS, *config.ENCODERS_WITH_ARGUMENTS] == list(ENCODERS)
-    assert list(config.LOSSES) == list(LOSSES) and list(config.CHANGES) == list(CHANGES)
+@pytest.mark.parametrize("table", [MATCHERS, ENCODERS, LOSSES, CHANGES])
+def test_every_name_of_a_table_stands_for_something(table):
+    assert all(table[name] is table.find(name) and not isinstance(table[name], str) for name in table)
 
 
-@pytest.mark.parametrize(
-    ("add", "table", "names"),
-    [(add_matcher, MATCHERS, config.MATCHERS), (add_encoder, ENCODERS, config.ENCODERS)],
-    ids=["matcher", "encoder"],
-)
-def test_what_is_added_to_a_table_may_be_configured(add, table, names, tmp_path):
-    (tmp_path / "a.ini").write_text("[feature_match]\nmatcher = Mine\n[global_params]\nbackbone = Mine\n")
+@pytest.mark.parametrize("table", [MATCHERS, ENCODERS], ids=["matcher", "encoder"])
+def test_what_is_added_to_a_table_may_be_configured(table, tmp_path):
+    text = "[feature_match]\nmatcher = Mine" if table is MATCHERS else "[global_params]\nbackbone = Mine"
+    (tmp_path / "a.ini").write_text(text)
     with pytest.raises(UserError, match="expected one of"):
         load_config(tmp_path / "a.ini")
-    text = "[feature_match]\nmatcher = mine" if table is MATCHERS else "[global_params]\nbackbone = Mine"
-    (tmp_path / "a.ini").write_text(text)
+    table["Mine"] = table[next(iter(table))]
     try:
-        for _ in range(2):
-            add("Mine", next(iter(table.values())))
-        assert names.count("Mine") == 1
         loaded = load_config(tmp_path / "a.ini")
         assert "Mine" in (loaded.feature_match.matcher, loaded.global_params.backbone)
     finally:
         del table["Mine"]
-        names.remove("Mine")
 
 
 FACTORIES = """
@@ -309,7 +295,7 @@ def test_every_factory_string_of_faiss_may_be_configured(tmp_path):
         faiss.index_factory(64, text)
         (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")
         assert load_config(tmp_path / "a.ini").feature_match.index == text
-    for text in ("flat", "Flatt", "hnsw32", "16"):
+    for text in ("flat", "Flatt", "hnsw32", "16", "IVF,Flat", "IVF16,PQ", "PCA,Flat", "SQ", "OPQ,PQ8"):
         with pytest.raises(RuntimeError):
             faiss.index_factory(64, text)
         (tmp_path / "a.ini").write_text(f"[feature_match]\nindex = {text}\n")

@@ -23,11 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from patchnetvlad import training
 from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.commands.training import train
-from patchnetvlad.config import Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
+from patchnetvlad.config import LOSSES, Config, FeatureExtractConfig, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config
-from patchnetvlad.losses import LOSSES
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.training_run import RunOptions, Source, TrainedRun, read_training_data, train_model
 

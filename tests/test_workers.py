@@ -17,7 +17,7 @@ from patchnetvlad.config import FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.patch_sources import DescribedPictures, PatchesInMemory
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.workers import Workers
 
 

@@ -32,7 +32,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
     size, path = config.feature_extract, Path(args.output_path)
     if path.suffix not in _ENDINGS:
         raise UserError(f"--output_path {path}: must end in {', '.join(_ENDINGS)}")
-    if min(size.imageresizeh, size.imageresizew) <= 0:
+    if size.picture_size is None:
         raise UserError("[feature_extract] imageresizeh, imageresizew: a size is needed (with --dynamic_size too)")
     command_line.require_checkpoint(config)
     from patchnetvlad.export import onnx_model
@@ -64,7 +64,7 @@ def _export_hloc(args: argparse.Namespace) -> None:
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     pictures = read_image_list(require_file(args.dataset_file_path, "dataset_imagenames"), root)
     from patchnetvlad.export.hloc_features import write_hloc_descriptors
-    from patchnetvlad.store.feature_store import FeatureStore
+    from patchnetvlad.store.reading.feature_store import FeatureStore
 
     with FeatureStore.open(features, pictures) as store:
         descriptors = store.global_

@@ -10,18 +10,17 @@ from pathlib import Path
 import torch
 
 from patchnetvlad.checkpoints import Checkpoint
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.datasets.benchmark_files import Files
 from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.measure_files import Protocol, joined
-from patchnetvlad.measures import Measures
+from patchnetvlad.judging import Measures
+from patchnetvlad.judging_files import EvaluationProtocol, joined
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.ranking import find_matcher
 from patchnetvlad.reranking import rerank
-from patchnetvlad.store.feature_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ _BASE_GB = 1.5  # of memory for Python, torch and the encoder's feature maps
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRecall:
     """A known Recall@N beside the measured one, both in %; passed: within the band, None where there is none."""
 
     known: Known
@@ -52,10 +51,10 @@ class Estimate:
 class Reproduction:
     """What a run gave: the measures of all pairs of lists joined, of each pair, and beside the known results."""
 
-    protocol: Protocol
+    protocol: EvaluationProtocol
     measures: dict[str, Measures]
     evaluations: dict[str, Evaluation]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ComparedRecall, ...]
     seconds: float
 
 
@@ -104,7 +103,7 @@ def reproduce(
     return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
 
 
-def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
+def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[ComparedRecall, ...]:
     """Known recalls beside those measured; a stage or N that was not measured is passed over."""
     comparisons = []
     for known_result in known:
@@ -118,7 +117,7 @@ def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comp
                 passed = None
                 if known_result.band is not None:
                     passed = value - known_result.band[0] <= round(ours, 2) <= value + known_result.band[1]
-                comparisons.append(Comparison(known_result, n, ours, passed))
+                comparisons.append(ComparedRecall(known_result, n, ours, passed))
     return tuple(comparisons)
 
 
@@ -140,7 +139,7 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
         patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
-        rerank(patches[0], patches * 2, options.patchweights2use, find_matcher(options.matcher))
+        rerank(patches[0], patches * 2, options.patchweights2use, MATCHERS.find(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)

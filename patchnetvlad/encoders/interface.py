@@ -18,6 +18,11 @@ class Encoder(nn.Module):
     channels: int
     geometry: EncoderGeometry
 
+    @classmethod
+    def stated_geometry(cls, *arguments: str) -> EncoderGeometry:
+        """The geometry of the encoder of these arguments, before there is one."""
+        return cls.geometry
+
     def last_stage(self) -> tuple[str, ...]:
         """Names of the submodules that learn when the encoder is trained for places; none if it cannot learn."""
         return ()

@@ -12,12 +12,30 @@ from patchnetvlad.patch_grid import EncoderGeometry
 STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel thresholds mean the same
 CELLS = 4  # cells along each side of a descriptor
 ORIENTATIONS = 8
+_CELL_SIZE, _SMOOTHING = 16, 1.0  # pixels, unless told otherwise
 CLIP = 0.2  # largest entry after the first L2 normalisation (Lowe 2004)
 
 # What normalisation took away, and the weights of ITU-R BT.601 luma.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
+
+
+def _blur_radius(smoothing: float) -> int:
+    return math.ceil(3 * smoothing)
+
+
+def _window(cell_size: int) -> int:
+    return (CELLS + 1) * cell_size
+
+
+def _cell_padding(cell_size: int) -> int:
+    return (_window(cell_size) - STRIDE) // 2
+
+
+def _geometry(cell_size: int, smoothing: float) -> EncoderGeometry:
+    around = 1 + _blur_radius(smoothing)  # the central difference, and the blur before it
+    return EncoderGeometry(STRIDE, _window(cell_size) + 2 * around, _cell_padding(cell_size) + around)
 
 
 class DenseRootSIFT(Encoder):
@@ -34,8 +52,9 @@ class DenseRootSIFT(Encoder):
     """
 
     channels = CELLS * CELLS * ORIENTATIONS
+    geometry = _geometry(_CELL_SIZE, _SMOOTHING)
 
-    def __init__(self, cell_size: int = 16, smoothing: float = 1.0, contrast_floor: float = 0.5) -> None:
+    def __init__(self, cell_size: int = _CELL_SIZE, smoothing: float = _SMOOTHING, contrast_floor: float = 0.5) -> None:
         super().__init__()
         if cell_size < 4 or cell_size % 2:
             raise ValueError(f"cell_size must be an even number of pixels, 4 or more, not {cell_size}")
@@ -43,15 +62,11 @@ class DenseRootSIFT(Encoder):
             raise ValueError("smoothing and contrast_floor must be positive")
         blur = _gaussian(smoothing)
         cells = _cell_kernels(cell_size)
-        self._blur_radius = len(blur) // 2
-        self._cell_padding = (cells.shape[1] - STRIDE) // 2
+        self._blur_radius = _blur_radius(smoothing)
+        self._cell_padding = _cell_padding(cell_size)
         # The L2 norm of the histogram of a window of even contrast and one orientation: 16 equal cells.
         self._norm_floor = contrast_floor / 255 * cell_size**2 * CELLS
-        self.geometry = EncoderGeometry(
-            stride=STRIDE,
-            receptive_field=cells.shape[1] + 2 + 2 * self._blur_radius,  # 2: the central difference
-            padding=self._cell_padding + 1 + self._blur_radius,
-        )
+        self.geometry = _geometry(cell_size, smoothing)
         # Not in the state dict: they follow from the settings, and a checkpoint holds only what was fitted.
         self.register_buffer("_blur", blur, persistent=False)
         self.register_buffer("_cells", cells, persistent=False)
@@ -109,7 +124,7 @@ class DenseRootSIFT(Encoder):
 
 def _gaussian(sigma: float) -> Tensor:
     """Weights of a Gaussian that sum to 1, cut at 3 sigma: float32, odd length."""
-    radius = math.ceil(3 * sigma)
+    radius = _blur_radius(sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     return (weights / weights.sum()).float()
@@ -121,7 +136,7 @@ def _cell_kernels(cell_size: int) -> Tensor:
     Cell centres lie one cell apart around the middle of the window; a pixel's weight falls linearly from 1 at
     the centre of a cell to 0 one cell further.
     """
-    length = (CELLS + 1) * cell_size
+    length = _window(cell_size)
     pixels = torch.arange(length, dtype=torch.float64)
     centers = (length - 1) / 2 + (torch.arange(CELLS, dtype=torch.float64) - (CELLS - 1) / 2) * cell_size
     return (1 - (pixels - centers[:, None]).abs() / cell_size).clamp(min=0).float()

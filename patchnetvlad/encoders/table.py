@@ -1,36 +1,11 @@
 """Encoders by their names in a configuration."""
 
-from collections.abc import Callable
 from typing import cast
 
-import torch
-
-from patchnetvlad import config
-from patchnetvlad.config import ENCODER_ALIASES, ENCODERS_WITH_ARGUMENTS
-from patchnetvlad.encoders.efficientnet_lite import EfficientNetLite0
-from patchnetvlad.encoders.half_size import HalfSize
+from patchnetvlad.config import ENCODER_ALIASES, ENCODERS
+from patchnetvlad.config_values import encoder_form
 from patchnetvlad.encoders.interface import Encoder
-from patchnetvlad.encoders.rootsift import DenseRootSIFT
-from patchnetvlad.encoders.timm_encoder import TimmEncoder
-from patchnetvlad.encoders.vgg16 import VGG16
-from patchnetvlad.errors import UserError
 from patchnetvlad.patch_grid import EncoderGeometry
-
-# What stands behind a colon of the name are arguments: timm:NAME:LAYER, half:ENCODER
-ENCODERS: dict[str, Callable[..., Encoder]] = {
-    "vgg16": VGG16,
-    "rootsift": DenseRootSIFT,
-    "efficientnet_lite0": EfficientNetLite0,
-    "timm": TimmEncoder,
-    "half": lambda *name: HalfSize(make_encoder(":".join(name))),
-}
-
-
-def add_encoder(name: str, encoder: Callable[[], Encoder]) -> None:
-    """Add an encoder, or replace one of that name; from then on a configuration may name it."""
-    ENCODERS[name] = encoder
-    if name not in config.ENCODERS:
-        config.ENCODERS.append(name)
 
 
 def make_encoder(name: str) -> Encoder:
@@ -40,13 +15,9 @@ def make_encoder(name: str) -> Encoder:
 
 
 def encoder_geometry(name: str) -> EncoderGeometry:
-    """The geometry of an encoder, without making its weights."""
+    """The geometry of an encoder, without making it."""
     kind, arguments = _kind(name)
-    stated = getattr(kind, "geometry", None)
-    if stated is None:
-        with torch.device("meta"):
-            stated = kind(*arguments).geometry
-    return cast(EncoderGeometry, stated)
+    return kind.stated_geometry(*arguments)
 
 
 def same_encoder(name: str, other_name: str) -> bool:
@@ -55,15 +26,17 @@ def same_encoder(name: str, other_name: str) -> bool:
 
 
 def is_encoder(name: str) -> bool:
-    """Whether the table has the kind of encoder that a name begins with."""
-    return ENCODER_ALIASES.get(name, name).partition(":")[0] in ENCODERS
+    """Whether a name has the form of an encoder's."""
+    try:
+        encoder_form(ENCODER_ALIASES.get(name, name), ENCODERS)
+    except ValueError:
+        return False
+    return True
 
 
-def _kind(name: str) -> tuple[Callable[..., Encoder], list[str]]:
-    kind, *arguments = ENCODER_ALIASES.get(name, name).split(":", 2)
-    if kind not in ENCODERS or (arguments and kind not in ENCODERS_WITH_ARGUMENTS):
-        raise UserError(
-            f"[global_params] backbone = {name}: expected one of {', '.join([*ENCODERS, *ENCODER_ALIASES])} (timm as "
-            "timm:NAME or timm:NAME:LAYER, half as half:ENCODER)"
-        )
-    return ENCODERS[kind], arguments
+def _kind(name: str) -> tuple[type[Encoder], list[str]]:
+    try:
+        form, arguments = encoder_form(ENCODER_ALIASES.get(name, name), ENCODERS)
+    except ValueError as error:
+        raise ENCODERS.unknown(name) from error
+    return cast(type[Encoder], ENCODERS[form]), arguments

@@ -75,6 +75,10 @@ class TimmEncoder(Encoder):
         self.register_buffer("_scale", std / own_std, persistent=False)
         self.register_buffer("_offset", (mean - own_mean) / own_std, persistent=False)
 
+    @classmethod
+    def stated_geometry(cls, *name_and_layer: str) -> EncoderGeometry:
+        return _find_cut(*name_and_layer).geometry
+
     def forward(self, pictures: Tensor) -> Tensor:
         return _feature_map(self.model, self._prepared(pictures), self._cut.index, self._cut.norm)
 
@@ -177,7 +181,7 @@ def _feature_map(model: Any, pictures: Tensor, index: int, norm: bool) -> Tensor
 
 
 @lru_cache(maxsize=16)
-def _find_cut(name: str, layer: str) -> _Cut:
+def _find_cut(name: str = "", layer: str = "") -> _Cut:
     """What there is to know of a feature map, found on a model without memory for its weights."""
     if not name:
         raise UserError("[global_params] backbone = timm: expected timm:NAME or timm:NAME:LAYER")

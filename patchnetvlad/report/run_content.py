@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.config import Config
+from patchnetvlad.config import MATCHERS, Config
 from patchnetvlad.evaluation import Evaluation, MatchingRun
-from patchnetvlad.ranking import find_matcher
 from patchnetvlad.report.content import DrawnMatches, ReportContent, drawn_matches
 from patchnetvlad.reranking import score_pair
 
@@ -30,8 +29,7 @@ def run_content(run: MatchingRun, evaluation: Evaluation) -> ReportContent:
     if scores is not None:
         stage_scores[names[1]] = scores.fused
         if scores.per_scale.shape[1]:
-            weighted = scores.per_scale[:, 0] @ np.asarray(run.config.feature_match.patchweights2use)
-            confidence[names[1]] = "spatial score", weighted
+            confidence[names[1]] = "spatial score", scores.of_best(run.config.feature_match.patchweights2use)
     return ReportContent(
         run.queries,
         run.database,
@@ -50,7 +48,7 @@ def _pair_matches(run: MatchingRun) -> Callable[[int, int], Sequence[DrawnMatche
     queries, database = run.query_features.patches, run.database_features.patches
     if queries is None or database is None:
         return None
-    matcher = find_matcher(run.config.feature_match.matcher)
+    matcher = MATCHERS.find(run.config.feature_match.matcher)
 
     def matches(row: int, index: int) -> Sequence[DrawnMatches]:
         query, reference = queries.patches(row, run.device), database.patches(index, run.device)
@@ -66,11 +64,9 @@ def _settings(config: Config) -> dict[str, str]:
         "encoder": params.backbone,
         "pooling": params.pooling,
         "dimensions": str(params.num_pcs or "without WPCA"),
-        "picture size": f"{size.imageresizew}×{size.imageresizeh}"
-        if min(size.imageresizew, size.imageresizeh) > 0
-        else "own",
+        "picture size": f"{size.imageresizew}×{size.imageresizeh}" if size.picture_size else "own",
     }
-    if params.pooling == "patchnetvlad":
+    if params.has_patches:
         shown |= {
             "matcher": match.matcher,
             "patch sizes": ", ".join(map(str, params.patch_sizes)),

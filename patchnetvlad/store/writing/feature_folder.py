@@ -26,23 +26,21 @@ from patchnetvlad.files import (
 )
 from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
 from patchnetvlad.patch_codes import PatchCodec
-from patchnetvlad.store.feature_blocks import (
-    BLOCK_GLOB,
-    Block,
-    damaged_file,
-    file_sizes,
-)
-from patchnetvlad.store.feature_files import (
-    CODEC_NAME,
+from patchnetvlad.store.arrays.array_files import (
     GLOBAL_NAME,
     PATCH_GLOB,
     create_rows_file,
     patch_file_name,
     read_array_info,
-    stored_codec,
-    write_patch_codec,
 )
-from patchnetvlad.store.feature_header import (
+from patchnetvlad.store.arrays.blocks import (
+    BLOCK_GLOB,
+    Block,
+    damaged_file,
+    file_sizes,
+)
+from patchnetvlad.store.arrays.codecs import CODEC_NAME, stored_codec, write_patch_codec
+from patchnetvlad.store.manifest import (
     MANIFEST_NAME,
     Manifest,
     ManifestEntry,

@@ -19,8 +19,8 @@ from patchnetvlad.files import told
 from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_codes import coded_for, coded_grids
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
-from patchnetvlad.store.feature_blocks import Block, BlockLayout
-from patchnetvlad.store.feature_files import Codec, codec_of
+from patchnetvlad.store.arrays.blocks import Block, BlockLayout
+from patchnetvlad.store.arrays.codecs import Codec, codec_of
 
 MANIFEST_NAME = "manifest.jsonl"
 

@@ -21,11 +21,12 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_codes import PatchCodec
-from patchnetvlad.store.feature_blocks import Block
-from patchnetvlad.store.feature_files import GLOBAL_NAME, codec_of
-from patchnetvlad.store.feature_folder import PARTIAL_NAME, open_folder, write_all
-from patchnetvlad.store.feature_header import MANIFEST_NAME, StoreHeader, in_list_order
-from patchnetvlad.store.picture_writer import PictureWriter, Written, disk_error
+from patchnetvlad.store.arrays.array_files import GLOBAL_NAME
+from patchnetvlad.store.arrays.blocks import Block
+from patchnetvlad.store.arrays.codecs import codec_of
+from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader, in_list_order
+from patchnetvlad.store.writing.feature_folder import PARTIAL_NAME, open_folder, write_all
+from patchnetvlad.store.writing.picture_writer import PictureWriter, Written, disk_error
 
 
 class FeatureWriter:

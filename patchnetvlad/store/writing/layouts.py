@@ -9,17 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.store.feature_blocks import (
+from patchnetvlad.store.arrays.array_files import patch_file_name, write_patch_array
+from patchnetvlad.store.arrays.blocks import (
     PICTURES_IN_BLOCK,
     Block,
     BlockWriter,
 )
-from patchnetvlad.store.feature_files import (
-    StoredArray,
-    patch_file_name,
-    write_patch_array,
-)
-from patchnetvlad.store.feature_header import (
+from patchnetvlad.store.arrays.codecs import StoredArray
+from patchnetvlad.store.manifest import (
     ManifestEntry,
     StoreHeader,
     block_line,

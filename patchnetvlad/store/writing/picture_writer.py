@@ -19,10 +19,10 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.files import reason, sync_files
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_codes import PatchCodec, rows_to_code
-from patchnetvlad.store.feature_blocks import Block
-from patchnetvlad.store.feature_files import StoredArray, codec_of
-from patchnetvlad.store.feature_header import StoreHeader
-from patchnetvlad.store.feature_layouts import Blocks, Finished, Layout, PictureFiles
+from patchnetvlad.store.arrays.blocks import Block
+from patchnetvlad.store.arrays.codecs import StoredArray, codec_of
+from patchnetvlad.store.manifest import StoreHeader
+from patchnetvlad.store.writing.layouts import Blocks, Finished, Layout, PictureFiles
 
 # Pictures are put on the disk together, in a fraction of the time that each alone would take. A killed process loses
 # no more than these, or those of so many seconds.

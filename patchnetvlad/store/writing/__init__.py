@@ -1,0 +1,1 @@
+"""Writing a feature folder, so that a run may be killed and goes on."""
