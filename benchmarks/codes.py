@@ -3,15 +3,17 @@
 
     python benchmarks/codes.py --dataset_root_dir ROOT --datasets corridor ietower_small --work WORK --output benchmarks
 
-ROOT holds a folder for each data set as benchmarks/recalls.py takes it; queries stay as they are. --stored lists ways
-of storing the database: float32, pqN, or either with @S for every S-th patch along both axes of its grids only. WORK
-keeps the features, so that a run that was ended goes on. Writes codes.json, codes.md and codes.png.
+ROOT holds a folder for each data set as benchmarks/recalls.py takes it. Pictures are described once, in the type of
+--kept, and queries stay so; --stored lists ways of storing the database: pqN, or kept, or kept@S for every S-th patch
+along both axes of its grids only. WORK keeps features, codes and the ranks of finished queries, so that a run that was
+ended goes on. Writes codes.json, codes.md and codes.png.
 """
 
 import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,87 +22,68 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from recalls import N_VALUES, SIDES
+from recalls import N_VALUES, SIDES, described_as
 
+from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_bytes
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.extraction import describe_list
+from patchnetvlad.extraction import describe_list, store_header
 from patchnetvlad.ground_truth import read_ground_truth
-from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.ini import load_config
+from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_to_code, train_codec
+from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.arrays.codecs import CPU
+from patchnetvlad.store.arrays.codecs import CPU, read_patch_codec
 from patchnetvlad.store.cache.memory_cache import CacheStatistics
 from patchnetvlad.store.reading.feature_store import FeatureStore
-from patchnetvlad.store.reading.patch_sources import DescribedPictures
+from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory, PatchSource
+from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
 SAMPLE_PICTURES = 100
+TOGETHER = 10  # queries that are ranked before their ranks are kept
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way of storing a database: num_bytes of a code, None for float32; step from one patch to the next."""
+    """A way of storing a database: num_bytes of a code, None for descriptors as they are kept; step from one patch to
+    the next, for these."""
 
     num_bytes: int | None
-    step: int
+    step: int = 1
 
     @classmethod
     def of(cls, text: str) -> "Form":
-        dtype, _, step = text.partition("@")
-        if (dtype != "float32" and code_bytes(dtype) is None) or not re.fullmatch(r"\d*", step):
-            raise argparse.ArgumentTypeError(f"{text}: expected float32 or pqN, and perhaps @S")
-        return cls(code_bytes(dtype), int(step or 1))
-
-    def thin(self, features: PatchFeatures) -> PatchFeatures:
-        """The patches that are kept, at the places where they are."""
-        rows = []
-        for descriptors, grid in zip(features.descriptors, features.grids, strict=True):
-            places = torch.arange(len(grid)).reshape(grid.rows, grid.columns)[:: self.step, :: self.step]
-            rows.append(descriptors[places.reshape(-1)])
-        grids = tuple(replace(grid, stride=grid.stride * self.step) for grid in features.grids)
-        return PatchFeatures(tuple(rows), grids)
+        if thinned := re.fullmatch(r"kept(?:@([1-9]\d*))?", text):
+            return cls(None, int(thinned[1] or 1))
+        if code_bytes(text) is None:
+            raise argparse.ArgumentTypeError(f"{text}: expected pqN, kept or kept@S")
+        return cls(code_bytes(text))
 
 
-class StoredDatabase:
-    """A database as it comes back from how it is stored; a PatchSource."""
+class ThinnedDatabase:
+    """A store of which only every step-th patch along both axes is used, at the places where they are; a
+    PatchSource."""
 
     cache_bytes = None
 
-    def __init__(self, store: FeatureStore, form: Form) -> None:
-        self._store, self._form = store, form
-        self._codec = self._train() if form.num_bytes is not None else None
-        self._kept: dict[int, tuple[list[NDArray[np.uint8]], PatchFeatures]] = {}
+    def __init__(self, store: FeatureStore, step: int) -> None:
+        self._store, self._step = store, step
         self._rounded = False
 
-    def _train(self) -> PatchCodec:
-        """As feature_extract does: on some patches of some pictures."""
-        assert self._form.num_bytes is not None
-        pictures = np.unique(np.linspace(0, len(self._store) - 1, SAMPLE_PICTURES).astype(int)).tolist()
-        count = SAMPLE_ROWS // len(pictures) + 1
-        sample = []
-        for index in pictures:
-            features = self._form.thin(self._store.patches(index))
-            rows = torch.cat(rows_to_code(features.descriptors, features.grids))
-            sample.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]])
-        return train_codec(torch.cat(sample), self._form.num_bytes)
-
     def patches(self, index: int, device: torch.device = CPU) -> PatchFeatures:
-        if self._codec is None:
-            features = self._form.thin(self._store.patches(index))
-        else:
-            if index not in self._kept:
-                thinned = self._form.thin(self._store.patches(index))
-                codes = [self._codec.encode(rows) for rows in rows_to_code(thinned.descriptors, thinned.grids)]
-                self._kept[index] = codes, PatchFeatures((), thinned.grids)
-            codes, without = self._kept[index]
-            rows = list(map(self._codec.decode, codes))
-            grids = without.grids
-            features = PatchFeatures(self._codec.estimate(rows, coded_grids(grids), grids), grids)
-        return (features.round_as("reference") if self._rounded else features).to(device)
+        features = self._store.patches(index)
+        rows = []
+        for descriptors, grid in zip(features.descriptors, features.grids, strict=True):
+            places = torch.arange(len(grid)).reshape(grid.rows, grid.columns)[:: self._step, :: self._step]
+            rows.append(descriptors[places.reshape(-1)])
+        grids = tuple(replace(grid, stride=grid.stride * self._step) for grid in features.grids)
+        thinned = PatchFeatures(tuple(rows), grids)
+        return (thinned.round_as("reference") if self._rounded else thinned).to(device)
 
     def round_references(self) -> None:
         self._rounded = True
@@ -112,36 +95,92 @@ class StoredDatabase:
         self._store.pass_over(index)
 
     def picture_bytes(self, index: int) -> int:
-        """On disk."""
-        grids = self._form.thin(self._store.patches(index)).grids
-        if self._form.num_bytes is not None:
-            return self._form.num_bytes * sum(map(len, coded_grids(grids)))
-        return 4 * self._store.num_dims * sum(map(len, grids))
+        """In memory while it is matched."""
+        return self.patches(index).nbytes
 
     @property
     def statistics(self) -> CacheStatistics:
         return self._store.statistics
 
 
-def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]]) -> dict:
+def train_on(store: FeatureStore, num_bytes: int) -> PatchCodec:
+    """As feature_extract does: on some patches of some pictures."""
+    pictures = np.unique(np.linspace(0, len(store) - 1, SAMPLE_PICTURES).astype(int)).tolist()
+    count = SAMPLE_ROWS // len(pictures) + 1
+    sample = []
+    for index in pictures:
+        features = store.patches(index)
+        rows = torch.cat(rows_to_code(features.descriptors, features.grids))
+        sample.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]])
+    return train_codec(torch.cat(sample), num_bytes)
+
+
+def write_codes(
+    kept: FeatureStore, model: PlaceModel, checkpoint: Checkpoint, config: Config, pictures: ImageList, folder: Path
+) -> None:
+    """The folder that feature_extract would write for the configuration's pqN, from what has been described."""
+    num_bytes = code_bytes(config.feature_extract.feature_dtype)
+    assert num_bytes is not None
+    trained = read_patch_codec(folder) or train_on(kept, num_bytes)
+    with FeatureWriter(folder, pictures, store_header(model, checkpoint, config, trained), trained=trained) as writer:
+        for index in writer.missing:
+            writer.write(index, torch.from_numpy(kept.global_[index]), kept.patches(index))
+        writer.finish()
+
+
+def stored_bytes(grids: Sequence[PatchGrid], dims: int, form: Form, kept_bytes: int) -> int:
+    """A picture's patch descriptors on disk; kept_bytes: of a number, where they are kept."""
+    if form.num_bytes is not None:
+        return form.num_bytes * sum(map(len, coded_grids(grids)))
+    return kept_bytes * dims * sum(len(replace(grid, stride=grid.stride * form.step)) for grid in grids)
+
+
+def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]], kept: str) -> dict:
     """Of every form bytes a picture, and for each query the rank of its first true match (0: none)."""
     model, checkpoint = load_model(config)
-    stored = replace(config, feature_extract=replace(config.feature_extract, feature_dtype="float16"))
     lists = [read_image_list(root / f"{root.name}_imageNames_{side}.txt", root) for side in SIDES]
     for side, pictures in zip(SIDES, lists, strict=True):
-        describe_list(model, checkpoint, stored, pictures, work / side, progress=True)
+        describe_list(model, checkpoint, described_as(config, kept), pictures, work / side, progress=True)
     truth = read_ground_truth(root / f"{root.name}.npz", len(lists[0]), len(lists[1])).positives()
+    memory = config.feature_match.cache_gb or 4.0
     measured = {}
-    queries, database = (FeatureStore.open(work / side, pictures) for side, pictures in zip(SIDES, lists, strict=True))
-    with queries, database:
+    with ExitStack() as stores:
+
+        def opened(folder: Path, pictures: ImageList) -> FeatureStore:
+            return stores.enter_context(FeatureStore.open(folder, pictures, cache_gb=memory))
+
+        queries, database = (opened(work / side, pictures) for side, pictures in zip(SIDES, lists, strict=True))
+        described = DescribedPictures(queries.global_, queries)
         for name, form in forms:
-            source = StoredDatabase(database, form)
-            ranker = Ranker(config.feature_match, DescribedPictures(database.global_, source), torch.device("cpu"))
-            rankings = ranker.rank(DescribedPictures(queries.global_, queries), progress=True)
-            ranks = [first_match(row, set(true)) for row, true in zip(rankings.indices, truth, strict=True)]
-            measured[name] = {"bytes": source.picture_bytes(0), "ranks": ranks}
-            print(root.name, name, measured[name]["bytes"], [recalled(ranks, n) for n in N_VALUES], flush=True)
+            if form.num_bytes is None:
+                source: PatchSource = ThinnedDatabase(database, form.step) if form.step > 1 else database
+                kind = f"{kept}{name.removeprefix('kept')}"
+            else:
+                write_codes(database, model, checkpoint, described_as(config, name), lists[1], work / name)
+                source, kind = opened(work / name, lists[1]), name
+            ranker = Ranker(config.feature_match, DescribedPictures(database.global_, source), CPU)
+            ranks = rank_in_parts(ranker, described, truth, work / "ranks.json", f"{kind} {config.feature_match}")
+            size = stored_bytes(database.patches(0).grids, database.num_dims, form, np.dtype(kept).itemsize)
+            measured[kind] = {"bytes": size, "ranks": ranks}
+            print(root.name, kind, size, [recalled(ranks, n) for n in N_VALUES], flush=True)
     return measured
+
+
+def rank_in_parts(
+    ranker: Ranker, queries: DescribedPictures, truth: Sequence[Sequence[int]], path: Path, key: str
+) -> list[int]:
+    """Ranks of all queries' first true matches; those that the file has under a key are not sought again."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    ranks: list[int] = known.setdefault(key, [])
+    assert queries.patches is not None
+    while len(ranks) < len(queries):
+        rows = range(len(ranks), min(len(ranks) + TOGETHER, len(queries)))
+        features = PatchesInMemory([queries.patches.patches(row) for row in rows])
+        rankings = ranker.rank(DescribedPictures(queries.global_[rows.start : rows.stop], features))
+        ranks += [first_match(ranking, set(truth[row])) for ranking, row in zip(rankings.indices, rows, strict=True)]
+        path.write_text(json.dumps(known) + "\n")
+        print(f"{key.split()[0]}: {len(ranks)} of {len(queries)} queries", flush=True)
+    return ranks
 
 
 def first_match(ranking: NDArray[np.int64], true: set[int]) -> int:
@@ -200,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--datasets", nargs="+", default=["corridor", "ietower_small"])
     parser.add_argument("--config_path", default="builtin.ini")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--stored", nargs="+", default=["float32", "pq192", "pq128", "pq64", "pq32", "float32@2"])
+    parser.add_argument("--stored", nargs="+", default=["kept", "pq192", "pq128", "pq64", "pq32", "kept@2"])
+    parser.add_argument("--kept", choices=["float32", "float16", "int8"], default="float16")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)
@@ -209,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.datasets:
-        results[name] = measure(config, args.dataset_root_dir / name, args.work / name, forms)
+        results[name] = measure(config, args.dataset_root_dir / name, args.work / name, forms, args.kept)
         (args.output / "codes.json").write_text(json.dumps(results) + "\n")
     (args.output / "codes.md").write_text(table(results))
     plot(results, args.output / "codes.png")

@@ -5,13 +5,15 @@
 
 ROOT holds a folder for each data set, with {name}_imageNames_index.txt, {name}_imageNames_query.txt and {name}.npz;
 writes recalls.json and recalls.md. Pictures are described in float32, from which float16 and int8 files are made, and
-once more with the encoder and the WPCA product in bfloat16.
+once more with the encoder and the WPCA product in bfloat16. --forms and --no_ransac leave something out; with --work
+the features stay, so that a run that was ended goes on.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +62,8 @@ def described_as(config: Config, form: str) -> Config:
     return replace(config, feature_extract=options)
 
 
-def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
-    """Write the features of both lists in every dtype; returns MB of patch descriptors a picture."""
+def extract_all(config: Config, root: Path, work: Path, forms: Sequence[str]) -> dict[str, float]:
+    """Write the features of both lists in every form; returns MB of patch descriptors a picture."""
     model, checkpoint = load_model(config)
     megabytes = {}
     for side in SIDES:
@@ -69,19 +71,20 @@ def extract_all(config: Config, root: Path, work: Path) -> dict[str, float]:
         describe_list(
             model, checkpoint, described_as(config, "float32"), pictures, work / "float32" / side, progress=True
         )
-        for dtype in DTYPES:
+        for dtype in filter(forms.__contains__, DTYPES):
             folder = work / dtype / side
             if dtype != "float32":
                 with FeatureStore.open(work / "float32" / side, pictures) as store:
                     header = store_header(model, checkpoint, described_as(config, dtype))
                     with FeatureWriter(folder, pictures, header) as writer:
-                        for index in range(len(pictures)):
+                        for index in writer.missing:
                             writer.write(index, torch.from_numpy(store.global_[index]), store.patches(index))
                         writer.finish()
             size = sum(path.stat().st_size for path in folder.glob("patchfeats_*"))
             megabytes[dtype] = size / len(pictures) / 1e6
-        rough = described_as(config, ROUGH)
-        describe_list(*load_model(rough), rough, pictures, work / ROUGH / side, progress=True)
+        if ROUGH in forms:
+            rough = described_as(config, ROUGH)
+            describe_list(*load_model(rough), rough, pictures, work / ROUGH / side, progress=True)
     return megabytes
 
 
@@ -137,24 +140,25 @@ def agreement(first: Evaluation, second: Evaluation) -> dict[str, float]:
     }
 
 
-def measure(config: Config, root: Path) -> dict:
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        megabytes = extract_all(config, root, work)
-        rows: list[dict] = []
-        spatial = {form: run(config, root, work, form, "spatialApproximator") for form in (*DTYPES, ROUGH)}
-        rows.append({"stage": "retrieval alone", "recalls": recalls(spatial["float32"], RETRIEVAL)})
-        for form, evaluation in spatial.items():
-            how = "described in bfloat16" if form == ROUGH else form
-            row = {"stage": f"rapid spatial, {how}", "recalls": recalls(evaluation, RERANKING)}
-            rows.append(row | {"megabytes": round(megabytes.get(form, megabytes["float32"]), 2)})
+def measure(config: Config, root: Path, work: Path, forms: Sequence[str], with_ransac: bool) -> dict:
+    megabytes = extract_all(config, root, work, forms)
+    spatial = {form: run(config, root, work, form, "spatialApproximator") for form in forms}
+    rows: list[dict] = [{"stage": "retrieval alone", "recalls": recalls(spatial["float32"], RETRIEVAL)}]
+    for form, evaluation in spatial.items():
+        how = "described in bfloat16" if form == ROUGH else form
+        row = {"stage": f"rapid spatial, {how}", "recalls": recalls(evaluation, RERANKING)}
+        rows.append(row | {"megabytes": round(megabytes.get(form, megabytes["float32"]), 2)})
+    measured = {"queries": len(spatial["float32"].queries), "rows": rows}
+    if ROUGH in forms:
+        rows.append({"stage": "retrieval alone, described in bfloat16", "recalls": recalls(spatial[ROUGH], RETRIEVAL)})
+        measured["bfloat16_cosine"] = round(least_cosine(root, work), 6)
+    if with_ransac:
         MATCHERS["OpenCV"] = Matcher(opencv_score)
         ransac, opencv = (run(config, root, work, "float32", matcher) for matcher in ("RANSAC", "OpenCV"))
         rows.append({"stage": "RANSAC, float32", "recalls": recalls(ransac, RERANKING)})
         rows.append({"stage": "RANSAC of OpenCV, float32", "recalls": recalls(opencv, RERANKING)})
-        agreed = agreement(ransac, opencv)
-        cosine = round(least_cosine(root, work), 6)
-        return {"queries": len(ransac.queries), "rows": rows, "ransac_agreement": agreed, "bfloat16_cosine": cosine}
+        measured["ransac_agreement"] = agreement(ransac, opencv)
+    return measured
 
 
 def table(results: dict) -> str:
@@ -165,14 +169,20 @@ def table(results: dict) -> str:
         for row in measured["rows"]:
             values = " | ".join(f"{value:.1f}" for value in row["recalls"])
             lines.append(f"| {row['stage']} | {row.get('megabytes', '')} | {values} |")
-        agree = measured["ransac_agreement"]
-        lines += [
-            "",
-            f"RANSAC here and OpenCV's name the same best picture for {agree['same_first']} % of the queries; the mean "
-            f"rank correlation of their candidates is {agree['rank_correlation']}. Patches described in bfloat16 have "
-            f"a cosine of {measured['bfloat16_cosine']} to those in float32, the least of the patch sizes' medians.",
-            "",
-        ]
+        lines.append("")
+        if "ransac_agreement" in measured:
+            agree = measured["ransac_agreement"]
+            lines += [
+                f"RANSAC here and OpenCV's name the same best picture for {agree['same_first']} % of the queries; the "
+                f"mean rank correlation of their candidates is {agree['rank_correlation']}.",
+                "",
+            ]
+        if "bfloat16_cosine" in measured:
+            lines += [
+                f"Patches described in bfloat16 have a cosine of {measured['bfloat16_cosine']} to those in float32, "
+                "the least of the patch sizes' medians.",
+                "",
+            ]
     return "\n".join(lines)
 
 
@@ -182,10 +192,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset_root_dir", type=Path, required=True)
     parser.add_argument("--datasets", nargs="+", default=["corridor", "ietower_small"])
     parser.add_argument("--config_path", default="builtin.ini")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--forms", nargs="+", choices=[*DTYPES, ROUGH], default=[*DTYPES, ROUGH])
+    parser.add_argument("--no_ransac", action="store_true", help="rapid spatial scores alone")
+    parser.add_argument("--work", type=Path, help="keep the features here")
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)
-    config = load_config(require_file(args.config_path, "configs"))
-    results = {name: measure(config, args.dataset_root_dir / name) for name in args.datasets}
+    config = load_config(require_file(args.config_path, "configs"), args.overrides)
+    forms = ["float32", *(form for form in args.forms if form != "float32")]
+    results = {}
+    for name in args.datasets:
+        with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as work:
+            root = args.dataset_root_dir / name
+            results[name] = measure(config, root, Path(work) / name, forms, not args.no_ransac)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "recalls.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "recalls.md").write_text(table(results))

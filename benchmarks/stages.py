@@ -38,6 +38,7 @@ from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.store.manifest import StoreHeader
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
+from patchnetvlad.workers import PICTURE_MEMORY, keep_freed_memory
 
 REPEATS = 5
 COSINE = "cosine, bfloat16"
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("--database_sizes", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
+    keep_freed_memory(*PICTURE_MEMORY)  # as extraction does
     rate = product_rate(1131, 4096, 1131)
     results: dict = {"machine": machine(), "gflops": rate / 1e9, "presets": {}}
     with tempfile.TemporaryDirectory() as temporary:

@@ -5,7 +5,8 @@
 
 renders a city, describes it with a model fitted on pictures (see matching.py; builtin.ini has its own), lets the
 system forget the files and times the run. Writes whole_runs.json, whole_runs.md and whole_runs.png. WORK takes 10 GB
-for performance.ini; a preset's features are removed after it.
+for performance.ini, less with fewer --queries; a preset's features are removed after it, and before that a run that was
+ended goes on. A checkpoint WORK/PRESET.pth.tar that is there is taken as it is.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,13 +27,15 @@ from matplotlib.figure import Figure
 
 from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.config import Config
+from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.examples.rendered_city import make_city, write_city
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.whitening import WPCAFit
 
-PICTURES = CANDIDATES = 100  # of queries, and of the database that all of them are compared with
+QUERIES = CANDIDATES = 100  # the database has as many pictures as a query has candidates
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -67,12 +71,11 @@ def read_rate(folder: Path) -> float:
     return size / (time.perf_counter() - started)
 
 
-def product_seconds(config: Config, model: PlaceModel | None) -> float:
+def product_seconds(config: Config) -> float:
     """Seconds a query of the float32 products of its patches with those of its candidates, with all cores."""
-    if model is None:
-        return 0.0
-    grids = model.grids(30, 40)
-    rows = [torch.randn(len(grid), config.global_params.num_pcs) for grid in grids]
+    params = config.global_params
+    grids = PatchGrid.of_map((30, 40), params.patch_sizes, params.strides, encoder_geometry(params.backbone))
+    rows = [torch.randn(len(grid), params.num_pcs) for grid in grids]
     least = min(_timed(rows) for _ in range(5))
     return CANDIDATES * least
 
@@ -84,45 +87,61 @@ def _timed(rows: list[torch.Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def measure(preset: str, work: Path, model: PlaceModel, fit: WPCAFit) -> dict[str, float]:
+@cache
+def fitted() -> tuple[PlaceModel, WPCAFit]:
+    """Fitted for the first preset that needs it."""
+    return fit_on_examples()
+
+
+def checkpoint(preset: str, config: Config, work: Path) -> Path:
+    """That of a preset, made unless it is there."""
+    path = work / f"{preset}.pth.tar"
+    if not path.exists():
+        write_checkpoint(path, project(*fitted(), config))
+    return path
+
+
+def describe(preset: str, config: Config, work: Path, queries: int) -> list[object]:
+    """Describe the database and so many queries; the options of a run with them."""
+    options: list[object] = ["--config_path", require_file(f"{preset}.ini", "configs")]
+    if preset != "builtin":
+        options += ["--set", f"global_params.resumepath={checkpoint(preset, config, work)}"]
+    options += ["--dataset_root_dir", work / "city_images"]
+    lists = {kind: work / "dataset_imagenames" / f"city_imageNames_{kind}.txt" for kind in ("index", "query")}
+    first = work / "first_queries.txt"
+    first.write_text("".join(lists["query"].read_text().splitlines(keepends=True)[:queries]))
+    lists["query"] = first
+    for kind, listed in lists.items():
+        run("feature_extract.py", *options, "--dataset_file_path", listed, "--output_features_dir", work / kind)
+    for kind, listed in lists.items():
+        options += [f"--{kind}_file_path", listed, f"--{kind}_input_features_dir", work / kind]
+    return options
+
+
+def measure(preset: str, work: Path, queries: int) -> dict[str, float]:
     """Seconds a query of a preset's whole run and of its stages, memory, bytes, and the least that they could take."""
     config = load_config(require_file(f"{preset}.ini", "configs"))
-    options: list[object] = ["--config_path", require_file(f"{preset}.ini", "configs")]
-    fitted = None
-    if preset != "builtin":
-        fitted = project(model, fit, config)
-        write_checkpoint(work / f"{preset}.pth.tar", fitted)
-        options += ["--set", f"global_params.resumepath={work / preset}.pth.tar"]
-    root, lists = work / "city_images", work / "dataset_imagenames"
-    shared = ["--dataset_root_dir", root]
-    for kind in ("index", "query"):
-        listed = lists / f"city_imageNames_{kind}.txt"
-        features = ["--output_features_dir", work / kind, "--overwrite"]
-        run("feature_extract.py", *options, *shared, "--dataset_file_path", listed, *features)
-    size = sum(path.stat().st_size for path in (work / "index").rglob("*.npy"))
+    options = describe(preset, config, work, queries)
+    sizes = {kind: sum(path.stat().st_size for path in (work / kind).rglob("*.npy")) for kind in ("index", "query")}
     rate = read_rate(work / "index")
-    forget(work / "index")
-    forget(work / "query")
-    files = ["--query_file_path", lists / "city_imageNames_query.txt"]
-    files += ["--index_file_path", lists / "city_imageNames_index.txt"]
-    files += ["--query_input_features_dir", work / "query", "--index_input_features_dir", work / "index"]
+    for kind in sizes:
+        forget(work / kind)
     set_top = ["--set", f"feature_match.n_values_all={CANDIDATES}"]
-    seconds, memory, text = run(
-        "feature_match.py", *options, *shared, *files, *set_top, "--result_save_folder", work / "results"
-    )
+    seconds, memory, text = run("feature_match.py", *options, *set_top, "--result_save_folder", work / "results")
     retrieval = _logged(r"retrieval: .* in ([0-9.]+) s", text)
     reranking = _logged(r"re-ranking: [0-9]+ pairs in ([0-9.]+) s", text)
-    for kind in ("index", "query"):
+    for kind in sizes:
         shutil.rmtree(work / kind)
     return {
-        "s a query": seconds / PICTURES,
-        "retrieval": retrieval / PICTURES,
-        "re-ranking": reranking / PICTURES,
-        "rest": (seconds - retrieval - reranking) / PICTURES,
-        "one float32 product": product_seconds(config, fitted),
-        "reading": 2 * size / rate / PICTURES,
+        "queries": queries,
+        "s a query": seconds / queries,
+        "retrieval": retrieval / queries,
+        "re-ranking": reranking / queries,
+        "rest": (seconds - retrieval - reranking) / queries,
+        "one float32 product": 0.0 if preset == "builtin" else product_seconds(config),
+        "reading": sum(sizes.values()) / rate / queries,
         "memory, GB": memory,
-        "MB a picture": size / PICTURES / 1e6,
+        "MB a picture": sizes["index"] / CANDIDATES / 1e6,
         "disk, GB/s": rate / 1e9,
     }
 
@@ -170,17 +189,17 @@ def main() -> None:
     """Run the benchmark and write its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["builtin", "storage", "speed", "performance"])
+    parser.add_argument("--queries", type=int, default=QUERIES)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     if not (args.work / "city_images").exists():
         write_city(make_city(50, (2, 2), (2, 2), seed=3), args.work, "city")
-    model, fit = fit_on_examples()
     args.output.mkdir(parents=True, exist_ok=True)
     stored = args.output / "whole_runs.json"
     results = json.loads(stored.read_text()) if stored.exists() else {}
     for preset in args.presets:
-        results[preset] = measure(preset, args.work, model, fit)
+        results[preset] = measure(preset, args.work, args.queries)
         print(preset, json.dumps(results[preset], indent=1), flush=True)
         stored.write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "whole_runs.md").write_text(table(results))

@@ -31,7 +31,7 @@ from patchnetvlad.store.arrays.codecs import read_patch_codec
 from patchnetvlad.store.manifest import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
-from patchnetvlad.workers import Company
+from patchnetvlad.workers import PICTURE_MEMORY, Company, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ def describe_pictures(
     shape = size.imageresizeh, size.imageresizew
     batches = image_batches(pictures.paths, *shape, size.cachebatchsize, threads, size.exif_rotation, indices)
     company = Company()
+    if model.device.type == "cpu":
+        keep_freed_memory(*PICTURE_MEMORY)
     for batch_indices, batch in batches:
         # One picture at a time stays in a processor's cache; an accelerator wants them all
         step = 1 if model.device.type == "cpu" else len(batch_indices)

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 COMPANY_SECONDS, COMPANY_SHARE = 5.0, 0.8  # watched at a time; a thread has less of them where others are busy
 TRIALS = 3  # of each way; the least time counts
-# glibc's names and numbers for what it keeps: arrays below the first size come from memory that it has, and what lies
-# free stays with the process up to the second.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = (-3, 32 << 20), (-1, 256 << 20)
+PAIR_MEMORY = (32 << 20, 256 << 20)  # for `keep_freed_memory`: the similarities of pairs, but not candidates' patches
+PICTURE_MEMORY = (1 << 30, 1 << 30)  # the encoder's maps and the patches of a picture
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's numbers for the two
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Workers:
     """Threads for as many pairs at a time as torch has threads where they are made; they end with this object."""
 
     def __init__(self) -> None:
-        _keep_freed_memory()
+        keep_freed_memory(*PAIR_MEMORY)
         self.count = torch.get_num_threads()
         self._pool = _single_threads(self.count) if self.count > 1 else None
 
@@ -51,17 +51,18 @@ class Workers:
         yield from in_order_by(self._pool, work, items, self.count)
 
 
-def _keep_freed_memory() -> None:
-    """Let a process on Linux keep the memory of a pair's similarities for the next pair's.
+def keep_freed_memory(largest: int, most: int) -> None:
+    """Let a process on Linux keep the memory of freed arrays of at most ``largest`` bytes for the next ones, up to
+    ``most`` bytes in a row.
 
     Otherwise it is given back after each operation and handed out again page by page, which takes longer than the
-    matching of small descriptors.
+    matching of small descriptors, and a tenth of the time of describing a picture.
     """
     if sys.platform == "linux":
         adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, other C libraries need not
         if adjust is not None:
-            for name, size in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-                adjust(name, size)
+            adjust(_MMAP_THRESHOLD, largest)
+            adjust(_TRIM_THRESHOLD, most)
 
 
 def _single_threads(count: int) -> ThreadPoolExecutor:

@@ -175,7 +175,10 @@ def test_a_torch_without_single_products_goes_by_float32(monkeypatch, fresh_chec
 
 def test_who_decides_how_similarities_are_made(monkeypatch, caplog):
     rows = features(F.normalize(torch.ones(8, 512), dim=1))
-    assert choose_way("float32", rows, rows) == "float32"
+    with caplog.at_level("INFO"):
+        assert choose_way("float32", rows, rows) == "float32"
+    assert caplog.messages == ["similarities in float32 (as configured)"]
+    caplog.clear()
     if not rounding_works():
         return
     assert choose_way("int8", rows, rows) == "int8"
@@ -185,7 +188,10 @@ def test_who_decides_how_similarities_are_made(monkeypatch, caplog):
             monkeypatch.setitem(WAYS, name, slow if name != fastest else replace(slow, match=lambda *pair: None))
         with caplog.at_level("INFO"):
             assert choose_way("auto", rows, rows) == fastest
-        assert "the fastest here" in caplog.text and "float32" in caplog.text
+        assert len(caplog.messages) == 1
+        assert caplog.messages[0].startswith(f"similarities {WAYS[fastest].text} (the fastest here")
+        assert all(f"{name} " in caplog.messages[0] for name in WAYS)
+        caplog.clear()
 
 
 def test_an_accelerator_multiplies_in_float32():
@@ -233,7 +239,10 @@ def test_every_way_finds_what_float64_finds(name, data):
         reference[:shared] = query[:shared].flip(0)
     found = way.match(*prepared(way, query, reference))
     pairs = list(zip(found.query.tolist(), found.reference.tolist(), strict=True))
-    assert pairs == defined_matches(query, reference)
+    expected = defined_matches(query, reference)
+    assert pairs == expected
+    (batched,) = mutual_matches_batch(query, reference[None])  # as on an accelerator
+    assert list(zip(batched.query.tolist(), batched.reference.tolist(), strict=True)) == expected
 
 
 def prepared(way, query, reference):

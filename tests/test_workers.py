@@ -1,5 +1,9 @@
 """Threads that share pairs keep order, memory and everybody else's settings."""
 
+import mmap
+import platform
+import subprocess
+import sys
 import threading
 import time
 
@@ -130,3 +134,25 @@ def test_busy_neighbours_are_told_once(
             with company.watched():
                 clock[0] += 1
     assert caplog.text.count("OMP_NUM_THREADS=1") == told
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+@pytest.mark.parametrize(("kept", "fewer"), [(workers.PICTURE_MEMORY, True), (workers.PAIR_MEMORY, False)])
+def test_freed_memory_of_kept_sizes_is_not_handed_out_page_by_page_again(kept: tuple[int, int], fewer: bool) -> None:
+    code = f"""
+import resource
+import torch
+from patchnetvlad.workers import keep_freed_memory
+
+torch.set_num_threads(1)
+keep_freed_memory{kept}
+for _ in range(8):  # until room that is freed suits the next array, which needs some for its alignment
+    torch.ones(12 << 20)  # 48 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(12 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    pages = 4 * (48 << 20) // mmap.PAGESIZE
+    assert faults < pages / 8 if fewer else faults > 16  # huge pages need fewer than one fault each
