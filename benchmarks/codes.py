@@ -33,7 +33,7 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.store.arrays.codecs import CPU
-from patchnetvlad.store.cache.picture_cache import CacheStatistics
+from patchnetvlad.store.cache.memory_cache import CacheStatistics
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.reading.patch_sources import DescribedPictures
 from patchnetvlad.weights import load_model

@@ -1,5 +1,6 @@
 """What a run finds for each query: the candidates of the search, and their scores by their patches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,3 +42,11 @@ class RankingScores:
     indices: NDArray[np.int64]
     fused: NDArray[np.float64]
     per_scale: NDArray[np.float64]
+
+    def of_best(self, weights: Sequence[float]) -> NDArray[np.float64]:
+        """The best candidates' scores weighted over patch sizes, (nQ,): unlike fused ones, to compare queries by.
+
+        There must be candidates.
+        """
+        best: NDArray[np.float64] = self.per_scale[:, 0] @ np.asarray(weights)
+        return best

@@ -190,8 +190,8 @@ def build_model(checkpoint: Checkpoint, params: GlobalParams) -> PlaceModel:
         raise UserError(
             f"{path}: made for backbone = {checkpoint.backbone}, the configuration says backbone = {params.backbone}"
         )
-    patches, of_patches = params.pooling == "patchnetvlad", _PATCHES + "pool.centroids"
-    if not patches:  # a global model of a checkpoint that has patches as well
+    of_patches = _PATCHES + "pool.centroids"
+    if not params.has_patches:  # a global model of a checkpoint that has patches as well
         state = {key: value for key, value in state.items() if not key.startswith(_PATCHES)}
     elif checkpoint.patch_backbone != params.patch_backbone or (params.patch_backbone and of_patches not in state):
         raise UserError(

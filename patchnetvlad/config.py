@@ -91,6 +91,11 @@ class FeatureExtractConfig:
     precision: str = setting("float32", choice("float32", "tf32", "bfloat16"))
     exif_rotation: bool = setting(False, flag())  # turn upright by EXIF; the published numbers are without
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that all pictures get, None where each keeps its own."""
+        return (self.imageresizeh, self.imageresizew) if min(self.imageresizeh, self.imageresizew) > 0 else None
+
 
 @dataclass(frozen=True)
 class FeatureMatchConfig:
@@ -159,6 +164,11 @@ class GlobalParams:
     def __post_init__(self) -> None:
         if not self.strides:
             object.__setattr__(self, "strides", (1,) * len(self.patch_sizes))
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether pictures have patch descriptors beside the global one."""
+        return self.pooling == "patchnetvlad"
 
     @property
     def loading_threads(self) -> int:
@@ -238,11 +248,12 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes, strides = self.global_params.patch_sizes, self.global_params.strides
-        pooling, patches = self.global_params.pooling, self.global_params.patch_backbone
-        if patches is not None and pooling != "patchnetvlad":
+        patch_backbone = self.global_params.patch_backbone
+        if patch_backbone is not None and not self.global_params.has_patches:
             place = self._place("global_params.patch_backbone", "global_params.pooling")
             raise UserError(
-                f"{place}: [global_params] patch_backbone = {patches}: pooling = {pooling} has no patches (expected "
+                f"{place}: [global_params] patch_backbone = {patch_backbone}: pooling = "
+                f"{self.global_params.pooling} has no patches (expected "
                 "patchnetvlad, or patch_backbone = None)"
             )
         if len(strides) != len(sizes):
@@ -292,7 +303,7 @@ class Config:
     @property
     def describes_on_demand(self) -> bool:
         """Whether matching makes patch descriptors when it needs them, in place of reading them."""
-        return self.global_params.pooling == "patchnetvlad" and self.feature_match.local_features == "on_demand"
+        return self.global_params.has_patches and self.feature_match.local_features == "on_demand"
 
     def check_one_gpu(self, work: str) -> None:
         """Raises UserError where several GPUs are asked for and the work, such as extraction, uses one."""
@@ -328,7 +339,7 @@ class Config:
     def check_fitting(self) -> None:
         """Raises UserError unless a model can be fitted without training."""
         params, train = self.global_params, self.train
-        if train.augmentation and params.pooling == "patchnetvlad":
+        if train.augmentation and params.has_patches:
             raise UserError(
                 f"{self._place('train.augmentation')}: [train] augmentation: WPCA learns from changed pictures for a "
                 "global model alone, since a changed picture's patches lie elsewhere (set [global_params] pooling = "
@@ -370,7 +381,7 @@ class Config:
     def for_training(self) -> "Config":
         """The same for a model of global descriptors without WPCA, at the picture size of [train]."""
         params, train = self.global_params, self.train
-        pooling = "netvlad" if params.pooling == "patchnetvlad" else params.pooling
+        pooling = "netvlad" if params.has_patches else params.pooling
         sizes = replace(
             self.feature_extract,
             imageresizew=train.imageresizew,

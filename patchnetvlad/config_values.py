@@ -1,4 +1,4 @@
-"""Kinds of values in a configuration: how the text of a key is read, checked, and what it is told to expect."""
+"""Kinds of values in a configuration: how the text of a key is read and checked, and what errors say was expected."""
 
 import configparser
 import math

@@ -1,4 +1,4 @@
-"""What runs depend on of a machine's accelerators: their memory, and TF32."""
+"""A machine's accelerators: how much memory they have, and whether they compute in TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Files from the internet: at once or not at all. A server that does not answer is asked once, for a few seconds."""
+"""Files from the internet: whole ones or none, and a server that does not answer is asked once, for a few seconds."""
 
 import logging
 import re

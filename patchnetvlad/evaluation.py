@@ -18,8 +18,8 @@ from patchnetvlad.extraction import expected_header, tell_precision
 from patchnetvlad.ground_truth import GroundTruth, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import require_readable
-from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, write_json, write_judged
-from patchnetvlad.measures import Judged, Measures, judge, measure
+from patchnetvlad.judging import Judged, Measures, judge, measure
+from patchnetvlad.judging_files import EvaluationProtocol, measure_lines, measure_record, write_json, write_judged
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker, Rankings, RerankAll, check_panoramas
@@ -38,8 +38,8 @@ from patchnetvlad.result_files import (
 )
 from patchnetvlad.retrieval import looks_like_cutouts
 from patchnetvlad.search_index import IndexRecord, build_index, open_index
-from patchnetvlad.store.cache.described_pictures import FOLDER_NAME, DescribedOnDisk
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.disk_cache import FOLDER_NAME, DiskCache
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 from patchnetvlad.store.manifest import StoreHeader, has_manifest
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, OnDemandPatches
@@ -100,11 +100,13 @@ class Evaluation:
         return {stage: measured.recall for stage, measured in self.measures.items()}
 
     @property
-    def protocol(self) -> Protocol | None:
+    def protocol(self) -> EvaluationProtocol | None:
         """What was compared; None without ground truth."""
         truth = self.ground_truth
         return (
-            None if truth is None else Protocol(len(truth.utm_query), len(truth.utm_database), truth.radius, truth.unit)
+            None
+            if truth is None
+            else EvaluationProtocol(len(truth.utm_query), len(truth.utm_database), truth.radius, truth.unit)
         )
 
     def lines(self, details: bool = False) -> list[str]:
@@ -167,7 +169,7 @@ def open_run(
 def _told_shares(config: Config) -> tuple[int, int]:
     """`memory_shares` of a configuration; the log says them where there are patches."""
     shares = memory_shares(config.feature_match.cache_gb)
-    if config.global_params.pooling == "patchnetvlad":
+    if config.global_params.has_patches:
         source = "half of what is available" if config.feature_match.cache_gb is None else "as configured"
         logger.info("memory for patches: %.3g GB (cache_gb, %s)", sum(shares) / 1e9, source)
     return shares
@@ -208,20 +210,20 @@ def open_features(
     expected = checked or expected_header(config)
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
-    height, width = config.feature_extract.imageresizeh, config.feature_extract.imageresizew
+    size = config.feature_extract.picture_size
     stride = expected.geometry.stride
-    map_size = (height // stride, width // stride) if min(height, width) > 0 else None
+    map_size = (size[0] // stride, size[1] // stride) if size else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
         if checked is None and not has_manifest(folder):
             if not config.describes_on_demand:
                 _tell_mixed(folder, beside)
             check_by_pictures(folder, pictures, store.global_, config, find_model)
-        if config.global_params.pooling != "patchnetvlad":
+        if not config.global_params.has_patches:
             yield DescribedPictures(store.global_, None)
         elif config.describes_on_demand:
             room = int(1e9 * config.feature_match.disk_cache_gb)
             made_by = repr(expected_header(config))
-            kept = DescribedOnDisk(folder / FOLDER_NAME, room, made_by) if room else None
+            kept = DiskCache(folder / FOLDER_NAME, room, made_by) if room else None
             patches = OnDemandPatches(find_model(), pictures, config.feature_extract, memory, kept)
             yield DescribedPictures(store.global_, patches)
         else:
@@ -325,8 +327,7 @@ def _judge(
     if run.given is None and rankings.retrieved.scores.shape[1]:
         comparable[RETRIEVAL] = rankings.retrieved.scores[:, 0]
     if rankings.scores is not None and rankings.scores.per_scale.shape[1]:
-        weights = np.array(run.config.feature_match.patchweights2use)
-        comparable[RERANKING] = rankings.scores.per_scale[:, 0] @ weights
+        comparable[RERANKING] = rankings.scores.of_best(run.config.feature_match.patchweights2use)
     positives = truth.positives()
     return {stage: judge(indices, positives, comparable.get(stage)) for stage, indices in stages.items()}
 

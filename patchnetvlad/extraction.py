@@ -207,9 +207,9 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
             f"[feature_extract] feature_dtype = pq{num_bytes}: expected at most one byte for each of the model's "
             f"{model.output_dims} dimensions"
         )
-    there = None if folder is None else read_patch_codec(folder)
-    if there is not None and there.num_bytes == num_bytes:
-        return there
+    kept = None if folder is None else read_patch_codec(folder)
+    if kept is not None and kept.num_bytes == num_bytes:
+        return kept
     indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
     rows = math.ceil(SAMPLE_ROWS / len(indices))
     described = _described(model, config, pictures, indices)
@@ -247,7 +247,7 @@ def expected_header(config: Config) -> StoreHeader:
         config,
         file_sha256(path) if path is not None else None,
         params.num_pcs,
-        params.patch_sizes if params.pooling == "patchnetvlad" else (),
+        params.patch_sizes if params.has_patches else (),
         encoder_geometry(params.patch_backbone or params.backbone),
     )
 
@@ -260,14 +260,13 @@ def _header(
     geometry: EncoderGeometry,
 ) -> StoreHeader:
     size, params = config.feature_extract, config.global_params
-    resized = [size.imageresizeh, size.imageresizew] if min(size.imageresizeh, size.imageresizew) > 0 else "own"
     return StoreHeader(
         checkpoint_sha256=checkpoint_sha256,
         settings={
             "backbone": config.global_params.backbone,
             "vladv2": config.global_params.vladv2,
             **({"patch_backbone": params.patch_backbone} if params.patch_backbone else {}),
-            "picture_size": resized,
+            "picture_size": list(size.picture_size) if size.picture_size else "own",
             "precision": size.precision,
             "exif_rotation": size.exif_rotation,
         },

@@ -1,4 +1,4 @@
-"""faiss, brought in so that it and torch bear each other.
+"""faiss, imported so that it and torch can live in one process.
 
 On macOS the packages of faiss and of torch each carry an OpenMP runtime. Two in one process are an error to the second
 one, and crash where both start threads, whichever is imported first. So there torch comes first, the second runtime is

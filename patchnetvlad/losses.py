@@ -1,6 +1,5 @@
-"""Losses by name: what training pulls together and pushes apart, given mined sets of a query, a positive, negatives.
-
-And a loss of local features, where it is known which show the same point."""
+"""What training pulls together and pushes apart: global descriptors of queries, positives and negatives, and local
+features of which it is known that they show the same point."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,8 +106,8 @@ def view_loss(pairs: Sequence[ViewPair], grid: PatchGrid) -> Tensor:
             continue
         anchors, candidates = pair.first.flatten(1).T[pair.positions], pair.second.flatten(1).T
         elsewhere = torch.cdist(target, centers) > FAR * grid.geometry.stride
-        found = zip(pairs, matches, strict=True)
-        others = torch.cat([match[:0], *(points for other, points in found if other.picture != pair.picture)])
+        of_all = zip(pairs, matches, strict=True)
+        others = torch.cat([match[:0], *(points for other, points in of_all if other.picture != pair.picture)])
         total = total + correspondence_loss(anchors, match, candidates, elsewhere, others) / len(target)
     return total
 

@@ -19,8 +19,6 @@ from patchnetvlad.whitening import WPCA, WPCAFit
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
-POOLINGS = ("netvlad", "patchnetvlad", "max", "avg")
-
 
 class PatchBranch(nn.Module):
     """What makes patch descriptors where they come from another encoder than the global one: keys as PlaceModel's."""
@@ -37,10 +35,10 @@ class PlaceModel(nn.Module):
     """A place recognition model.
 
     Its state has the published keys ``encoder.*``, ``pool.*`` and ``WPCA.0.*``; where patches come from an encoder of
-    their own, that one's lie behind ``patch_branch.``. ``patch_sizes`` and ``strides``
-    count positions of the feature map; both are empty for a purely global model. ``precision`` is that of the encoder
-    and the WPCA product in `describe`; pooling stays in float32. tf32 differs from float32 on CUDA alone, where
-    products have the range of float32 and 10 bits of mantissa.
+    their own, its keys lie behind ``patch_branch.``. ``patch_sizes`` and ``strides`` count positions of the feature
+    map; both are empty for a purely global model. ``precision`` is that of the encoder and the WPCA product in
+    `describe`; pooling stays in float32. tf32 differs from float32 on CUDA alone, where products have the range of
+    float32 and 10 bits of mantissa.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class PlaceModel(nn.Module):
         self.patch_branch: PatchBranch | None = None
         if patch_backbone is not None:
             self.patch_branch = PatchBranch(patch_backbone, patch_clusters, num_pcs, vladv2)
-        # Of the patches
+        # Where patches lie
         self.geometry = (self.patch_branch or self).encoder.geometry
 
     def add_wpca(self, fit: WPCAFit) -> None:

@@ -181,11 +181,11 @@ def sample_descriptors(
     """
     rng = np.random.default_rng(seed)
     groups = num_pictures * max(1, len(model.patch_sizes))
-    each = _patches_of_each(groups, num_pcs, model.output_dims) if model.patch_sizes else 1
-    samples = np.empty((groups * each, model.output_dims), dtype=np.float32)
+    rows_each = _patches_of_each(groups, num_pcs, model.output_dims) if model.patch_sizes else 1
+    samples = np.empty((groups * rows_each, model.output_dims), dtype=np.float32)
     filled = 0
     for batch in pictures:
-        for rows in _sampled_rows(model, batch, each, rng):
+        for rows in _sampled_rows(model, batch, rows_each, rng):
             samples[filled : filled + len(rows)] = rows.cpu().numpy()
             filled += len(rows)
     return samples[:filled]

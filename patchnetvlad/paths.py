@@ -158,10 +158,10 @@ def check_new_checkpoint(path: Path, num_pcs: int | None, overwrite: bool) -> No
 
     num_pcs: WPCA dimensions, None where they are not known yet.
     """
-    told = re.search(r"WPCA(\d+)(?=\D*$)", path.name)
-    if told is not None and num_pcs is not None and int(told.group(1)) != num_pcs:
+    named = re.search(r"WPCA(\d+)(?=\D*$)", path.name)
+    if named is not None and num_pcs is not None and int(named.group(1)) != num_pcs:
         raise UserError(
-            f"{path}: its name says {told.group(1)} dimensions, [global_params] num_pcs {num_pcs} (rename it, or set "
+            f"{path}: its name says {named.group(1)} dimensions, [global_params] num_pcs {num_pcs} (rename it, or set "
             "num_pcs)"
         )
     if path.is_dir():

@@ -25,7 +25,7 @@ from patchnetvlad.pair_comparison import MatchedPair, distinct_names
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.reranking import PairScore, score_pair, weighted_sum
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.weights import load_model
 
@@ -80,7 +80,6 @@ class Comparison:
     def matched(self) -> MatchedPair:
         """Both pictures, read again where they were files, and their matches. Raises UserError without pictures."""
         size = self.config.feature_extract
-        resized = (size.imageresizeh, size.imageresizew) if min(size.imageresizeh, size.imageresizew) > 0 else None
         pictures, names = [], []
         for described in (self.query, self.reference):
             if described.source is None:
@@ -91,7 +90,9 @@ class Comparison:
             names = list(distinct_names(Path(names[0]), Path(names[1])))
         grids = (self.query.patches.grids, self.reference.patches.grids)
         meaning = MATCHERS.find(self.config.feature_match.matcher).meaning
-        return MatchedPair(pictures[0], pictures[1], *grids, self.pair, resized, (names[0], names[1]), meaning)
+        return MatchedPair(
+            pictures[0], pictures[1], *grids, self.pair, size.picture_size, (names[0], names[1]), meaning
+        )
 
     def figure(self, width: float = 10.0, outlines: bool = False) -> "Figure":
         """Both pictures and their matches, width inches wide; a notebook shows what this returns."""
@@ -331,7 +332,7 @@ class PlaceDatabase:
             recognizer.config.check_own_candidates("a database (feature_match takes it)")
             if stored is None:
                 _check_in_memory(recognizer.config, self.pictures)
-                stored = described_pictures(recognizer, self.pictures)
+                stored = for_ranking(recognizer, self.pictures)
             self._ranker = Ranker(recognizer.config.feature_match, stored, recognizer.model.device)
             closing_after_errors.pop_all()
 
@@ -356,7 +357,7 @@ class PlaceDatabase:
         """
         if not isinstance(picture, Description):
             (picture,) = self.recognizer.describe([picture])
-        rankings = self._ranker.rank(described_pictures(self.recognizer, [picture]), at_least=top)
+        rankings = self._ranker.rank(for_ranking(self.recognizer, [picture]), at_least=top)
         if rankings.scores is None:
             indices, scores = rankings.indices[0], rankings.retrieved.scores[0]
         else:
@@ -369,12 +370,12 @@ class PlaceDatabase:
         return Answer(index, score, self._names[index], position)
 
 
-def described_pictures(recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> DescribedPictures:
+def for_ranking(recognizer: PlaceRecognizer, pictures: Sequence[Description]) -> DescribedPictures:
     """Descriptions as ranking takes them."""
     vectors = [described.global_.cpu().numpy() for described in pictures]
     dims = recognizer.model.output_dims
     global_ = np.stack(vectors) if vectors else np.zeros((0, dims), dtype=np.float32)
-    if recognizer.config.global_params.pooling != "patchnetvlad":
+    if not recognizer.config.global_params.has_patches:
         return DescribedPictures(global_, None)
     return DescribedPictures(global_, PatchesInMemory(described.patches for described in pictures))
 

@@ -30,7 +30,7 @@ _PUBLISHED_HEADER = ("# kapture format: 1.0", "# query_image, map_image")
 
 
 @dataclass(frozen=True)
-class Ranking:
+class NamedRanking:
     """Names of one query and of its predictions, best first."""
 
     query: str
@@ -39,15 +39,15 @@ class Ranking:
 
 def name_rankings(
     query_names: Sequence[str], database_names: Sequence[str], indices: NDArray[np.int64]
-) -> list[Ranking]:
+) -> list[NamedRanking]:
     """Names for predictions nQ×k; entries of −1 are left out."""
     return [
-        Ranking(query, tuple(database_names[index] for index in row if index >= 0))
+        NamedRanking(query, tuple(database_names[index] for index in row if index >= 0))
         for query, row in zip(query_names, indices.tolist(), strict=True)
     ]
 
 
-def write_kapture_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+def write_kapture_pairs(path: Path, rankings: Iterable[NamedRanking]) -> None:
     """Raises UserError for a name that this format cannot hold."""
 
     def lines() -> Iterator[str]:
@@ -70,7 +70,7 @@ def _check_kapture_names(place: Path, *sides: Iterable[str]) -> None:
             )
 
 
-def write_hloc_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+def write_hloc_pairs(path: Path, rankings: Iterable[NamedRanking]) -> None:
     """Raises UserError for a name that this format cannot hold."""
     rankings = list(rankings)
     _check_hloc_names(path, *_all_names(rankings))
@@ -86,7 +86,7 @@ def _check_hloc_names(place: Path, *sides: Iterable[str]) -> None:
             )
 
 
-def write_msls_predictions(path: Path, rankings: Iterable[Ranking], append: bool = False) -> None:
+def write_msls_predictions(path: Path, rankings: Iterable[NamedRanking], append: bool = False) -> None:
     """Write MSLS predictions, or add those of a further city to a file that exists.
 
     Every row must have the same number of columns: shorter ones repeat their last key, which changes no recall
@@ -130,7 +130,7 @@ def _check_msls_names(place: Path, *sides: Iterable[str]) -> None:
         _key_table(place, names)
 
 
-def write_published_pairs(path: Path, rankings: Iterable[Ranking]) -> None:
+def write_published_pairs(path: Path, rankings: Iterable[NamedRanking]) -> None:
     """Pairs as the authors' release writes them, for programs that part its lines at the comma: no score.
 
     Raises UserError for a name that this format cannot hold.
@@ -150,7 +150,7 @@ class PredictionFormat:
     """
 
     ending: str
-    write: Callable[[Path, Iterable[Ranking]], None]
+    write: Callable[[Path, Iterable[NamedRanking]], None]
     check: Callable[[Path, Iterable[str], Iterable[str]], None]
     full_paths: bool = False
 
@@ -177,7 +177,7 @@ def check_formats(names: Sequence[str]) -> None:
             raise UserError(f"--formats {other} {name}: both write files of one name (choose one)")
 
 
-def read_pairs(path: Path) -> list[Ranking]:
+def read_pairs(path: Path) -> list[NamedRanking]:
     """Read a Kapture (two or three columns) or hloc pairs file; queries in the order of their first line.
 
     Kapture pairs are ordered by score, equal ones and hloc pairs by line; a pair counts once. A leading ./ of names
@@ -206,7 +206,7 @@ def read_pairs(path: Path) -> list[Ranking]:
             )
         pairs_of.setdefault(_plain(query), []).append((-score, _plain(name)))
     return [
-        Ranking(query, tuple(dict.fromkeys(name for _, name in sorted(pairs, key=lambda pair: pair[0]))))
+        NamedRanking(query, tuple(dict.fromkeys(name for _, name in sorted(pairs, key=lambda pair: pair[0]))))
         for query, pairs in pairs_of.items()
     ]
 
@@ -315,7 +315,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _all_names(rankings: Sequence[Ranking]) -> tuple[Iterable[str], Iterable[str]]:
+def _all_names(rankings: Sequence[NamedRanking]) -> tuple[Iterable[str], Iterable[str]]:
     """Those of the queries and those of the database, each once."""
     queries = dict.fromkeys(ranking.query for ranking in rankings)
     return queries, dict.fromkeys(name for ranking in rankings for name in ranking.database)

@@ -184,16 +184,16 @@ class Trainer:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._log.step(progress.step, loss, sum(len(triplet.negatives) for triplet in step))
         seconds = time.perf_counter() - started
-        seen = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
+        speed = (len(subset.pictures) + sum(map(len, pictures)) * self._processes.count) / seconds
         logger.info(
             "%s: %d of %d queries have negatives, mean loss %.4f, %.1f pictures a second",
             label,
             len(triplets),
             len(subset.queries),
             total / len(steps),
-            seen,
+            speed,
         )
-        self._log.subset(progress.step, seen, len(triplets), len(subset.queries))
+        self._log.subset(progress.step, speed, len(triplets), len(subset.queries))
 
     def _mined(self, subset: Subset, descriptors: NDArray[np.float32]) -> list[TripletSet]:
         """Triplet sets as the first process finds them: on other cards distances may round to another order."""
@@ -263,9 +263,9 @@ class Trainer:
         for query in (triplet.query for triplet in triplets if triplet.query >= self._unchanged):
             number = query - self._unchanged
             rng = self._random(epoch, number)
-            there = torch.from_numpy(changed_view(train.changes, rng, train.imageresizew, train.imageresizeh))
+            moved = torch.from_numpy(changed_view(train.changes, rng, train.imageresizew, train.imageresizeh))
             views = features[row_of[query]], features[row_of[number]]
-            for first, second, homography in ((*views, there), (*views[::-1], torch.linalg.inv(there))):
+            for first, second, homography in ((*views, moved), (*views[::-1], torch.linalg.inv(moved))):
                 seen = seen_positions(homography, grid)
                 chosen = seen[torch.from_numpy(rng.permutation(len(seen))[:_POINTS])]
                 pairs.append(ViewPair(number, first, second, homography.to(first.device), chosen.to(first.device)))

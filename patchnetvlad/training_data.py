@@ -28,8 +28,8 @@ class PictureSet:
 
     keys and paths: one for each picture; positions: float64 n×c in metres (c = 2, or 3 for earth-centred ones), None
     where they are secret; night, sideways: bool n; unlabelled: bool n, those of which the source does not tell one of
-    the two; units: int64 u×L, the pictures of each unit that is matched: one
-    picture (L = 1) or the L pictures of a sequence; source: where the set came from, for messages.
+    the two; units: int64 u×L, the pictures of each unit that is matched: one picture (L = 1) or the L pictures of a
+    sequence; source: where the set came from, for messages.
     """
 
     source: Path

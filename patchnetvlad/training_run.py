@@ -119,9 +119,9 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     train = config.train
     config = config.for_training()
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
-    data = _read_data(config, options, processes, progress)
-    places = triplet_places(data.train, train.positive_radius, train.negative_radius)
-    check_validation(data.validation, train.match_radius)
+    cities = _read_data(config, options, processes, progress)
+    places = triplet_places(cities.train, train.positive_radius, train.negative_radius)
+    check_validation(cities.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
     logger.info("learning: %s", learning_layers(learning.model))
     _tell_memory(config, learning.model, places)
@@ -130,7 +130,9 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     logger.info("run in %s", folder)
     if learning.progress.epoch >= options.num_epochs > 0:
         logger.warning("%d epochs are finished already, --nEpochs is %d", learning.progress.epoch, options.num_epochs)
-    trainer = Trainer(config, learning, places, data.validation, folder, processes, options.save_every_epoch, progress)
+    trainer = Trainer(
+        config, learning, places, cities.validation, folder, processes, options.save_every_epoch, progress
+    )
     trainer.run(options.num_epochs)
     state = learning.progress
     return TrainedRun(folder, state.epoch, state.recalls, state.best_score)
@@ -181,9 +183,9 @@ def read_training_data(config: Config, sources: Sequence[Source]) -> TrainingDat
 
 
 def _read_data(config: Config, options: RunOptions, processes: Processes, progress: bool) -> TrainingData:
-    data = read_training_data(config, options.sources)
+    cities = read_training_data(config, options.sources)
     workers = config.global_params.loading_threads
-    return data.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
+    return cities.checked(processes, options.check_pictures, options.skip_unreadable, workers, progress)
 
 
 def _goes_on(checkpoint: Checkpoint, options: RunOptions) -> bool:

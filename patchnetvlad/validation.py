@@ -13,7 +13,7 @@ from patchnetvlad.recall import Recall, recall_at
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.training_data import CityPictures
 
-Describe = Callable[[Sequence[Path], Sequence[int], str], NDArray[np.float32]]
+DescribeFiles = Callable[[Sequence[Path], Sequence[int], str], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def check_validation(cities: Sequence[CityPictures], radius: float) -> None:
 
 
 def validate(
-    describe: Describe,
+    describe: DescribeFiles,
     cities: Sequence[CityPictures],
     radius: float,
     n_values: Sequence[int],

@@ -45,8 +45,7 @@ def initialise_encoder(model: PlaceModel, config: Config) -> None:
     imagenet stands for the weights that the encoder is published with (DINOv2's come from other pictures), none for
     random ones, package:NAME for the file of weights in an installed Python package. Another name is that of a
     checkpoint, whole or without its end, whose encoder is taken, or of the encoder's weights as somebody else published
-    them. An encoder without weights
-    needs none. Raises UserError when they cannot be fetched or do not fit.
+    them. An encoder without weights needs none. Raises UserError when they cannot be fetched or do not fit.
     """
     source = config.train.pretrained
     if not model.encoder.state_dict():

@@ -55,6 +55,7 @@ SOUND = {
         ("config", "model", "config: imports model, a later row"),
         ("model", "report.page", "model: imports report.page, which is an annex"),
         ("netvlad", "config", "netvlad: a formula that imports config"),
+        ("netvlad", "encoders.vgg16", "netvlad: a formula that imports encoders.vgg16"),
         ("netvlad", "model", "circle: model -> netvlad -> model"),
         ("forgotten", "errors", "forgotten: not in the README's table"),
         ("export.onnx", "model", "export/: not in the README's table"),

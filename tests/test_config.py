@@ -380,7 +380,7 @@ def configurations(draw: st.DrawFn) -> Config:
         ),
         TrainConfig(
             lr=draw(st.floats(0, 1e300, exclude_min=True)),
-            augmentation=tuple(draw(st.lists(st.sampled_from(CHANGES), unique=True))),
+            augmentation=tuple(draw(st.lists(st.sampled_from(list(CHANGES)), unique=True))),
             whitening=draw(st.floats(0, 1).map(abs)),
             pretrained=draw(texts.filter(lambda text: text.lower() not in ("imagenet", "none"))),
             imageresizeh=draw(sizes),

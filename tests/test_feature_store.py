@@ -33,7 +33,7 @@ from patchnetvlad.patch_codes import coded_grids, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
 from patchnetvlad.store.arrays.codecs import CODECS
-from patchnetvlad.store.cache.picture_cache import PictureCache
+from patchnetvlad.store.cache.memory_cache import PictureCache
 from patchnetvlad.store.manifest import StoreHeader
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.writing.feature_writer import FeatureWriter

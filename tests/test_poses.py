@@ -28,7 +28,7 @@ from patchnetvlad.localization.poses import (
     score_poses,
     write_submission,
 )
-from patchnetvlad.result_files import Ranking, write_kapture_pairs
+from patchnetvlad.result_files import NamedRanking, write_kapture_pairs
 
 
 def refused(complaint: str):
@@ -221,7 +221,7 @@ def test_the_command_from_predictions_to_percentages_and_submission(dataset, tmp
     (made,) = MAKERS["robotcar"].make(dataset, only_posed=False)
     _, files = finish(made, dataset, tmp_path, tmp_path)
     predictions = tmp_path / "predictions.txt"
-    write_kapture_pairs(predictions, [Ranking(name, made.database.names[:3]) for name in made.queries.names])
+    write_kapture_pairs(predictions, [NamedRanking(name, made.database.names[:3]) for name in made.queries.names])
     options = ["--predictions", str(predictions), "--query_file_path", str(files.queries)]
     options += ["--index_file_path", str(files.database), "--dataset_root_dir", str(dataset)]
     options += ["--database_poses", str(dataset / "mapping")]
@@ -242,7 +242,7 @@ def test_the_command_from_predictions_to_percentages_and_submission(dataset, tmp
     assert "neither a Kapture folder" in capsys.readouterr().err
     # the queries' own poses as the database: every query is exact
     own = ["--predictions", str(predictions), "--index_file_path", str(files.queries)]
-    write_kapture_pairs(predictions, [Ranking(name, (name,)) for name in made.queries.names])
+    write_kapture_pairs(predictions, [NamedRanking(name, (name,)) for name in made.queries.names])
     own += ["--query_file_path", str(files.queries), "--database_poses", str(dataset / "query")]
     assert evaluate_poses([*own, "--query_poses", str(dataset / "query")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:5] == ["all", "6", "100.0", "100.0", "100.0"]

@@ -24,7 +24,7 @@ from patchnetvlad.ranking import Ranker, check_panoramas, visiting_order
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.retrieval import Candidates
 from patchnetvlad.store.arrays.codecs import CPU
-from patchnetvlad.store.cache.picture_cache import PictureCache, available_memory, cache_bytes
+from patchnetvlad.store.cache.memory_cache import PictureCache, available_memory, cache_bytes
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 
 QUERIES = [f"queries/query{number:02}_0.jpg" for number in (0, 3, 7)]

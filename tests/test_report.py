@@ -14,8 +14,8 @@ from tiny_run import EXAMPLES, example_names, run, tiny_model, write_ground_trut
 
 from patchnetvlad.ground_truth import GroundTruth
 from patchnetvlad.image_lists import ImageList
+from patchnetvlad.judging import wilson_interval
 from patchnetvlad.matching import Matches
-from patchnetvlad.measures import wilson_interval
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.ransac import ransac_score
 from patchnetvlad.recall import ranks_of_first_match

@@ -15,9 +15,10 @@ from patchnetvlad.commands.features import feature_match
 from patchnetvlad.datasets import benchmark_files
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, Known, ListPair
 from patchnetvlad.datasets.reproduction import compare
+from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import read_image_list
-from patchnetvlad.measures import judge
-from patchnetvlad.measures import measure as measure_judged
+from patchnetvlad.judging import judge
+from patchnetvlad.judging import measure as measure_judged
 
 EXAMPLES = ROOT / "example_images"
 
@@ -137,6 +138,10 @@ def test_lists_are_made_where_they_are_missing(tmp_path, monkeypatch):
     weights = tmp_path / "w512.pth.tar"
     weights.touch()
     overrides = [f"global_params.resumepath={tmp_path / 'w'}", "global_params.num_pcs=512"]
+    absent = [f"global_params.resumepath={tmp_path / 'absent'}", overrides[1]]
+    with pytest.raises(UserError, match=r"nordland: missing weights: .*absent512"):
+        benchmark_files.prepare("nordland", tmp_path, tmp_path / "work", None, absent)
+    assert not (tmp_path / "work").exists()
     config, (files,) = benchmark_files.prepare("nordland", tmp_path, tmp_path / "work", None, overrides)
     assert files.queries.names == tuple(f"winter/images-{frame:05}.png" for frame in range(3))
     assert files.ground_truth == tmp_path / "work" / "lists" / "nordland.npz" and config.global_params.num_pcs == 512

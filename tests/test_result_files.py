@@ -11,7 +11,7 @@ from patchnetvlad.candidates import RankingScores
 from patchnetvlad.errors import UserError
 from patchnetvlad.recall import recall_at
 from patchnetvlad.result_files import (
-    Ranking,
+    NamedRanking,
     name_rankings,
     read_pairs,
     read_predictions,
@@ -27,8 +27,8 @@ from patchnetvlad.result_files import (
 QUERIES = ("query/a.jpg", "query/b c.jpg")
 DATABASE = ("db/0.jpg", "db/1.jpg", "/elsewhere/2.jpg")
 RANKINGS = [
-    Ranking(QUERIES[0], (DATABASE[1], DATABASE[0], DATABASE[2])),
-    Ranking(QUERIES[1], (DATABASE[2],)),
+    NamedRanking(QUERIES[0], (DATABASE[1], DATABASE[0], DATABASE[2])),
+    NamedRanking(QUERIES[1], (DATABASE[2],)),
 ]
 
 
@@ -56,37 +56,37 @@ def test_kapture_pairs_to_the_letter(tmp_path):
 
 def test_published_pairs_to_the_letter(tmp_path):
     path = tmp_path / "NetVLAD_predictions.txt"
-    write_published_pairs(path, [Ranking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))])
+    write_published_pairs(path, [NamedRanking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))])
     assert path.read_bytes().decode() == (
         "# kapture format: 1.0\n"
         "# query_image, map_image\n"
         "/data/query/b c.jpg, /data/db/1.jpg\n"
         "/data/query/b c.jpg, /data/db/0.jpg\n"
     )
-    assert read_pairs(path) == [Ranking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))]
+    assert read_pairs(path) == [NamedRanking("/data/query/b c.jpg", ("/data/db/1.jpg", "/data/db/0.jpg"))]
     with refused("holds no comma"):
-        write_published_pairs(path, [Ranking("/data/a,b.jpg", ("/data/db/1.jpg",))])
+        write_published_pairs(path, [NamedRanking("/data/a,b.jpg", ("/data/db/1.jpg",))])
 
 
 def test_kapture_scores_keep_long_rankings_in_order(tmp_path):
     database = tuple(f"db/{i}.jpg" for i in range(2000))
-    write_kapture_pairs(tmp_path / "pairs.txt", [Ranking("q.jpg", database)])
+    write_kapture_pairs(tmp_path / "pairs.txt", [NamedRanking("q.jpg", database)])
     scores = [float(line.split(", ")[2]) for line in (tmp_path / "pairs.txt").read_text().splitlines()[2:]]
     assert (np.diff(scores) < 0).all() and scores[-1] > 0
-    assert read_pairs(tmp_path / "pairs.txt") == [Ranking("q.jpg", database)]
+    assert read_pairs(tmp_path / "pairs.txt") == [NamedRanking("q.jpg", database)]
 
 
 def test_kapture_itself_reads_our_pairs(tmp_path):
     pairsfile = pytest.importorskip("kapture_localization.utils.pairsfile", exc_type=ImportError)
     write_kapture_pairs(tmp_path / "pairs.txt", RANKINGS)
     found = pairsfile.get_ordered_pairs_from_file(str(tmp_path / "pairs.txt"))
-    assert [Ranking(query, tuple(name for name, _ in pairs)) for query, pairs in found.items()] == RANKINGS
+    assert [NamedRanking(query, tuple(name for name, _ in pairs)) for query, pairs in found.items()] == RANKINGS
     shorter = pairsfile.get_ordered_pairs_from_file(str(tmp_path / "pairs.txt"), topk_override=1)
     assert shorter[QUERIES[0]] == [(DATABASE[1], 1.0)]
 
 
 def test_hloc_pairs_to_the_letter(tmp_path):
-    rankings = [Ranking("q,1.jpg", ("b.jpg", "a.jpg")), Ranking("q2.jpg", ("b.jpg",))]
+    rankings = [NamedRanking("q,1.jpg", ("b.jpg", "a.jpg")), NamedRanking("q2.jpg", ("b.jpg",))]
     write_hloc_pairs(tmp_path / "pairs.txt", rankings)
     assert (tmp_path / "pairs.txt").read_text() == "q,1.jpg b.jpg\nq,1.jpg a.jpg\nq2.jpg b.jpg\n"
     assert read_pairs(tmp_path / "pairs.txt") == rankings
@@ -105,7 +105,7 @@ names = st.lists(
 @given(queries=names, database=names, data=st.data())
 def test_pairs_of_any_names_come_back(tmp_path_factory, queries, database, data):
     path = tmp_path_factory.mktemp("pairs") / "pairs.txt"
-    rankings = [Ranking(query, tuple(data.draw(st.permutations(database)))) for query in queries]
+    rankings = [NamedRanking(query, tuple(data.draw(st.permutations(database)))) for query in queries]
     for write in (write_kapture_pairs, write_hloc_pairs):
         write(path, rankings)
         assert read_pairs(path) == rankings
@@ -115,7 +115,7 @@ def test_pairs_of_any_names_come_back(tmp_path_factory, queries, database, data)
 
 @pytest.mark.parametrize("name", ["a,b.jpg", "#a.jpg", " a.jpg", "a.jpg "])
 def test_names_that_kapture_pairs_cannot_hold(tmp_path, name):
-    for ranking in (Ranking(name, ("db.jpg",)), Ranking("q.jpg", ("db.jpg", name))):
+    for ranking in (NamedRanking(name, ("db.jpg",)), NamedRanking("q.jpg", ("db.jpg", name))):
         with refused(re.escape(f"picture {name!r}")):
             write_kapture_pairs(tmp_path / "pairs.txt", [ranking])
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +124,7 @@ def test_names_that_kapture_pairs_cannot_hold(tmp_path, name):
 @pytest.mark.parametrize("name", ["a b.jpg", "#a.jpg", "a.jpg\t", "a.jpg,"])
 def test_names_that_hloc_pairs_cannot_hold(tmp_path, name):
     with refused(re.escape(f"picture {name!r}")):
-        write_hloc_pairs(tmp_path / "pairs.txt", [Ranking("q.jpg", (name,))])
+        write_hloc_pairs(tmp_path / "pairs.txt", [NamedRanking("q.jpg", (name,))])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +142,7 @@ def test_names_that_hloc_pairs_cannot_hold(tmp_path, name):
 def test_pairs_of_other_tools(tmp_path, text):
     path = tmp_path / "pairs.txt"
     path.write_bytes(text.encode())
-    assert read_pairs(path) == [Ranking("q", ("a", "b")), Ranking("r", ("a",))]
+    assert read_pairs(path) == [NamedRanking("q", ("a", "b")), NamedRanking("r", ("a",))]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def msls_table(path):
 
 def test_msls_predictions_of_several_cities(tmp_path):
     path = tmp_path / "msls.txt"
-    cph = [Ranking("train_val/cph/query/images/k1.jpg", ("train_val/cph/database/images/d1.jpg", "x/d-2_.jpg"))]
+    cph = [NamedRanking("train_val/cph/query/images/k1.jpg", ("train_val/cph/database/images/d1.jpg", "x/d-2_.jpg"))]
     sf = [
-        Ranking("sf/k2.jpg", ("sf/d5.jpg", "sf/d6.jpg", "sf/d7.jpg")),
-        Ranking("sf/k3.jpg", ("sf/d6.jpg",)),
+        NamedRanking("sf/k2.jpg", ("sf/d5.jpg", "sf/d6.jpg", "sf/d7.jpg")),
+        NamedRanking("sf/k3.jpg", ("sf/d6.jpg",)),
     ]
     write_msls_predictions(path, cph)
     assert path.read_text() == "k1 d1 d-2_\n"
@@ -259,17 +259,17 @@ def test_msls_predictions_of_several_cities(tmp_path):
 
 
 def test_appending_to_no_file_makes_one(tmp_path):
-    write_msls_predictions(tmp_path / "msls.txt", [Ranking("k.jpg", ("d.jpg",))], append=True)
+    write_msls_predictions(tmp_path / "msls.txt", [NamedRanking("k.jpg", ("d.jpg",))], append=True)
     assert msls_table(tmp_path / "msls.txt") == [["k", "d"]]
 
 
 @pytest.mark.parametrize(
     ("rankings", "complaint"),
     [
-        ([Ranking("a/k.jpg", ())], "a/k.jpg has no prediction"),
-        ([Ranking("a/k 1.jpg", ("d.jpg",))], "no white space"),
-        ([Ranking("k.jpg", ("a/d.jpg", "b/d.jpg"))], "a/d.jpg and b/d.jpg have the same MSLS key d"),
-        ([Ranking("k.jpg", ("d.jpg",))] * 2, "query k appears a second time"),
+        ([NamedRanking("a/k.jpg", ())], "a/k.jpg has no prediction"),
+        ([NamedRanking("a/k 1.jpg", ("d.jpg",))], "no white space"),
+        ([NamedRanking("k.jpg", ("a/d.jpg", "b/d.jpg"))], "a/d.jpg and b/d.jpg have the same MSLS key d"),
+        ([NamedRanking("k.jpg", ("d.jpg",))] * 2, "query k appears a second time"),
     ],
 )
 def test_what_msls_predictions_cannot_hold(tmp_path, rankings, complaint):

@@ -88,9 +88,9 @@ def violations(house: House, imports: Mapping[str, frozenset[str]]) -> list[str]
                 differences.append(f"{module}: imports {other}, which is an annex")
             elif row_of.get(room, -1) > row_of[rooms[module]]:
                 differences.append(f"{module}: imports {other}, a later row")
-    ground = set(house.rows[0].modules) - {"errors"} if house.rows else set()
+    pure = house.formulas | {"errors"}
     for module in sorted(house.formulas & set(method)):
-        differences += [f"{module}: a formula that imports {other}" for other in sorted(imports[module] & ground)]
+        differences += [f"{module}: a formula that imports {other}" for other in sorted(imports[module] - pure)]
     return differences + [f"circle: {' -> '.join(circle)}" for circle in circles(imports)]
 
 

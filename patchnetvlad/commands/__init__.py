@@ -1,1 +1,1 @@
-"""The command lines: one module a topic; scripts call them, nothing else does."""
+"""The command lines, one module a topic: what the scripts call."""

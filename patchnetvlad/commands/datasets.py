@@ -12,14 +12,14 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
-from patchnetvlad.measure_files import Protocol, joined, measure_lines, measure_record, write_json
-from patchnetvlad.measures import Measures, judge
-from patchnetvlad.measures import measure as measure_judged
+from patchnetvlad.judging import Measures, judge
+from patchnetvlad.judging import measure as measure_judged
+from patchnetvlad.judging_files import EvaluationProtocol, joined, measure_lines, measure_record, write_json
 from patchnetvlad.paths import making_folder, require_file
 from patchnetvlad.result_files import read_pairs, read_predictions, write_msls_predictions
 
 if TYPE_CHECKING:
-    from patchnetvlad.datasets.reproduction import Comparison, Estimate, Reproduction
+    from patchnetvlad.datasets.reproduction import ComparedRecall, Estimate, Reproduction
 
 _JOINED = "all {} joined, each searched in its own database: {}"
 
@@ -233,7 +233,7 @@ class _Enough(Exception):
     """The estimate was all that was asked for."""
 
 
-def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str, Measures]]:
+def _measured_predictions(args: argparse.Namespace) -> tuple[EvaluationProtocol, dict[str, Measures]]:
     if None in (args.query_file_path, args.index_file_path, args.ground_truth_path):
         raise UserError("--predictions: needs --query_file_path, --index_file_path and --ground_truth_path")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
@@ -255,7 +255,7 @@ def _measured_predictions(args: argparse.Namespace) -> tuple[Protocol, dict[str,
     for named_path in args.predictions:
         predicted = read_predictions(_path(named_path), queries.names, database.names).indices
         measures[_name(named_path)] = measure_judged(judge(predicted, positives), args.n_values)
-    return Protocol(len(queries), len(database), truth.radius, truth.unit), measures
+    return EvaluationProtocol(len(queries), len(database), truth.radius, truth.unit), measures
 
 
 def _name(named_path: str) -> str:
@@ -290,7 +290,7 @@ def _band(band: tuple[float, float]) -> str:
     return f"−{lower:g} or better" if math.isinf(upper) else f"−{lower:g} to +{upper:g}"
 
 
-def _comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
+def _comparison_lines(comparisons: Sequence[ComparedRecall]) -> list[str]:
     if not comparisons:
         return ["no known result to compare with"]
     lines = [f"{'':<14}{'N':>4}{'known':>8}{'measured':>10}{'':>8}  source"]

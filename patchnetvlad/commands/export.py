@@ -32,7 +32,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
     size, path = config.feature_extract, Path(args.output_path)
     if path.suffix not in _ENDINGS:
         raise UserError(f"--output_path {path}: must end in {', '.join(_ENDINGS)}")
-    if min(size.imageresizeh, size.imageresizew) <= 0:
+    if size.picture_size is None:
         raise UserError("[feature_extract] imageresizeh, imageresizew: a size is needed (with --dynamic_size too)")
     command_line.require_checkpoint(config)
     from patchnetvlad.export import onnx_model

@@ -15,6 +15,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, ground_truth_lengths, read_ground_truth, read_zone, with_unit
 from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.judging_files import write_json
 from patchnetvlad.localization.coordinates import parse_zone
 from patchnetvlad.localization.pose_approximation import (
     Weighting,
@@ -35,7 +36,6 @@ from patchnetvlad.localization.poses import (
     write_submission,
 )
 from patchnetvlad.localization.position import LIMITS, score_positions
-from patchnetvlad.measure_files import write_json
 from patchnetvlad.paths import require_file
 from patchnetvlad.result_files import read_predictions
 

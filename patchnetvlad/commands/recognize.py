@@ -8,8 +8,6 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.datasets import make_dataset
@@ -78,12 +76,12 @@ def _recognize(args: argparse.Namespace) -> int:
     truth = output / "lists" / f"{_NAME}.npz"
     truth.unlink(missing_ok=True)
     shared = _shared(args)
-    to = [f"--{name}={output / 'lists'}" for name in ("lists_dir", "ground_truth_dir")]
-    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *to]):
+    into = [f"--{name}={output / 'lists'}" for name in ("lists_dir", "ground_truth_dir")]
+    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *into]):
         return status
-    at = ["--dataset_root_dir", str(root)]
+    of_root = ["--dataset_root_dir", str(root)]
     for side in ("index", "query"):
-        options = [*at, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
+        options = [*of_root, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
         options += ["--overwrite"] if args.overwrite else []
         if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
             return status
@@ -91,7 +89,7 @@ def _recognize(args: argparse.Namespace) -> int:
     options += [word for side in lists for word in (f"--{side}_input_features_dir", str(features[side]))]
     options += ["--ground_truth_path", str(truth)] if truth.exists() else []
     options += ["--result_save_folder", str(output / "results"), "--report"]
-    if status := command_line.run_step("feature_match.py", feature_match, [*shared, *at, *options]):
+    if status := command_line.run_step("feature_match.py", feature_match, [*shared, *of_root, *options]):
         return status
     print("\n".join(["", *_ranking_lines(output / "results", config)]))
     page = (output / "results" / "report.html").absolute()
@@ -157,20 +155,15 @@ def _talk(args: argparse.Namespace) -> list[str]:
 
 def _ranking_lines(results: Path, config: Config) -> list[str]:
     """Each query with its best candidates, and the spatial score of the best, which compares queries."""
-    stage = RERANKING if config.global_params.pooling == "patchnetvlad" else RETRIEVAL
+    stage = RERANKING if config.global_params.has_patches else RETRIEVAL
     predictions = results / f"{stage}_predictions.txt"
     rankings = read_pairs(predictions)
     best: dict[str, float] = {}
     if stage == RERANKING:
         scores, names, _ = read_scores(results / "scores.npz")
         if scores.per_scale.shape[1]:
-            best = dict(
-                zip(
-                    names,
-                    (scores.per_scale[:, 0] @ np.asarray(config.feature_match.patchweights2use)).tolist(),
-                    strict=True,
-                )
-            )
+            of_best = scores.of_best(config.feature_match.patchweights2use)
+            best = dict(zip(names, of_best.tolist(), strict=True))
     lines = ["query: best match" + (" (spatial score)" if best else "") + ", next ones"]
     for ranking in rankings[:_SHOWN]:
         first, *others = ranking.database[:_BEST]

@@ -66,12 +66,12 @@ def _train(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
     config.require_pretrained()
-    places = _sources(args)
+    sources = _sources(args)
     resumed = _checkpoint(args.resume_path) if args.resume_path else None
     from patchnetvlad.distributed import processes
     from patchnetvlad.training_run import RunOptions, Source, train_model
 
-    first, *more = (Source(*place) for place in places)
+    first, *more = (Source(*source) for source in sources)
     options = RunOptions(
         first.root,
         first.training_csv,
@@ -124,24 +124,24 @@ def _add_pca(args: argparse.Namespace) -> None:
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_projecting()
     config.check_one_process("fitting")
-    places = _sources(args)
+    sources = _sources(args)
     resumed, num_pcs = _checkpoint(args.resume_path), config.global_params.num_pcs
     check_new_checkpoint(with_wpca(resumed, num_pcs), num_pcs, args.overwrite)
     name = args.dataset_file_path or (PITTSBURGH_LIST if args.dataset_choice == "pitts" else None)
     if name and args.dataset_csv:
         raise UserError("--dataset_csv: cannot be used together with a list")
-    if name and len(places) > 1:
+    if name and len(sources) > 1:
         raise UserError("--dataset_root_dir: a list belongs to one folder")
-    pictures = read_image_list(require_file(name, "dataset_imagenames"), places[0][0]) if name else None
+    pictures = read_image_list(require_file(name, "dataset_imagenames"), sources[0][0]) if name else None
     from patchnetvlad.model_fitting import add_wpca
     from patchnetvlad.training_run import Source, read_training_data
 
     if pictures is not None:
         source, paths = pictures.source, list(dict.fromkeys(pictures.paths))
     else:
-        sources = [Source(*place) for place in places]
-        training_data = read_training_data(config, sources)
-        source, paths = sources[0].listed, [path for city in training_data.train for path in city.database.paths]
+        described = [Source(*source) for source in sources]
+        training_data = read_training_data(config, described)
+        source, paths = described[0].listed, [path for city in training_data.train for path in city.database.paths]
     written = add_wpca(config, resumed, paths, source, command_line.device(args), command_line.progress(args))
     print("\n".join([f"checkpoint in {written}", *_how_to_use(config, written, num_pcs)]))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchnetvlad.config import Config
+from patchnetvlad.datasets.dataset import check_pictures
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, ListPair
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
@@ -31,40 +32,48 @@ def prepare(
     own = () if config_path else benchmark.overrides
     config = load_config(require_file(config_path or benchmark.config, "configs"), (*own, *overrides))
     missing = []
-    files: list[Files] = []
-    try:
-        files = _lists(benchmark, root, work)
-        for listed in (pictures for pair in files for pictures in (pair.queries, pair.database)):
-            absent = sum(not path.is_file() for path in listed.paths)
-            if absent:
-                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
-    except UserError as error:
-        missing.append(f"data: {error} (get it: {benchmark.where})")
+    weights: Path | None = None
     try:
         weights = config.require_checkpoint()
-        if missing and not weights.exists():
+    except UserError as error:
+        missing.append(f"weights: {error}")
+    files: list[Files] = []
+    try:
+        files = _lists(benchmark, root, None if missing else work)
+    except UserError as error:
+        missing.insert(0, f"data: {error} (get it: {benchmark.where})")
+        if weights is not None and not weights.exists():  # with the data at hand it is downloaded
             missing.append(
                 f"weights: {weights.name} is not at hand (get it: download_models.py --models {weights.name})"
             )
-    except UserError as error:
-        missing.append(f"weights: {error}")
     if missing:
         raise UserError(f"{benchmark_name}: missing " + "; ".join(missing))
     return config, files
 
 
-def _lists(benchmark: Benchmark, root: Path, work: Path) -> list[Files]:
-    """Lists beside the pictures, among the known ones, or made from the dataset."""
+def _lists(benchmark: Benchmark, root: Path, work: Path | None) -> list[Files]:
+    """Lists beside the pictures, among the known ones, or made from the dataset; work: None to write none.
+
+    Raises UserError when lists or pictures are missing, before any list is written.
+    """
     at_hand = [_find_pair(root, pair) for pair in benchmark.list_pairs]
     if all(pair is not None for pair in at_hand):
-        return [pair for pair in at_hand if pair is not None]
+        complete = [pair for pair in at_hand if pair is not None]
+        for listed in (pictures for pair in complete for pictures in (pair.queries, pair.database)):
+            absent = sum(not path.is_file() for path in listed.paths)
+            if absent:
+                raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
+        return complete
     if benchmark.make is None:
         names = "; ".join(
             f"{pair.lists}_imageNames_query.txt, …_index.txt, {pair.ground_truth}.npz" for pair in benchmark.list_pairs
         )
         raise UserError(f"{root}: no {names}")
+    datasets = [check_pictures(dataset, root) for dataset in benchmark.make(root)]
+    if work is None:
+        return []
     made = []
-    for pair, dataset in zip(benchmark.list_pairs, benchmark.make(root), strict=True):
+    for pair, dataset in zip(benchmark.list_pairs, datasets, strict=True):
         _, files = finish(dataset, root, work / "lists", work / "lists")
         if files.ground_truth is None:
             raise UserError(f"{root}: {dataset.name} has no coordinates")

@@ -16,11 +16,11 @@ from patchnetvlad.datasets.known_results import Known
 from patchnetvlad.evaluation import Evaluation, Sources, add_city, evaluate, open_run, write_results
 from patchnetvlad.extraction import describe_list, estimate_bytes, store_header
 from patchnetvlad.images import image_batches, require_readable
-from patchnetvlad.measure_files import Protocol, joined
-from patchnetvlad.measures import Measures
+from patchnetvlad.judging import Measures
+from patchnetvlad.judging_files import EvaluationProtocol, joined
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.reranking import rerank
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 from patchnetvlad.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _BASE_GB = 1.5  # of memory for Python, torch and the encoder's feature maps
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRecall:
     """A known Recall@N beside the measured one, both in %; passed: within the band, None where there is none."""
 
     known: Known
@@ -51,10 +51,10 @@ class Estimate:
 class Reproduction:
     """What a run gave: the measures of all pairs of lists joined, of each pair, and beside the known results."""
 
-    protocol: Protocol
+    protocol: EvaluationProtocol
     measures: dict[str, Measures]
     evaluations: dict[str, Evaluation]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ComparedRecall, ...]
     seconds: float
 
 
@@ -103,7 +103,7 @@ def reproduce(
     return Reproduction(protocol, measures, evaluations, compare(known, measures), time.perf_counter() - started)
 
 
-def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comparison, ...]:
+def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[ComparedRecall, ...]:
     """Known recalls beside those measured; a stage or N that was not measured is passed over."""
     comparisons = []
     for known_result in known:
@@ -117,7 +117,7 @@ def compare(known: Sequence[Known], measures: dict[str, Measures]) -> tuple[Comp
                 passed = None
                 if known_result.band is not None:
                     passed = value - known_result.band[0] <= round(ours, 2) <= value + known_result.band[1]
-                comparisons.append(Comparison(known_result, n, ours, passed))
+                comparisons.append(ComparedRecall(known_result, n, ours, passed))
     return tuple(comparisons)
 
 

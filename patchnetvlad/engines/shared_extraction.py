@@ -55,7 +55,7 @@ class Places(Sequence[T]):
 
 
 @dataclass(frozen=True)
-class Part:
+class PictureBlock:
     """Some pictures of a list: their indices, and the list with no more than them."""
 
     indices: Sequence[int]
@@ -80,7 +80,7 @@ class ExtractionJob:
     device: str
     cpus: int
 
-    def prepare(self) -> Callable[[Part], list[Written]]:
+    def prepare(self) -> Callable[[PictureBlock], list[Written]]:
         """The model on its device; what describes a part writes its files too."""
         if _first_line(self.folder) != self.manifest:
             raise UserError(
@@ -92,7 +92,7 @@ class ExtractionJob:
         model = self.model.to(torch.device(self.device))
 
         @memory_errors(EXTRACTION_MEMORY)
-        def describe(part: Part) -> list[Written]:
+        def describe(part: PictureBlock) -> list[Written]:
             return describe_part(model, config, part, self.header, self.trained, self.folder, self.short)
 
         return describe
@@ -101,7 +101,7 @@ class ExtractionJob:
 def describe_part(
     model: PlaceModel,
     config: Config,
-    part: Part,
+    part: PictureBlock,
     header: StoreHeader,
     trained: PatchCodec | None,
     folder: Path,
@@ -125,8 +125,10 @@ def with_ray(cluster: Cluster) -> Describe:
 
     def describe(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
         folder, pictures = writer.folder.absolute(), writer.pictures
-        what = model, config, writer.header, writer.trained
-        job = ExtractionJob(*what, folder, writer.short_blocks, _first_line(folder), cluster.device, cluster.cpus)
+        described_with = model, config, writer.header, writer.trained
+        job = ExtractionJob(
+            *described_with, folder, writer.short_blocks, _first_line(folder), cluster.device, cluster.cpus
+        )
         blocks = _cut(cluster, writer, config)
         announced = False
         for place, written in cluster.answers(job, (_part(pictures, indices) for indices in blocks)):
@@ -159,8 +161,8 @@ def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[i
     return list(blocks.values())
 
 
-def _part(pictures: ImageList, indices: Sequence[int]) -> Part:
-    return Part(
+def _part(pictures: ImageList, indices: Sequence[int]) -> PictureBlock:
+    return PictureBlock(
         indices,
         ImageList(
             Places.of(pictures.names, indices),

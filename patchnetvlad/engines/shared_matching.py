@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _QUERIES = 64  # in a part, at most
 
-Part = tuple[list[int], list[list[int]]]
+QueryBlock = tuple[list[int], list[list[int]]]
 """Some queries, and for each its candidates' database rows in retrieval order."""
 
 
@@ -48,7 +48,7 @@ class MatchingJob:
     cpus: int
     workers: int
 
-    def prepare(self) -> Callable[[Part], Reranked]:
+    def prepare(self) -> Callable[[QueryBlock], Reranked]:
         """Both feature folders opened; they stay open as long as the worker lives."""
         torch.set_num_threads(self.cpus)
         device = torch.device(self.device)
@@ -68,7 +68,7 @@ class MatchingJob:
         # The search is done: a file of it, which [feature_match] index may name, is not needed
         ranker = Ranker(replace(self.config.feature_match, index="Flat"), database, device)
 
-        def rerank(part: Part, opened: ExitStack = opened) -> Reranked:
+        def rerank(part: QueryBlock, opened: ExitStack = opened) -> Reranked:
             return ranker.rerank(queries, *part)
 
         return rerank
@@ -84,7 +84,7 @@ def with_ray(cluster: Cluster, run: MatchingRun, sources: Sources, progress: boo
         lists = _absolute(run.queries), _absolute(run.database)
         job = MatchingJob(run.config, expected_header(run.config), *lists, *folders, run.model, *machine)
         blocks = cluster.parts(range(len(heads)), _QUERIES)
-        parts: list[Part] = [(rows, [list(heads[row]) for row in rows]) for rows in blocks]
+        parts: list[QueryBlock] = [(rows, [list(heads[row]) for row in rows]) for rows in blocks]
         done: dict[int, Reranking] = {}
         sizes: tuple[int, ...] = ()
         with tqdm(total=len(heads), desc="Re-ranking", unit="query", disable=not progress) as bar:

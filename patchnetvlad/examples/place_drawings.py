@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .drawing_sheet import Colour, Sheet, tint
+from patchnetvlad.examples.drawing_sheet import Colour, Sheet, tint
 
 WALLS: dict[str, list[Colour]] = {
     "brick": [(158, 92, 72), (134, 82, 68), (176, 132, 100), (120, 96, 88)],

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from patchnetvlad.examples.rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 from patchnetvlad.files import make_folder, write_text
 from patchnetvlad.ground_truth import write_ground_truth
-
-from .rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
 
 MATCH_RADIUS = 25.0  # metres
 

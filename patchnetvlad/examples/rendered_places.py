@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .drawing_sheet import Array, Sheet, noise
-from .place_drawings import OBJECTS, draw_building, draw_window
+from patchnetvlad.examples.drawing_sheet import Array, Sheet, noise
+from patchnetvlad.examples.place_drawings import OBJECTS, draw_building, draw_window
 
 Mask = NDArray[np.bool_]
 Size = tuple[int, int]  # width, height in pixels

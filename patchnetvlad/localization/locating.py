@@ -19,9 +19,9 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
 from patchnetvlad.localization.position import Position, estimate_position
 from patchnetvlad.ranking import Ranker, check_panoramas
-from patchnetvlad.recognizer import PlaceRecognizer, described_pictures
+from patchnetvlad.recognizer import PlaceRecognizer, for_ranking
 from patchnetvlad.result_files import read_scores
-from patchnetvlad.store.cache.picture_cache import cache_bytes
+from patchnetvlad.store.cache.memory_cache import cache_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def locate_pictures(
     config.check_own_candidates("single pictures (give the results of feature_match)")
     check_panoramas(options.panorama_cutouts, len(database_list), database)
     recognizer = PlaceRecognizer.load(config, device)
-    queries = described_pictures(recognizer, recognizer.describe(pictures))
+    queries = for_ranking(recognizer, recognizer.describe(pictures))
     memory = cache_bytes(options.cache_gb)
     with open_features(config, database_list, features, memory, lambda: recognizer.model) as database_features:
         database_features = with_built_index(config, database_list, database_features)

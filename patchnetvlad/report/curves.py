@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from patchnetvlad.measures import precision_recall, wilson_interval
+from patchnetvlad.judging import precision_recall, wilson_interval
 from patchnetvlad.report.content import ReportContent, number
 
 _BINS = 30

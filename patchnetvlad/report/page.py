@@ -38,7 +38,7 @@ def write_report(path: Path, content: ReportContent, progress: bool = False) -> 
     unreadable = sum(picture is None for picture in pictures)
     if unreadable:
         logger.warning("report: %d of %d pictures cannot be read and are left blank", unreadable, len(pictures))
-    data = {
+    embedded = {
         "stages": list(content.stages),
         "unit": content.ground_truth.unit if content.ground_truth else "",
         "unit_one": one_of(content.ground_truth.unit) if content.ground_truth else "",
@@ -58,7 +58,7 @@ def write_report(path: Path, content: ReportContent, progress: bool = False) -> 
         loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("page.html").render(
-        data=data,
+        data=embedded,
         pictures=pictures,
         settings=content.settings,
         summary=_summary(content),

@@ -29,8 +29,7 @@ def run_content(run: MatchingRun, evaluation: Evaluation) -> ReportContent:
     if scores is not None:
         stage_scores[names[1]] = scores.fused
         if scores.per_scale.shape[1]:
-            weighted = scores.per_scale[:, 0] @ np.asarray(run.config.feature_match.patchweights2use)
-            confidence[names[1]] = "spatial score", weighted
+            confidence[names[1]] = "spatial score", scores.of_best(run.config.feature_match.patchweights2use)
     return ReportContent(
         run.queries,
         run.database,
@@ -65,11 +64,9 @@ def _settings(config: Config) -> dict[str, str]:
         "encoder": params.backbone,
         "pooling": params.pooling,
         "dimensions": str(params.num_pcs or "without WPCA"),
-        "picture size": f"{size.imageresizew}×{size.imageresizeh}"
-        if min(size.imageresizew, size.imageresizeh) > 0
-        else "own",
+        "picture size": f"{size.imageresizew}×{size.imageresizeh}" if size.picture_size else "own",
     }
-    if params.pooling == "patchnetvlad":
+    if params.has_patches:
         shown |= {
             "matcher": match.matcher,
             "patch sizes": ", ".join(map(str, params.patch_sizes)),

@@ -14,7 +14,7 @@ from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
 from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, read_array
 from patchnetvlad.store.arrays.codecs import CODECS, CPU, Codec, ProductCodec, StoredArray, stored_codec
-from patchnetvlad.store.cache.picture_cache import Arrays, CacheStatistics, PictureCache
+from patchnetvlad.store.cache.memory_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.store.manifest import StoreHeader, read_manifest
 from patchnetvlad.store.reading.stored_pictures import (
     PackedPictures,

@@ -17,8 +17,8 @@ from patchnetvlad.images import prepare_image, read_image
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.store.arrays.codecs import CPU
-from patchnetvlad.store.cache.described_pictures import DescribedOnDisk
-from patchnetvlad.store.cache.picture_cache import CacheStatistics, PictureCache
+from patchnetvlad.store.cache.disk_cache import DiskCache
+from patchnetvlad.store.cache.memory_cache import CacheStatistics, PictureCache
 
 
 class PatchSource(Protocol):
@@ -148,7 +148,7 @@ class OnDemandPatches:
         pictures: ImageList,
         size: FeatureExtractConfig,
         cache_bytes: int,
-        kept: DescribedOnDisk | None = None,
+        kept: DiskCache | None = None,
     ) -> None:
         self._model = model
         self._pictures = pictures

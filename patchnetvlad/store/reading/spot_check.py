@@ -1,4 +1,4 @@
-"""Feature folders that nothing says the origin of, held against two of their pictures, described again."""
+"""Feature folders without a record of what made them, checked by describing two of their pictures again."""
 
 import logging
 from collections.abc import Callable

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.measure_files import Protocol, measure_lines, measure_record, read_judged, write_judged
-from patchnetvlad.measures import (
+from patchnetvlad.judging import (
     Judged,
     average_precision,
     join,
@@ -19,6 +18,7 @@ from patchnetvlad.measures import (
     precision_recall,
     wilson_interval,
 )
+from patchnetvlad.judging_files import EvaluationProtocol, measure_lines, measure_record, read_judged, write_judged
 
 PREDICTIONS = np.array([[4, 7, 2], [1, 3, 0], [5, 6, 8], [9, 0, 1]])
 POSITIVES = [np.array([7]), np.array([0, 1]), np.array([], dtype=np.int64), np.array([2])]
@@ -106,13 +106,13 @@ def test_cities_joined_and_apart():
 def test_nothing_to_measure_is_not_a_number():
     measured = measure(judge(PREDICTIONS[2:3], POSITIVES[2:3], np.array([1.0])), (1,))
     assert np.isnan(measured.mean_average_precision[0]) and measured.precision_recall is None
-    record = measure_record(Protocol(1, 10, 25.0), {"NetVLAD": measured})
+    record = measure_record(EvaluationProtocol(1, 10, 25.0), {"NetVLAD": measured})
     assert json.loads(json.dumps(record, allow_nan=False))["mean_average_precision"]["NetVLAD"]["1"] is None
 
 
 def test_table_and_record():
     measures = {"NetVLAD": measure(judge(PREDICTIONS, POSITIVES, np.array([0.1, 0.9, 0.3, 0.2])), (1, 3, 5))}
-    protocol = Protocol(4, 10, 25.0, "m")
+    protocol = EvaluationProtocol(4, 10, 25.0, "m")
     assert measure_lines(protocol, measures) == [
         "4 queries against 10 pictures, a match within 25 m; 1 queries have no match",
         "Recall@N (%)                  1      3      5",
@@ -139,9 +139,9 @@ def test_table_and_record():
 def test_judged_rankings_on_disk(tmp_path):
     judged = {"NetVLAD": judge(PREDICTIONS, POSITIVES, np.arange(4.0)), "other": judge(PREDICTIONS[:, :1], POSITIVES)}
     path = tmp_path / "results" / "judged.npz"
-    write_judged(path, Protocol(4, 10, 25.0), judged)
+    write_judged(path, EvaluationProtocol(4, 10, 25.0), judged)
     protocol, read = read_judged(path)
-    assert protocol == Protocol(4, 10, 25.0) and list(read) == ["NetVLAD", "other"]
+    assert protocol == EvaluationProtocol(4, 10, 25.0) and list(read) == ["NetVLAD", "other"]
     assert read["other"].scores is None and read["NetVLAD"].scores.tolist() == [0, 1, 2, 3]
     for name, part in judged.items():
         assert (read[name].hits == part.hits).all() and (read[name].num_matches == part.num_matches).all()

@@ -11,13 +11,13 @@ import numpy as np
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import write_text, writing
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, with_unit
-from patchnetvlad.measures import LEVEL, Judged, Measures, join, measure
+from patchnetvlad.judging import LEVEL, Judged, Measures, join, measure
 
 _CURVE_POINTS = 200  # of precision against recall, in the JSON
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """What was compared: lengths of the lists, and the distance within which two pictures match, with its unit."""
 
     queries: int
@@ -31,7 +31,7 @@ class Protocol:
         return f"{self.queries} queries against {self.database} pictures, a match within {radius}"
 
 
-def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details: bool = False) -> list[str]:
+def measure_lines(protocol: EvaluationProtocol, measures: Mapping[str, Measures], details: bool = False) -> list[str]:
     """The table: recalls of every method, with the protocol; with details confidence, mAP, AUC as well."""
     first = next(iter(measures.values())).recall
     wide = max(24, *(len(name) + 14 for name in measures))
@@ -64,7 +64,7 @@ def measure_lines(protocol: Protocol, measures: Mapping[str, Measures], details:
     return lines
 
 
-def measure_record(protocol: Protocol, measures: Mapping[str, Measures]) -> dict[str, object]:
+def measure_record(protocol: EvaluationProtocol, measures: Mapping[str, Measures]) -> dict[str, object]:
     """The same figures for a program, as fractions 0..1; NaN becomes null."""
     first = next(iter(measures.values())).recall
     return {
@@ -91,7 +91,7 @@ def write_json(path: Path, record: Mapping[str, object]) -> None:
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -> None:
+def write_judged(path: Path, protocol: EvaluationProtocol, judged: Mapping[str, Judged]) -> None:
     """Keep what measures need, for `measure.py` to join cities; an .npz file without pickles."""
     arrays: dict[str, np.ndarray] = {
         "methods": np.array(list(judged), dtype=np.str_),
@@ -107,7 +107,7 @@ def write_judged(path: Path, protocol: Protocol, judged: Mapping[str, Judged]) -
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stubs take the names for its options
 
 
-def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
+def read_judged(path: Path) -> tuple[EvaluationProtocol, dict[str, Judged]]:
     """What write_judged has written; raises UserError for another file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -121,7 +121,7 @@ def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
             }
             num_queries = len(next(iter(judged.values())).hits)
             unit = str(arrays["unit"]) if "unit" in arrays.files else UNKNOWN_UNIT
-            return Protocol(num_queries, int(arrays["database"]), float(arrays["radius"]), unit), judged
+            return EvaluationProtocol(num_queries, int(arrays["database"]), float(arrays["radius"]), unit), judged
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror or error} (a matching run without ground truth?)"
@@ -130,7 +130,7 @@ def read_judged(path: Path) -> tuple[Protocol, dict[str, Judged]]:
         raise UserError(f"{path}: not the judged rankings of a matching run") from error
 
 
-def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, dict[str, Measures]]:
+def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[EvaluationProtocol, dict[str, Measures]]:
     """Measures over the queries of several matching runs, each searched in its own database."""
     runs = [read_judged(folder / "judged.npz") for folder in results]
     first, stages = runs[0]
@@ -143,7 +143,7 @@ def joined(results: Sequence[Path], n_values: Sequence[int]) -> tuple[Protocol, 
             raise UserError(
                 f"{folder}: {descriptions[0]}; {results[0]}: {descriptions[1]}: only runs of one kind can be joined"
             )
-    whole = Protocol(
+    whole = EvaluationProtocol(
         sum(protocol.queries for protocol, _ in runs),
         sum(protocol.database for protocol, _ in runs),
         first.radius,

@@ -17,7 +17,7 @@ FOLDER_NAME = "described"
 _ENDING = ".npz"
 
 
-class DescribedOnDisk:
+class DiskCache:
     """The pictures described last, as many as fit into max_bytes; of a folder that holds more, the oldest go first.
 
     A picture is known by its path, length and time of change and by what described it, so that one that was replaced,
@@ -31,8 +31,9 @@ class DescribedOnDisk:
         self._lock = Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # the oldest first
         if folder.is_dir():
-            there = [(entry.stat(), entry.name) for entry in os.scandir(folder) if entry.name.endswith(_ENDING)]
-            self._sizes.update((name, info.st_size) for info, name in sorted(there, key=lambda one: one[0].st_mtime_ns))
+            kept = [(entry.stat(), entry.name) for entry in os.scandir(folder) if entry.name.endswith(_ENDING)]
+            kept.sort(key=lambda info_and_name: info_and_name[0].st_mtime_ns)
+            self._sizes.update((name, info.st_size) for info, name in kept)
         self._shrink()
 
     def get(self, picture: Path) -> tuple[tuple[int, int], tuple[np.ndarray, ...]] | None:
