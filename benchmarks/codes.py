@@ -167,7 +167,7 @@ def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, F
 
 
 def rank_in_parts(
-    ranker: Ranker, queries: DescribedPictures, truth: Sequence[Sequence[int]], path: Path, key: str
+    ranker: Ranker, queries: DescribedPictures, truth: Sequence[NDArray[np.int64]], path: Path, key: str
 ) -> list[int]:
     """Ranks of all queries' first true matches; those that the file has under a key are not sought again."""
     known = json.loads(path.read_text()) if path.exists() else {}
