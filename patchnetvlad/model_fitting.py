@@ -76,7 +76,7 @@ def fit_model(
 
 @memory_errors(EXTRACTION_MEMORY)
 def add_wpca(
-    config: Config, resume_path: Path, paths: list[Path], source: Path, device: torch.device, progress: bool = False
+    config: Config, resume_path: Path, paths: Sequence[Path], source: Path, device: torch.device, progress: bool = False
 ) -> Path:
     """Fit WPCA on global descriptors of up to 10,000 of the pictures and write the trained checkpoint with it.
 

@@ -45,6 +45,9 @@ def test_a_table_without_videos_is_refused(floors: Path) -> None:
     (floors / "images.csv").write_text("image_path,frame,label\na.jpg,1,floor10\n")
     with pytest.raises(UserError, match="video_id"):
         frames_table(floors / "images.csv")
+    folders = ["--dataset_root_dir", f"{floors}", "--work_dir", f"{floors / 'work'}"]
+    assert make_bundled_model([*folders, "--output_path", f"{floors / 'made_WPCA768.pth.tar'}"]) == 2
+    assert not (floors / "work").exists()
 
 
 def test_the_steps_come_in_order_and_a_failure_ends_them(

@@ -14,7 +14,7 @@ from patchnetvlad.commands.training import train
 from patchnetvlad.config import Config
 from patchnetvlad.csv_table import read_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import write_text
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import check_new_checkpoint, require_file
 
@@ -58,7 +58,6 @@ def _make(args: argparse.Namespace) -> None:
         raise UserError(f"--seed: {args.seed}: expected a whole number of 0 or more")
     config = load_config(require_file(CONFIG, "configs"))
     check_new_checkpoint(Path(args.output_path), config.global_params.num_pcs, args.overwrite)
-    make_folder(work)
     frames, cities, listed = work / "frames.csv", work / "cities", work / "pictures.txt"
     write_text(frames, frames_table(table))
     quiet = ["-q"] if args.quiet else []
