@@ -9,8 +9,13 @@ def rounds_by_threads(values: Tensor) -> bool:
 
     That is so on a processor in float32, apart from training, where memory for gradients counts for more.
     """
-    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_recorded()
     return values.device.type == "cpu" and not busy
+
+
+def is_recorded() -> bool:
+    """Whether operations are being recorded for another program, which may take other sizes, rather than done."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def row_products(maps: Tensor, weight: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_training import command_line, scalars
 from threadpoolctl import threadpool_limits
 from tiny_run import EXAMPLES, example_names, run, tiny_model, write_ground_truth
 
-from patchnetvlad.checkpoints import write_checkpoint
+from patchnetvlad.checkpoints import read_checkpoint, write_checkpoint
+from patchnetvlad.commands.training import train
 from patchnetvlad.descriptors import Descriptors
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
@@ -165,3 +167,20 @@ def test_similarities_are_the_same_for_any_number_of_threads(count: int) -> None
         with threadpool_limits(threads, user_api="blas"):
             found.append(similarities(candidates, query).tobytes())
     assert found == found[:1] * 3
+
+
+@pytest.mark.parametrize("backbone", ["rootsift", "vgg16"])
+def test_losses_and_weights_are_the_same_for_any_number_of_threads(backbone: str, msls: Path, tmp_path: Path) -> None:
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)  # of the untrained VGG16
+        more = ["--nEpochs", "1", "--set", f"global_params.backbone={backbone}", "--set", "train.pretrained=none"]
+        assert train(command_line(msls, tmp_path / str(threads), *more)) == 0
+        (folder,) = (tmp_path / str(threads)).iterdir()
+        state = read_checkpoint(folder / "checkpoints" / "checkpoint.pth.tar").state
+        found.append((scalars(folder, "Train/Loss"), {key: value.numpy().tobytes() for key, value in state.items()}))
+    assert len(found[0][0]) > 1
+    for losses, weights in found[1:]:
+        assert losses == found[0][0]
+        assert {key for key in weights if weights[key] != found[0][1][key]} == set()

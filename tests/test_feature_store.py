@@ -1219,6 +1219,7 @@ def test_rounded_descriptors_come_beside_the_others_and_count_in_the_cache(tmp_p
             assert torch.equal(rounded.scale, expected.scale) and torch.equal(rounded.norm, expected.norm)
             assert torch.equal(rounded.offset, expected.offset)
         assert store.statistics.held_bytes == PICTURE_BYTES / 2 + (24 + 6) * (6 + 12)
+        assert store.picture_bytes(0) == store.statistics.held_bytes  # what is held against the room there is
 
 
 PACKED_LIST = make_list([f"{number:02}.jpg" for number in range(11)])

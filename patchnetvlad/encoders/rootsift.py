@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
+from patchnetvlad.products import is_recorded
 
 STRIDE = 16  # pixels between positions, as in VGG16, so that grids and pixel thresholds mean the same
 CELLS = 4  # cells along each side of a descriptor
@@ -78,7 +79,7 @@ class DenseRootSIFT(Encoder):
 
         Computed and returned in float32 (float64 for float64 pictures), whatever autocast says.
         """
-        if pictures.device.type == "cpu" and not torch.compiler.is_compiling() and len(pictures) > 1:
+        if pictures.device.type == "cpu" and not is_recorded() and len(pictures) > 1:
             # The orientation planes of one picture stay in the cache; those of a batch take half as long again.
             # An exported graph takes any number of pictures, so that it cannot part them.
             return torch.cat([self.forward(picture) for picture in pictures.split(1)])
@@ -126,7 +127,7 @@ def _angles(along_y: Tensor, along_x: Tensor) -> Tensor:
 
     Each thread's last few elements, which fill no vector, are computed by another function that rounds differently.
     """
-    if along_y.device.type != "cpu" or torch.compiler.is_compiling():
+    if along_y.device.type != "cpu" or is_recorded():
         return torch.atan2(along_y, along_x)
     pairs = zip(along_y.flatten().split(ONE_THREAD), along_x.flatten().split(ONE_THREAD), strict=True)
     return torch.cat([torch.atan2(*pair) for pair in pairs]).view_as(along_y)
