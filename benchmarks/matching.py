@@ -172,7 +172,7 @@ def plain_pair(query: PatchFeatures, reference: PatchFeatures, matcher: str) -> 
 
 def whole_times(job: Job, workers: Workers, repeats: int) -> dict[str, float]:
     """Seconds a pair of re-ranking in both ways, of the float32 products alone, and of the formulas as they read."""
-    options = job.config.feature_match
+    options, all_of_them = job.config.feature_match, range(len(job.candidates))
     weights, matcher = options.patchweights2use, MATCHERS[options.matcher]
 
     def products() -> None:
@@ -182,8 +182,12 @@ def whole_times(job: Job, workers: Workers, repeats: int) -> dict[str, float]:
 
     works: dict[str, Callable[[], object]] = {
         "product": products,
-        "8 bits": lambda: rerank(job.rounded_query, job.rounded, weights, matcher, MOST_A_THREAD, workers.map),
-        "float32": lambda: rerank(job.query, job.candidates, weights, matcher, MOST_A_THREAD, workers.map),
+        "8 bits": lambda: rerank(
+            job.rounded_query, all_of_them, job.rounded.__getitem__, weights, matcher, MOST_A_THREAD, workers.map
+        ),
+        "float32": lambda: rerank(
+            job.query, all_of_them, job.candidates.__getitem__, weights, matcher, MOST_A_THREAD, workers.map
+        ),
         "plain": lambda: [plain_pair(job.query, candidate, options.matcher) for candidate in job.candidates],
     }
     return {name: value / len(job.candidates) for name, value in least_seconds(works, repeats).items()}
@@ -191,7 +195,7 @@ def whole_times(job: Job, workers: Workers, repeats: int) -> dict[str, float]:
 
 def part_times(job: Job, repeats: int) -> dict[str, float]:
     """Seconds of one core a pair: the 8-bit products, the rest of matching, the scores; and rounding a candidate."""
-    options = job.config.feature_match
+    options, all_of_them = job.config.feature_match, range(len(job.candidates))
     weights, matcher = options.patchweights2use, MATCHERS[options.matcher]
 
     def products() -> None:
@@ -202,7 +206,7 @@ def part_times(job: Job, repeats: int) -> dict[str, float]:
     works: dict[str, Callable[[], object]] = {
         "8-bit products": products,
         "matches": lambda: [match_pair(job.rounded_query, candidate) for candidate in job.rounded],
-        "whole": lambda: rerank(job.rounded_query, job.rounded, weights, matcher),
+        "whole": lambda: rerank(job.rounded_query, all_of_them, job.rounded.__getitem__, weights, matcher),
         "rounding": lambda: [candidate.round_as("reference") for candidate in job.candidates],
     }
     with one_thread():

@@ -13,6 +13,7 @@ figures.
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import random
 import runpy
@@ -44,7 +45,7 @@ class Stage:
     """One command whose outcome is compared.
 
     arguments: of the script, for results in a folder; outcome: what must be equal afterwards, by name; seconds,
-    num_bytes and expected: time, bytes on disk and outcome of the run in peace.
+    num_bytes and expected: time, bytes on disk without logs, and outcome of the run in peace.
     """
 
     script: str
@@ -190,9 +191,13 @@ def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
 
 
 def disk_full(stage: Stage, work: Path, chance: random.Random) -> None:
-    """A fault: the folder lies on a disk too small for what is written, which then becomes large enough."""
+    """A fault: the folder lies on a disk too small for what is written, which then becomes large enough.
+
+    What must be there at the end does not fit, logs apart, whose loss ends no command; a tmpfs rounds up to pages.
+    """
     work.mkdir(parents=True)
-    _mount(work, f"size={max(4096, int(stage.num_bytes * chance.uniform(0.1, 0.9)))}")  # a page at least: 0 is no limit
+    pages = int(stage.num_bytes * chance.uniform(0.1, 0.9)) // mmap.PAGESIZE
+    _mount(work, f"size={max(1, pages) * mmap.PAGESIZE}")  # 0 would be no limit
     status = wait(start(stage, work))
     text = Path(f"{work}.out").read_text(encoding="utf-8")
     if status != 2 or "Traceback" in text:
@@ -239,7 +244,8 @@ def _prepare(folder: Path, stages: dict[str, Stage], names: set[str]) -> None:
         began = time.perf_counter()
         finish(stages[name], folder / name)
         stages[name].seconds = time.perf_counter() - began
-        stages[name].num_bytes = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+        files = [path for path in (folder / name).rglob("*") if path.is_file() and path.suffix not in LOGS]
+        stages[name].num_bytes = sum(path.stat().st_size for path in files)
         stages[name].expected = stages[name].outcome(folder / name)
 
 

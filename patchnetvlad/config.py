@@ -227,6 +227,7 @@ class TrainConfig:
     @property
     def changes(self) -> tuple[Any, ...]:
         """What augmentation names, each a Change, in the table's order."""
+        CHANGES.check(*self.augmentation)
         return tuple(CHANGES[name] for name in CHANGES if name in self.augmentation)
 
 
@@ -394,6 +395,8 @@ class Config:
     def check_training(self) -> None:
         """Raises UserError unless [train] has the picture size of extraction, one for all, and what fits together."""
         self._check_picture_size("train", self.train)
+        LOSSES.check(self.train.loss)
+        CHANGES.check(*self.train.augmentation)
         if min(self.train.imageresizew, self.train.imageresizeh) < 1:
             place = self._place(*(f"train.{key}" for key in PICTURE_SIZE))
             raise UserError(

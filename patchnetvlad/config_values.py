@@ -111,9 +111,14 @@ class Table(MutableMapping[str, T]):
 
     def find(self, name: str) -> T:
         """What a name stands for. Raises UserError for a name that is not in the table."""
-        if name not in self:
-            raise self.unknown(name)
+        self.check(name)
         return self[name]
+
+    def check(self, *names: str) -> None:
+        """Raises UserError for a name that is not in the table; imports nothing."""
+        for name in names:
+            if name not in self:
+                raise self.unknown(name)
 
     def unknown(self, name: str) -> UserError:
         """That the table does not have a name."""

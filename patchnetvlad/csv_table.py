@@ -1,16 +1,18 @@
 """CSV files of datasets: named columns, checked values, and errors that say file, line and column."""
 
 import csv
+import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import some_of, write_text
 
 T = TypeVar("T")
 
@@ -22,6 +24,16 @@ EASTINGS, NORTHINGS = ("easting", "utm_east", "utm_easting", "x"), ("northing", 
 _DELIMITERS = ",;\t"
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+
+
+class Positions(NamedTuple):
+    """Where the pictures of a table were taken: float64 n×2.
+
+    Latitude and longitude in degrees where ``geographic`` is true, else easting and northing in metres.
+    """
+
+    values: NDArray[np.float64]
+    geographic: bool
 
 
 class Table:
@@ -39,11 +51,6 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.lines)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the columns, in lower case."""
-        return tuple(self._columns)
 
     def find(self, names: str | Sequence[str]) -> str | None:
         """The first of the names that is a column."""
@@ -107,6 +114,24 @@ class Table:
 
         return self._parsed(names, parse, f"one of {', '.join(known)}")
 
+    def positions(self, gaps: bool = False) -> Positions:
+        """Where each picture was taken; with ``gaps`` a row without a position is NaN.
+
+        Degrees count where the table has metres as well: they mean the same place without a zone.
+        """
+        for columns, geographic in (((LATITUDES, LONGITUDES), True), ((EASTINGS, NORTHINGS), False)):
+            if all(map(self.find, columns)):
+                values = np.column_stack([self.numbers(column, gaps) for column in columns])
+                if geographic:
+                    known = np.flatnonzero(~np.isnan(values).any(axis=1))
+                    names = self.text(PICTURES)
+                    check_geographic(values[known], [names[row] for row in known], str(self.path))
+                return Positions(values, geographic)
+        raise UserError(
+            f"{self.path}: expected columns latitude and longitude, or easting and northing: found "
+            f"{', '.join(self._columns) or 'none'}"
+        )
+
     def _require(self, names: str | Sequence[str]) -> str:
         name = self.find(names)
         if name is None:
@@ -163,3 +188,34 @@ def read_table(path: Path) -> Table:
     cells = zip(*rows, strict=True) if rows else [()] * len(header)
     columns = {name: [cell.strip() for cell in column] for name, column in zip(header, cells, strict=True) if name}
     return Table(path, columns, lines)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file: the columns' names, and a row of as many values each, as they print."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
+def check_geographic(geographic: NDArray[np.float64], names: Sequence[str], where: str) -> None:
+    """Raises UserError, naming the pictures, for latitudes and longitudes N×2 that cannot be."""
+    latitude, longitude = geographic.T
+    impossible = ~np.isfinite(geographic).all(axis=1) | (np.abs(latitude) > 90) | (np.abs(longitude) > 180)
+    if impossible.any():
+        swapped = (np.abs(latitude[impossible]) > 90).all() and (np.abs(longitude[impossible]) <= 90).all()
+        cause = "latitude and longitude swapped?" if swapped else "not degrees, or no position?"
+        raise UserError(
+            f"{where}: {int(impossible.sum())} of {len(names)} positions are out of range, latitude −90 to 90 and "
+            f"longitude −180 to 180 ({cause}): {_examples(names, impossible, geographic)}"
+        )
+    nowhere = (latitude == 0) & (longitude == 0)
+    if nowhere.any():
+        raise UserError(
+            f"{where}: {int(nowhere.sum())} of {len(names)} positions are 0, 0 (written without a GPS fix?): "
+            f"{_examples(names, nowhere, geographic)}"
+        )
+
+
+def _examples(names: Sequence[str], chosen: NDArray[np.bool_], positions: NDArray[np.float64]) -> str:
+    rows = np.flatnonzero(chosen).tolist()
+    return some_of([f"{names[row]} ({positions[row, 0]:g}, {positions[row, 1]:g})" for row in rows], separator="; ")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import file_sha256, make_folder, told, write_text
+from patchnetvlad.files import file_sha256, make_folder, replacing, write_text
 from patchnetvlad.paths import PUBLISHED_CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ def fetch_published(name: str, folder: Path) -> Path:
         fetched.unlink()
         raise UserError(f"{fetched}: SHA-256 {digest[:12]}… is not the hub's {expected[:12]}… (try again)")
     write_text(hash_file(target), f"{digest}  {name}\n")
-    with told(target):
-        fetched.replace(target)
+    with replacing(target) as temporary:
+        fetched.replace(temporary)
     return target
 
 

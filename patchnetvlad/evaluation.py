@@ -211,8 +211,7 @@ def open_features(
     if config.describes_on_demand:
         expected = replace(expected, patch_sizes=(), strides=())
     size = config.feature_extract.picture_size
-    stride = expected.geometry.stride
-    map_size = (size[0] // stride, size[1] // stride) if size else None
+    map_size = expected.geometry.map_size(*size) if size else None
     with FeatureStore.open(folder, pictures, expected, map_size=map_size, cache_gb=memory / 1e9) as store:
         if checked is None and not has_manifest(folder):
             if not config.describes_on_demand:
@@ -251,12 +250,20 @@ def make_search_index(
     shards: int = 1,
     neighbours: int = 100,
     recall: float = 0.99,
+    queries: tuple[Path, Path] | None = None,
 ) -> IndexRecord:
-    """Make the search index of a list's feature folder, as `build_index` says; returns what it is."""
+    """Make the search index of a list's feature folder, as `build_index` says; returns what it is.
+
+    queries: the list and the features of queries, to tune the search with.
+    """
     pictures = read_image_list(index_list, root)
     expected = replace(expected_header(config), patch_sizes=(), strides=())
+    asked = None
+    if queries is not None:
+        with FeatureStore.open(queries[1], read_image_list(queries[0], root), expected) as store:
+            asked = store.global_
     with FeatureStore.open(features, pictures, expected) as store:
-        return build_index(store.global_, pictures.names, path, factory, shards, neighbours, recall).record
+        return build_index(store.global_, pictures.names, path, factory, shards, neighbours, recall, asked).record
 
 
 def with_built_index(config: Config, pictures: ImageList, features: DescribedPictures) -> DescribedPictures:

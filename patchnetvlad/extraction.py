@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import file_sha256
+from patchnetvlad.files import duration, file_sha256, free_disk
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.images import count_reshaped, image_batches, prepare_image, read_image, require_readable
 from patchnetvlad.ini import record_config
@@ -92,6 +91,8 @@ def describe_list(
 ) -> Extraction:
     """The same for a model that is loaded and pictures that have been checked."""
     started = time.perf_counter()
+    if config.feature_extract.picture_size is not None:  # refused before there is a folder
+        model.grids(*model.geometry.map_size(*config.feature_extract.picture_size))
     trained = _patch_codec(model, config, pictures, None if overwrite else folder)
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
@@ -105,7 +106,7 @@ def describe_list(
             (describe or _describe_here)(model, config, writer, bar.update)
         writer.finish()
     seconds = time.perf_counter() - started
-    logger.info("described %d pictures in %s", len(missing), _duration(seconds))
+    logger.info("described %d pictures in %s", len(missing), duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
 
 
@@ -293,10 +294,7 @@ def estimate_bytes(header: StoreHeader, map_size: tuple[int, int], num_pictures:
 
 def check_disk(folder: Path, num_bytes: int) -> None:
     """Raise UserError when the disk of a folder, which need not exist yet, has less than num_bytes free."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     if num_bytes > free:
         raise UserError(
             f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
@@ -346,7 +344,7 @@ class _Estimate:
             _amount(self._num_bytes),
             _amount(self._num_bytes / self._num_pictures),
             self._header.dtype,
-            _duration(seconds),
+            duration(seconds),
         )
         self._told = True
 
@@ -369,9 +367,3 @@ def _amount(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 1e3:.0f} kB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -8,10 +8,12 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
@@ -108,9 +110,9 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` when the block succeeds, as `replacing` says."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, durable=durable) as temporary, temporary.open("wb") as file:
         yield file
         file.flush()
 
@@ -271,16 +273,42 @@ def some_of(names: Sequence[str], shown: int = 5, separator: str = ", ") -> str:
     return separator.join(names[:shown]) + more
 
 
+def duration(seconds: float) -> str:
+    """A time for people: 12.3 s, 5 min, 2.1 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is."""
+    """SHA-256 of a file's bytes, in hexadecimal; read once as long as the file stays as it is, under any name."""
     with told(path, "cannot be read"):
-        state = path.stat()
-        return _file_sha256(path.absolute(), state.st_size, state.st_mtime_ns)
+        status = path.stat()
+        return _sha256(_Content(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, path.absolute()))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file holds: equal while nobody writes into it, whatever it is called."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+    path: Path = field(compare=False)
 
 
 @lru_cache(maxsize=16)
-def _file_sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
+def _sha256(content: _Content) -> str:
+    with content.path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

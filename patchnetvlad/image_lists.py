@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 from natsort import natsorted
 
@@ -18,10 +18,15 @@ from patchnetvlad.files import read_text, write_text
 
 T = TypeVar("T")
 
+Side = Literal["query", "index"]
+SIDES: tuple[Side, ...] = ("query", "index")  # of a dataset: its queries, and the database that they are searched in
+
 PICTURE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )  # of files that list_folder takes, in any case
 _PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*")  # stays as it is in the list; most do
+_PLAIN_BYTES = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./\n"  # of lists of nothing but these
+_NOT_PLAIN = ("//", "/.", "/\n", "\n/", "\n.")  # in such a list, with an empty line before and after it
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and the store adds to both ends
 
 
@@ -89,12 +94,21 @@ def read_image_list(list_path: Path, root: Path) -> ImageList:
     matching stored features needs none. Raises UserError for a list that cannot be read, is empty or is not
     UTF-8 text.
     """
-    lines = [line.strip() for line in read_text(list_path, "a list of pictures").split("\n")]
-    names = tuple(_name_below(root, line) for line in lines if line)
+    text = read_text(list_path, "a list of pictures")
+    if _all_plain(text):
+        names = tuple(filter(None, text.split("\n")))
+    else:
+        lines = (line.strip() for line in text.split("\n"))
+        names = tuple(_name_below(root, line) for line in lines if line)
     if not names:
         raise UserError(f"{list_path}: names no picture (expected one path a line)")
     paths = Derived(lambda: [root / name for name in names], len(names))
     return ImageList(names, paths, Derived(lambda: unique_feature_names(names), len(names)), list_path)
+
+
+def list_file_name(name: str, side: Side) -> str:
+    """What a list of the queries or of the database of a dataset is called, as the published ones are."""
+    return f"{name}_imageNames_{side}.txt"
 
 
 def write_image_list(list_path: Path, names: Sequence[str]) -> None:
@@ -164,7 +178,22 @@ def unique_feature_names(names: Sequence[str], settled: Mapping[str, str] | None
 
 def hash_names(names: Sequence[str]) -> str:
     """SHA-256 of a list of names, their order included, in hexadecimal."""
+    joined = '", "'.join(names)
+    plain = joined.isascii() and joined.isprintable() and "\\" not in joined
+    if plain and joined.count('"') == 2 * (len(names) - 1):
+        return hashlib.sha256(f'["{joined}"]'.encode("ascii")).hexdigest()  # the JSON, made in less time
     return hashlib.sha256(json.dumps(tuple(names)).encode("ascii")).hexdigest()
+
+
+def _all_plain(text: str) -> bool:
+    """Whether every name of a list stays as it is: what `_PLAIN_NAME` says of a million lines, in a tenth of the time.
+
+    False for some lists of which it is true.
+    """
+    if not text.isascii() or text.encode("ascii").translate(None, _PLAIN_BYTES):
+        return False
+    lines = f"\n{text}\n"
+    return not any(mark in lines for mark in _NOT_PLAIN)
 
 
 def _name_below(root: Path, line: str) -> str:

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import some_of
+from patchnetvlad.files import duration, some_of
 from patchnetvlad.paths import user_cache
 
 logger = logging.getLogger(__name__)
@@ -335,13 +335,11 @@ def _with_memory(work: Callable[[sqlite3.Connection], R]) -> R | None:
 
 
 def _announce_check(count: int, before: int, seconds_each: float, workers: int) -> None:
-    seconds = count * seconds_each
-    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     logger.info(
         "checking %d pictures with %d threads: about %s%s",
         count,
         workers,
-        duration,
+        duration(count * seconds_each),
         f" ({before} more were found whole before)" if before else "",
     )
 

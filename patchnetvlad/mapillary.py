@@ -3,6 +3,7 @@
 The subtask selects pictures of validation and test cities; training cities give every row of their tables.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,15 @@ _VIEWS = {"forward": False, "backward": False, "sideways": True}  # view_directi
 class CitySide:
     """Queries or database of a city, all rows of its tables.
 
-    keys: of the pictures, in the order of the tables; positions: float64 n×2, easting and northing in metres, NaN
-    where a cell is empty, None where they are secret; selected: bool n, of the subtask; panorama, night, sideways:
-    bool n; unlabelled: bool n, those whose night or view_direction is not told, which count as day and forward.
+    keys: of the pictures, in the order of the tables; key_table: name of the one that they are from; positions:
+    float64 n×2, easting and northing in metres, NaN where a cell is empty, None where they are secret; selected: bool
+    n, of the subtask; panorama, night, sideways: bool n; unlabelled: bool n, those whose night or view_direction is
+    not told, which count as day and forward.
     """
 
     folder: Path
     keys: tuple[str, ...]
+    key_table: str
     positions: NDArray[np.float64] | None
     selected: NDArray[np.bool_]
     panorama: NDArray[np.bool_]
@@ -37,15 +40,35 @@ class CitySide:
     sideways: NDArray[np.bool_]
     unlabelled: NDArray[np.bool_]
 
-    def kept(self, include_panoramas: bool) -> NDArray[np.bool_]:
-        """Pictures of the subtask, without panoramas unless they are included: bool n."""
-        return self.selected if include_panoramas else self.selected & ~self.panorama
+    def units(self, length: int, include_panoramas: bool) -> NDArray[np.int64]:
+        """Rows of the pictures of every unit that is matched, u×length: single pictures, or runs of consecutive frames.
 
-    def require_positions(self, keep: NDArray[np.bool_]) -> None:
-        """Raises UserError when one of the pictures where ``keep`` is true has no position that could be known."""
+        A run belongs to the subtask when its middle picture does. Without ``include_panoramas`` no picture is one.
+        Raises UserError for runs when seq_info.csv is missing or does not fit the tables beside it.
+        """
+        rows = np.arange(len(self.keys), dtype=np.int64)[:, None] if length == 1 else self._runs(length)
+        rows = rows[self.selected[rows[:, length // 2]]]
+        return rows if include_panoramas else rows[~self.panorama[rows].any(axis=1)]
+
+    def _runs(self, length: int) -> NDArray[np.int64]:
+        table = read_table(self.folder / "seq_info.csv")
+        _check_same_pictures(table, self.keys, self.key_table)
+        frames = table.whole_numbers("frame_number")
+        rows_of: dict[str, list[int]] = {}
+        for row, key in enumerate(table.text("sequence_key")):
+            rows_of.setdefault(key, []).append(row)
+        runs = []
+        for rows in rows_of.values():
+            ordered = sorted(rows, key=lambda row: frames[row])
+            windows = (ordered[start : start + length] for start in range(len(ordered) - length + 1))
+            runs += [window for window in windows if (np.diff(frames[window]) == 1).all()]
+        return np.array(runs, dtype=np.int64).reshape(-1, length)
+
+    def require_positions(self, rows: NDArray[np.int64]) -> None:
+        """Raises UserError when one of the pictures in these rows has no position that could be known."""
         if self.positions is None:
             return
-        lost = np.flatnonzero(keep & np.isnan(self.positions).any(axis=1))
+        lost = rows[np.isnan(self.positions[rows]).any(axis=1)]
         if len(lost):
             raise UserError(
                 f"{self.folder / 'postprocessed.csv'}: {len(lost)} pictures have no easting and northing, the first is "
@@ -73,7 +96,7 @@ def read_side(root: Path, city: str, side: str, subtask: str = "all") -> CitySid
     for name in ("raw.csv", "postprocessed.csv"):
         if not is_test or (folder / name).exists():
             tables[name] = read_table(folder / name)
-    keys = _common_keys(folder, tables)
+    keys, key_table = _common_keys(folder, tables)
     nowhere = np.zeros(len(keys), dtype=bool)
     details = tables.get("postprocessed.csv")
     positions = None
@@ -83,6 +106,7 @@ def read_side(root: Path, city: str, side: str, subtask: str = "all") -> CitySid
     return CitySide(
         folder,
         keys,
+        key_table,
         positions,
         ~nowhere if is_training else tables["subtask_index.csv"].flags(subtask),
         nowhere if is_test else tables["raw.csv"].flags("pano"),
@@ -108,8 +132,8 @@ def _city_folder(root: Path, city: str) -> Path:
     return parent / city
 
 
-def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[str, ...]:
-    """The pictures' keys; every table has as many rows, and the same keys in the same order where it has keys."""
+def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[tuple[str, ...], str]:
+    """The pictures' keys, and the table that has them; each table has as many rows, and the same keys if it has any."""
     keyed = next((table for table in tables.values() if table.find("key")), None)
     if keyed is None:
         keyed = read_table(folder / "seq_info.csv")
@@ -120,20 +144,21 @@ def _common_keys(folder: Path, tables: dict[str, Table]) -> tuple[str, ...]:
         if "/" in key or "\\" in key:
             raise UserError(f"{keyed.path}: line {line}: key {key}: expected a plain name, not a path (edited?)")
     for table in tables.values():
-        _check_same_pictures(table, keyed)
-    return tuple(keys)
+        _check_same_pictures(table, keys, keyed.path.name)
+    return tuple(keys), keyed.path.name
 
 
-def _check_same_pictures(table: Table, keyed: Table) -> None:
-    if len(table) != len(keyed):
+def _check_same_pictures(table: Table, keys: Sequence[str], key_table: str) -> None:
+    """Raises UserError unless a table has a row for each of the keys of another, in their order."""
+    if len(table) != len(keys):
         raise UserError(
-            f"{table.path}: {len(table)} rows, but {keyed.path.name} has {len(keyed)} (cut off, or of another version "
-            "of the dataset?)"
+            f"{table.path}: {len(table)} rows, but {key_table} has {len(keys)} (cut off, or of another version of the "
+            "dataset?)"
         )
     if table.find("key"):
-        for line, key, expected in zip(table.lines, table.text("key"), keyed.text("key"), strict=True):
+        for line, key, expected in zip(table.lines, table.text("key"), keys, strict=True):
             if key != expected:
-                raise UserError(f"{table.path}: line {line}: key {key}, but {keyed.path.name} has {expected}")
+                raise UserError(f"{table.path}: line {line}: key {key}, but {key_table} has {expected}")
 
 
 def _labels(details: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:

@@ -24,7 +24,7 @@ from patchnetvlad.patch_rounding import (
 
 CLOSE = 2e-6  # similarities of unit rows that float32 may order either way: several times its largest error
 TIED = 2.0**-40  # similarities in steps of this are equal, so that the order of a float64 sum's terms decides nothing
-DOUBTFUL = 0.02  # share of all pairs beyond which the float32 product is cheaper than single pairs
+DOUBTFUL = 0.06  # share of all pairs beyond which the float32 product is cheaper than single pairs
 _FEWEST_DIMS = 2  # torch's int8 product is undefined for one
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import build_model, read_checkpoint, without_projection, write_checkpoint
-from patchnetvlad.clustering import Clusters, find_clusters
+from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.images import ChangePicture, image_batches, require_readable
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 WPCA_SAMPLES = 10_000  # descriptors that WPCA is fitted on, at most
 SAMPLE_BYTES = 1 << 30  # that they may take, though at least twice as many are used as dimensions are kept
+# Pictures whose local descriptors are clustered, at most: 200,000 of those are thousands for each of 64 clusters, and
+# more would hardly move a centre, while memory and the time of every iteration grow with them
+CLUSTER_PICTURES = 2_000
 PATCHES_PER_PICTURE = 100  # of one size, since patches of one picture overlap; again more where dimensions need it
 
 
@@ -39,8 +42,9 @@ def fit_model(
     """Fit clusters and WPCA on pictures, for any encoder; the configuration says everything else.
 
     [train] num_clusters, whitening, augmentation, seed and pretrained are used, and [global_params] backbone, pooling,
-    num_pcs, patch_sizes, strides, vladv2. Patch-NetVLAD's WPCA is fitted on patches sampled evenly from all pictures
-    and patch sizes, since they are what it is applied to most; a global model's on global descriptors.
+    num_pcs, patch_sizes, strides, vladv2. Patch-NetVLAD's WPCA is fitted on patches sampled evenly from pictures and
+    patch sizes, since they are what it is applied to most; a global model's on global descriptors. Of many pictures a
+    random CLUSTER_PICTURES are clustered, and WPCA is fitted to a random WPCA_SAMPLES.
     Raises UserError when the pictures are too few for num_clusters or num_pcs.
     """
     started = time.perf_counter()
@@ -60,18 +64,19 @@ def fit_model(
     initialise_encoder(model, config)
     model.eval().to(device)
     if isinstance(model.pool, NetVLAD):
-        batches = picture_batches(config, paths, device, progress, "Sampling local descriptors")
+        fewer = _random_paths(paths, _pictures_to_cluster(model.pool.channels), config.train.seed)
+        batches = picture_batches(config, fewer, device, progress, "Sampling local descriptors")
         initialise_pool(model.pool, find_clusters(model.encoder, batches, config.train.num_clusters, config.train.seed))
     if not params.num_pcs:
         return model, None
-    wpca = add_projection(model, paths, config, progress)
+    wpca = add_projection(model, _random_paths(paths, WPCA_SAMPLES, config.train.seed), config, progress)
     logger.info("model fitted to %d pictures in %.1f s", len(paths), time.perf_counter() - started)
     return model, wpca
 
 
 @memory_errors(EXTRACTION_MEMORY)
 def add_wpca(
-    config: Config, resume_path: Path, paths: list[Path], source: Path, device: torch.device, progress: bool = False
+    config: Config, resume_path: Path, paths: Sequence[Path], source: Path, device: torch.device, progress: bool = False
 ) -> Path:
     """Fit WPCA on global descriptors of up to 10,000 of the pictures and write the trained checkpoint with it.
 
@@ -87,9 +92,7 @@ def add_wpca(
     checkpoint = read_checkpoint(resume_path)
     config = config.for_training()
     model = build_model(without_projection(checkpoint), config.global_params).to(device)
-    rng = np.random.default_rng(config.train.seed)
-    if len(paths) > WPCA_SAMPLES:
-        paths = [paths[row] for row in sorted(rng.choice(len(paths), WPCA_SAMPLES, replace=False).tolist())]
+    paths = _random_paths(paths, WPCA_SAMPLES, config.train.seed)
     check_num_pcs(num_pcs, len(paths), model.output_dims)
     require_readable(paths, source, config.global_params.loading_threads, progress)
     config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
@@ -98,6 +101,18 @@ def add_wpca(
     epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
     write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
     return path
+
+
+def _random_paths(paths: Sequence[Path], most: int, seed: int) -> Sequence[Path]:
+    """All paths, or so many of them, in their order."""
+    if len(paths) <= most:
+        return paths
+    rows = np.random.default_rng(seed).choice(len(paths), most, replace=False)
+    return [paths[row] for row in sorted(rows.tolist())]
+
+
+def _pictures_to_cluster(channels: int) -> int:
+    return min(CLUSTER_PICTURES, max(1, SAMPLE_BYTES // (4 * channels * LOCALS_PER_PICTURE)))
 
 
 def initialise_pool(pool: NetVLAD, clusters: Clusters) -> None:

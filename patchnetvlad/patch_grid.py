@@ -35,6 +35,10 @@ class EncoderGeometry:
             self.padding + padding * self.stride,
         )
 
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Feature map (height, width) of a picture of so many pixels: a position for each whole stride, as VGG16's."""
+        return height // self.stride, width // self.stride
+
     @property
     def first_center(self) -> float:
         """Centre of position 0 in pixels (7.5 for VGG16)."""

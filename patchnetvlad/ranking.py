@@ -177,12 +177,11 @@ class Ranker:
     def _rerank(self, query: PatchFeatures, database: PatchSource | PatchesOnDevice, head: Sequence[int]) -> Reranking:
         if self._rounded:
             query = query.round_as("query")
-        features = (database.patches(index) for index in head)
         weights = self._options.patchweights2use
         if self._device.type == "cpu":
             share = min(MOST_A_THREAD, max(1, len(head) // (2 * self._workers.count)))
-            return rerank(query, features, weights, self._matcher, share, self._workers.map)
-        return rerank(query, features, weights, self._matcher, CANDIDATES_AT_ONCE)
+            return rerank(query, head, database.patches, weights, self._matcher, share, self._workers.map)
+        return rerank(query, head, database.patches, weights, self._matcher, CANDIDATES_AT_ONCE)
 
     def _choose_similarity(self, query: PatchFeatures, database: PatchSource, candidate: int) -> None:
         """Let this pair decide, unless one has; the database's pictures are read again where 8 bits are chosen."""

@@ -21,7 +21,7 @@ _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores wo
 Scored = list[list[float]]
 """Scores of some candidates at each patch size."""
 
-Run = Callable[[Callable[[Sequence[PatchFeatures]], Scored], Iterable[Sequence[PatchFeatures]]], Iterable[Scored]]
+Run = Callable[[Callable[[Sequence[int]], Scored], Iterable[Sequence[int]]], Iterable[Scored]]
 """How a function is called for every batch of candidates: `map`, or one that shares them among threads."""
 
 
@@ -91,7 +91,8 @@ def fuse(scores: NDArray[np.floating], weights: Sequence[float]) -> NDArray[np.f
 
 def rerank(
     query: PatchFeatures,
-    candidates: Iterable[PatchFeatures],
+    candidates: Sequence[int],
+    load: Callable[[int], PatchFeatures],
     weights: Sequence[float],
     matcher: Matcher,
     batch_size: int = 1,
@@ -99,12 +100,14 @@ def rerank(
 ) -> Reranking:
     """Order a query's candidates, given in retrieval order, by their fused spatial scores; ties keep that order.
 
-    candidates is consumed once, batch by batch, so they may come from disk one by one. batch_size: candidates matched
-    and scored in one go on the query's device; few suit the CPU, more an accelerator. run: calls a function for each
-    batch and gives the results in order, as `map` does; several at a time if it likes.
+    load: gives the patches of a candidate, once for each and where it is matched, so that they may come from disk one
+    by one, and be decoded by the threads that share the work. batch_size: candidates matched and scored in one go on
+    the query's device; few suit the CPU, more an accelerator. run: calls a function for each batch and gives the
+    results in order, as `map` does; several at a time if it likes.
     """
 
-    def score(batch: Sequence[PatchFeatures]) -> Scored:
+    def score(indices: Sequence[int]) -> Scored:
+        batch = [load(index) for index in indices]
         scored = _score_all(query, [candidate.grids for candidate in batch], _match_all(query, batch), matcher)
         return [[score.value for score in scores] for scores in scored]
 

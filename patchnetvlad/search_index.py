@@ -18,19 +18,21 @@ from numpy.typing import NDArray
 from patchnetvlad.config import BUILT_INDEX
 from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
-from patchnetvlad.files import make_folder, replacing, told, write_text
+from patchnetvlad.files import make_folder, read_text, replacing, told, write_text
 from patchnetvlad.retrieval import Float32Rows, exact_rows, faiss_reason
 from patchnetvlad.store.manifest import hash_names
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "patchnetvlad search index"
-_VERSION = 1
+_VERSION = 2
 _TRAINED_ON = 1 << 18  # pictures at most; faiss itself takes no more than 256 for each list or centroid
 _ROWS_AT_ONCE = 1 << 16  # rows added at a time
-_HASHED_ROWS = 1024  # rows whose bytes stand for all
-_TRIALS = 500  # pictures whose neighbours tell the recall
-_WIDEST = 16  # candidates looked up for each one wanted, at most
+_HASHED_ROWS = 64  # rows whose bytes stand for all: each may be a read of the disk when an index is opened
+_TRIALS = 500  # queries whose neighbours tell the recall
+_LIKENESS = 0.5  # of a made query to a picture, as of a place at another time
+_MIXED = 1024  # pictures whose covariance the rest of it has
+_WIDENINGS = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates looked up for each one wanted
 _FEWEST_CODED = 10_000  # pictures below which a byte a dimension is short enough
 _FEWEST_IN_CELLS = 4_000_000  # pictures from which on comparing all takes too long
 _EFFORTS = ("nprobe", "efSearch")  # what faiss calls the effort of a search
@@ -44,7 +46,8 @@ class IndexRecord:
     factory: faiss's factory string; num_pictures and num_dims: N and D of the descriptors; names_sha256 and
     rows_sha256: of the picture list, and of some of the descriptors; parameters: faiss's effort of a search;
     widening: rows that are looked up and compared exactly for each one wanted; recall: the share of the exact
-    `neighbours` nearest that were found for pictures of the database itself; shards: files and their lengths in bytes.
+    `neighbours` nearest that were found for the queries that it was tuned with; shards: files and their lengths in
+    bytes.
     """
 
     factory: str
@@ -85,35 +88,29 @@ class SearchIndex:
         _, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         return np.asarray(rows, dtype=np.int64)
 
-    def tuned(self, database: Float32Rows, neighbours: int, recall: float, seed: int = 0) -> "SearchIndex":
-        """With the least effort that finds this share of the nearest pictures, or the greatest effort there is."""
-        neighbours = min(neighbours, len(database) - 1)
+    def tuned(self, database: Float32Rows, queries: Float32Rows, neighbours: int, recall: float) -> "SearchIndex":
+        """With the least effort that finds this share of the queries' nearest pictures, or the greatest there is."""
+        neighbours = min(neighbours, len(database))
         if neighbours < 1:
             return self
-        trials = np.random.default_rng(seed).permutation(len(database))[:_TRIALS]
-        trials.sort()
-        queries = np.ascontiguousarray(database[trials], dtype=np.float32)
-        nearest = _without_self(exact_rows(queries, database, neighbours + 1), trials, neighbours)
-        best = replace(self.record, widening=_WIDEST, neighbours=neighbours)
+        nearest = exact_rows(queries, database, neighbours)
+        best = replace(self.record, widening=_WIDENINGS[-1], neighbours=neighbours)
         for parameters in self._efforts():
             best = replace(best, parameters=parameters)
-            reached = self._measure(best, queries, trials, nearest)
-            best = replace(best, recall=reached)
-            if reached >= recall:
+            best = replace(best, recall=self._measure(best, queries, nearest))
+            if best.recall >= recall:
                 break
-        for widening in (1, 2, 4, 8):
+        for widening in _WIDENINGS[:-1]:
             narrower = replace(best, widening=widening)
-            reached = self._measure(narrower, queries, trials, nearest)
+            reached = self._measure(narrower, queries, nearest)
             if reached >= min(recall, best.recall):
                 best = replace(narrower, recall=reached)
                 break
         return SearchIndex(best, self._shards)
 
-    def _measure(
-        self, record: IndexRecord, queries: Float32Rows, trials: NDArray[np.int64], nearest: NDArray[np.int64]
-    ) -> float:
+    def _measure(self, record: IndexRecord, queries: Float32Rows, nearest: NDArray[np.int64]) -> float:
         """Share of the nearest rows that a search finds before the exact comparison puts them in order."""
-        neighbours = SearchIndex(record, self._shards).search(queries, nearest.shape[1] + 1)
+        neighbours = SearchIndex(record, self._shards).search(queries, nearest.shape[1])
         hits = sum(len(np.intersect1d(*rows)) for rows in zip(neighbours, nearest, strict=True))
         return hits / nearest.size
 
@@ -123,8 +120,11 @@ class SearchIndex:
         for position in range(space.parameter_ranges.size()):
             offered = space.parameter_ranges.at(position)
             if offered.name in _EFFORTS:
-                for value in faiss.vector_to_array(offered.values):
-                    yield {offered.name: int(value)}
+                values = faiss.vector_to_array(offered.values).astype(int).tolist()
+                if offered.name == "nprobe":  # faiss offers fewer than all cells
+                    values.append(faiss.extract_index_ivf(self._shards[0]).nlist)
+                for value in values:
+                    yield {offered.name: value}
                 return
         yield {}
 
@@ -156,12 +156,13 @@ def build_index(
     shards: int = 1,
     neighbours: int = 100,
     recall: float = 0.99,
+    queries: Float32Rows | None = None,
 ) -> SearchIndex:
     """Build, save and tune an index of N×D descriptors, which may be memory-mapped.
 
     path: the .json file, beside which the shards go; factory: None for `default_factory`; shards: parts of which one
     at a time is in memory; neighbours and recall: the search takes the least effort that finds this share of the
-    exact nearest ones.
+    exact nearest ones; queries: descriptors like those that will be searched, None for made ones.
 
     Raises UserError where faiss cannot make the index, and when files cannot be written.
     """
@@ -186,7 +187,8 @@ def build_index(
             neighbours=0,
             shards=files,
         )
-        index = SearchIndex(record, _open_shards(path, files)).tuned(database, neighbours, recall)
+        trials = _made_queries(database) if queries is None else queries[:: max(1, len(queries) // _TRIALS)][:_TRIALS]
+        index = SearchIndex(record, _open_shards(path, files)).tuned(database, trials, neighbours, recall)
     except RuntimeError as error:
         raise UserError(
             f"--factory {factory}: faiss cannot make this index of {len(database)} pictures of {database.shape[1]} "
@@ -254,8 +256,7 @@ def _open_shards(path: Path, files: Sequence[tuple[str, int]]) -> list[faiss.Ind
 
 def _read_record(path: Path) -> IndexRecord:
     try:
-        with told(path, "cannot be read"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, "a search index"))
         if content.pop("format") != _FORMAT:
             raise ValueError(content)
         version = content.pop("version")
@@ -275,11 +276,18 @@ def _sample(database: Float32Rows) -> NDArray[np.float32]:
     return np.ascontiguousarray(database[np.sort(chosen)], dtype=np.float32)
 
 
-def _without_self(rows: NDArray[np.int64], own: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The first `count` of each row that are not the picture itself (equal pictures may rank before it)."""
-    others = rows != own[:, None]
-    others[np.arange(len(rows)), np.where(others.all(axis=1), rows.shape[1] - 1, others.argmin(axis=1))] = False
-    return rows[others].reshape(len(rows), -1)[:, :count]
+def _made_queries(database: Float32Rows) -> Float32Rows:
+    """Half a picture, half noise of the pictures' covariance: as queries are less like a database than it is to itself.
+
+    What finds their neighbours finds those of pictures of the database too; the other way round it is not so.
+    """
+    rng = np.random.default_rng(0)
+    count = min(_TRIALS, len(database))
+    near, mixed = (np.sort(rng.choice(len(database), min(many, len(database)), False)) for many in (count, _MIXED))
+    pictures = np.asarray(database[mixed], dtype=np.float32)
+    noise = rng.standard_normal((count, len(pictures)), dtype=np.float32) @ (pictures - pictures.mean(axis=0))
+    noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), np.float32(1e-12))
+    return np.asarray(_LIKENESS * database[near] + np.float32(math.sqrt(1 - _LIKENESS**2)) * noise, dtype=np.float32)
 
 
 def _rows_sha256(database: Float32Rows) -> str:

@@ -259,7 +259,7 @@ class Trainer:
         """The loss of local features between the unchanged queries of a step and their changed views, both ways."""
         train, pairs = self._config.train, []
         height, width = features.shape[2:]
-        grid = PatchGrid(height, width, 1, geometry=self._learning.model.geometry)
+        (grid,) = PatchGrid.of_map((height, width), (1,), (1,), self._learning.model.geometry)
         for query in (triplet.query for triplet in triplets if triplet.query >= self._unchanged):
             number = query - self._unchanged
             rng = self._random(epoch, number)

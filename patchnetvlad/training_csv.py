@@ -1,26 +1,25 @@
 """Pictures other than MSLS as training data: one CSV file that says of each where it was taken and what it is for.
 
 Columns, in any case: ``image`` (path, relative to the dataset's root, or absolute); ``easting`` and ``northing`` in
-metres, or ``latitude`` and ``longitude`` in degrees; ``role``, one of ROLES. Optional: ``city`` (queries are only
-compared with the database of their city), and the flags ``night``, ``sideways``, ``panorama``.
+metres, or ``latitude`` and ``longitude`` in degrees, which count where there are both; ``role``, one of ROLES.
+Optional: ``city`` (queries are only compared with the database of their city), and the flags ``night``, ``sideways``,
+``panorama``.
 """
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pyproj import Transformer
 
-from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
+from patchnetvlad.csv_table import PICTURES, read_table, write_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import UNKNOWN_UNIT, GroundTruth
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.training_data import CityPictures, PictureSet, TrainingData
 
 ROLES = ("train_query", "train_database", "val_query", "val_database")
+COLUMNS = ("image", "easting", "northing", "role", "city")  # of the tables written here
 
 
 def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, complete: bool = True) -> TrainingData:
@@ -35,7 +34,9 @@ def read_training_csv(path: Path, root: Path, include_panoramas: bool = False, c
         raise UserError(f"{path}: lists no picture")
     if "" in images:
         raise UserError(f"{path}: line {table.lines[images.index('')]}: names no picture")
-    positions = _positions(table)
+    positions, geographic = table.positions()
+    if geographic:
+        positions = earth_centred(*positions.T)
     cities = table.text("city") if table.find("city") else ["all"] * len(images)
     night, sideways, panorama = (
         table.flags(column) if table.find(column) else np.zeros(len(images), dtype=bool)
@@ -85,32 +86,18 @@ def write_training_csv(
             f"{path}: the ground truth has {truth.utm_query.shape[1]} coordinates in {truth.unit}, and training needs "
             "easting and northing in metres"
         )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "easting", "northing", "role", "city"))
-    for pictures, positions, side in ((queries, truth.utm_query, "query"), (database, truth.utm_database, "database")):
-        for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True):
-            writer.writerow((name, easting, northing, f"{split}_{side}", city))
-    write_text(path, text.getvalue())
+    rows = [
+        (name, easting, northing, f"{split}_{side}", city)
+        for pictures, positions, side in (
+            (queries, truth.utm_query, "query"),
+            (database, truth.utm_database, "database"),
+        )
+        for name, (easting, northing) in zip(pictures.names, positions.tolist(), strict=True)
+    ]
+    write_table(path, COLUMNS, rows)
 
 
 def earth_centred(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:
     """Metres from the earth's centre, n×3, of degrees on the WGS 84 ellipsoid: true distances, anywhere."""
     to_metres = Transformer.from_crs("EPSG:4979", "EPSG:4978")
     return np.column_stack(to_metres.transform(latitude, longitude, np.zeros_like(latitude)))
-
-
-def _positions(table: Table) -> NDArray[np.float64]:
-    if table.find(EASTINGS):
-        return np.column_stack([table.numbers(EASTINGS), table.numbers(NORTHINGS)])
-    if not (table.find(LATITUDES) and table.find(LONGITUDES)):
-        raise UserError(f"{table.path}: has neither columns easting and northing nor latitude and longitude")
-    latitude, longitude = table.numbers(LATITUDES), table.numbers(LONGITUDES)
-    wrong = np.flatnonzero((np.abs(latitude) > 90) | (np.abs(longitude) > 180))
-    if len(wrong):
-        row = wrong[0]
-        raise UserError(
-            f"{table.path}: line {table.lines[row]}: latitude {latitude[row]:g}, longitude {longitude[row]:g}: "
-            "expected degrees (swapped, or metres?)"
-        )
-    return earth_centred(latitude, longitude)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchnetvlad.csv_table import read_table
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
@@ -121,9 +120,14 @@ def read_cities(
 
 
 def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: bool) -> PictureSet:
-    units = np.arange(len(side.keys), dtype=np.int64)[:, None] if length == 1 else _sequences(side, length)
-    units = units[side.selected[units[:, length // 2]]]
-    keep = np.ones_like(side.panorama) if include_panoramas else ~side.panorama
+    units = side.units(length, include_panoramas)
+    if not len(units):
+        raise UserError(
+            f"{side.folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of "
+            f"{len(side.keys)} pictures (panoramas: {side.panorama.sum()}, includepanos = {include_panoramas}; subtask "
+            f"{subtask})"
+        )
+    side.require_positions(np.unique(units))
     whole = PictureSet(
         side.folder,
         side.keys,
@@ -134,35 +138,7 @@ def _picture_set(side: CitySide, length: int, subtask: str, include_panoramas: b
         side.unlabelled,
         units,
     )
-    kept = whole.kept(keep)
-    side.require_positions(np.isin(side.keys, kept.keys))
-    if not len(kept.units):
-        raise UserError(
-            f"{side.folder}: no {'picture' if length == 1 else f'sequence of {length} pictures'} is left of "
-            f"{len(side.keys)} pictures (panoramas: {side.panorama.sum()}, includepanos = {include_panoramas}; subtask "
-            f"{subtask})"
-        )
-    return kept
-
-
-def _sequences(side: CitySide, length: int) -> Rows:
-    """Rows of the pictures of every run of ``length`` consecutive frames, u×length."""
-    table = read_table(side.folder / "seq_info.csv")
-    if len(table) != len(side.keys) or (table.find("key") and tuple(table.text("key")) != side.keys):
-        raise UserError(
-            f"{table.path}: its {len(table)} rows are not the {len(side.keys)} of the tables beside it, in their order "
-            "(of another version of the dataset?)"
-        )
-    frames = table.whole_numbers("frame_number")
-    rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(table.text("sequence_key")):
-        rows_of.setdefault(key, []).append(row)
-    units = []
-    for rows in rows_of.values():
-        ordered = sorted(rows, key=lambda row: frames[row])
-        windows = (ordered[start : start + length] for start in range(len(ordered) - length + 1))
-        units += [window for window in windows if (np.diff(frames[window]) == 1).all()]
-    return np.array(units, dtype=np.int64).reshape(-1, length)
+    return whole.kept(np.ones(len(side.keys), dtype=bool))
 
 
 @dataclass(frozen=True, eq=False)

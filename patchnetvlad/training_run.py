@@ -26,7 +26,7 @@ from patchnetvlad.config import Config
 from patchnetvlad.devices import TRAINING_MEMORY, memory_errors
 from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import told, write_text
+from patchnetvlad.files import replacing, told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
 from patchnetvlad.ini import config_text
 from patchnetvlad.memory_estimate import estimate_memory
@@ -313,8 +313,8 @@ def _run_folder(config: Config, options: RunOptions, checkpoint: Checkpoint | No
         except FileExistsError as error:
             raise UserError(f"{folder}: is there already (started twice in one second? try again)") from error
         if resumed is not None and (resumed / "checkpoints" / BEST).exists():
-            (folder / "checkpoints").mkdir()
-            shutil.copyfile(resumed / "checkpoints" / BEST, folder / "checkpoints" / BEST)
+            with replacing(folder / "checkpoints" / BEST) as temporary:
+                shutil.copyfile(resumed / "checkpoints" / BEST, temporary)
     write_text(folder / "config.ini", config_text(config))
     if resumed is not None:
         logger.info("the run of %s goes on in another folder, as --save_path says; its best model goes along", resumed)

@@ -73,11 +73,24 @@ def initialise_encoder(model: PlaceModel, config: Config) -> None:
 def _encoder_state(state: Mapping[str, Tensor], encoder: Encoder, path: Path) -> Mapping[str, Tensor]:
     """The encoder's part of a checkpoint, or what a file of its publisher means for it."""
     if any(key.startswith(_ENCODER) for key in state):
-        return {key.removeprefix(_ENCODER): value for key, value in state.items() if key.startswith(_ENCODER)}
+        # One shown pictures of half their size has the weights of the one it contains, and either may start the other
+        names = {_inmost(key): key for key in encoder.state_dict()}
+        return {
+            names.get(_inmost(key), key.removeprefix(_ENCODER)): value
+            for key, value in state.items()
+            if key.startswith(_ENCODER)
+        }
     try:
         return encoder.own_state(state)
     except KeyError:
         return _by_order(state, encoder, path)
+
+
+def _inmost(key: str) -> str:
+    """A key inside the encoders that contain one another."""
+    while key.startswith(_ENCODER):
+        key = key.removeprefix(_ENCODER)
+    return key
 
 
 def _by_order(state: Mapping[str, Tensor], encoder: Encoder, path: Path) -> Mapping[str, Tensor]:

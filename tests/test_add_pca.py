@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from test_training import HEIGHT, WIDTH, run, small
+from tiny_run import EXAMPLES
 
+from patchnetvlad import model_fitting
 from patchnetvlad.checkpoints import build_model, read_checkpoint
 from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.commands.training import add_pca
-from patchnetvlad.config import GlobalParams
+from patchnetvlad.config import Config, FeatureExtractConfig, GlobalParams, TrainConfig
 from patchnetvlad.images import image_batches
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.model_fitting import add_projection
@@ -161,3 +163,26 @@ def test_what_is_whitened(whitens: str, white: bool, caplog: pytest.LogCaptureFi
     assert fit.num_samples == 2 * len(names) and len(fit.weight) == 6
     said = re.search(r"covariance is within (\S+) of the identity", caplog.text)
     assert said is not None and (float(said[1]) < 1e-3) == white
+
+
+def test_of_many_pictures_some_are_clustered(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Drawn by the seed, so that the model is the same again; WPCA is fitted to as many as it has samples for."""
+    monkeypatch.setattr(model_fitting, "CLUSTER_PICTURES", 5)
+    monkeypatch.setattr(model_fitting, "WPCA_SAMPLES", 20)
+    caplog.set_level("INFO")
+    pictures = sorted((EXAMPLES / "database").iterdir())[:24]
+    params = GlobalParams(backbone="rootsift", pooling="netvlad", num_pcs=8, threads=2)
+    size = FeatureExtractConfig(imageresizew=64, imageresizeh=48)
+    config = Config(feature_extract=size, global_params=params, train=TrainConfig(num_clusters=4, seed=3))
+    seeded = replace(config, train=replace(config.train, seed=4))
+    models = [model_fitting.fit_model(each, pictures, torch.device("cpu"))[0] for each in (config, config, seeded)]
+    positions = 5 * 4 * 3  # 16 pixels apart; fewer than the 100 that are taken of a picture
+    assert caplog.text.count(f"k-means: 4 clusters of {positions} local descriptors") == 3
+    assert caplog.text.count("8 dimensions to 20 descriptors") == 3
+    first, again, other = (model.state_dict()["pool.centroids"] for model in models)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_fewer_are_clustered_where_local_descriptors_are_long() -> None:
+    assert model_fitting._pictures_to_cluster(128) == 2000
+    assert model_fitting._pictures_to_cluster(2048) == 2**30 // (4 * 2048 * 100)

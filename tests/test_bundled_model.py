@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.commands import bundled_model
-from patchnetvlad.commands.bundled_model import DIMENSIONS, METRES_A_FRAME, frames_table, make_bundled_model
+from patchnetvlad.commands.bundled_model import FITTED, METRES_A_FRAME, frames_table, make_bundled_model
 from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.paths import require_file
+from patchnetvlad.paths import find_checkpoint, require_file
 from patchnetvlad.training_csv import read_training_csv
 from patchnetvlad.training_data import triplet_places
 
@@ -43,6 +45,9 @@ def test_a_table_without_videos_is_refused(floors: Path) -> None:
     (floors / "images.csv").write_text("image_path,frame,label\na.jpg,1,floor10\n")
     with pytest.raises(UserError, match="video_id"):
         frames_table(floors / "images.csv")
+    folders = ["--dataset_root_dir", f"{floors}", "--work_dir", f"{floors / 'work'}"]
+    assert make_bundled_model([*folders, "--output_path", f"{floors / 'made_WPCA768.pth.tar'}"]) == 2
+    assert not (floors / "work").exists()
 
 
 def test_the_steps_come_in_order_and_a_failure_ends_them(
@@ -65,15 +70,18 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
 
     step("render_msls", "cities/train_val/sf/made")
     step("train", "Nov25_10-00-00_seed3/checkpoints/checkpoint.pth.tar")
-    step("add_pca", "Nov25_10-00-00_seed3/checkpoints/checkpoint_WPCA512.pth.tar")
-    step("combine_models")
+    step("fit_model")
+    monkeypatch.setattr(bundled_model, "_database_pictures", lambda *_: [floors / "a.jpg", floors / "b.jpg"])
     arguments = ["--dataset_root_dir", f"{floors}", "--work_dir", f"{tmp_path / 'work'}", "--seed", "3"]
-    arguments += ["--output_path", f"{tmp_path / 'model_WPCA352.pth.tar'}"]
+    arguments += ["--output_path", f"{tmp_path / 'model_WPCA768.pth.tar'}"]
     assert make_bundled_model(arguments) == 0
-    assert [name for name, _ in calls] == ["render_msls", "train", "add_pca", "combine_models"]
-    assert "train.seed=3" in calls[1][1] and "train.seed=3" in calls[2][1]
-    trained = calls[2][1][calls[2][1].index("--resume_path") + 1]
-    assert trained.endswith("_seed3/checkpoints/checkpoint.pth.tar") and Path(trained).exists()
+    assert [name for name, _ in calls] == ["render_msls", "train", "fit_model"]
+    fitting = calls[2][1]
+    assert "train.seed=3" in calls[1][1] and {"train.seed=3", *FITTED} < set(fitting)
+    (trained,) = (Path(word.partition("=")[2]) for word in fitting if word.startswith("train.pretrained="))
+    assert trained.parts[-3:] == ("Nov25_10-00-00_seed3", "checkpoints", "checkpoint.pth.tar") and trained.exists()
+    listed = read_image_list(Path(fitting[fitting.index("--dataset_file_path") + 1]), tmp_path)
+    assert [path.name for path in listed.paths] == ["a.jpg", "b.jpg"] and listed.paths[0].is_absolute()
     calls.clear()
     fails = "train"
     with pytest.raises(SystemExit) as ended:
@@ -81,10 +89,30 @@ def test_the_steps_come_in_order_and_a_failure_ends_them(
     assert ended.value.code == 1 and [name for name, _ in calls] == ["train"]  # the cities are there
 
 
+def test_what_is_learned_from_is_fitted_to(floors: Path, msls: Path) -> None:
+    """Database pictures of both sources, none of the places that training is judged by."""
+    (floors / "frames.csv").write_text(frames_table(floors / "images.csv"))
+    changes = ["train.cities=trondheim,london", "train.val_cities=sf"]
+    config = load_config(require_file("learn_builtin.ini", "configs"), changes)
+    paths = bundled_model._database_pictures(config, floors, floors / "frames.csv", msls)
+    assert [path.stem for path in paths if path.is_relative_to(floors / "frames")] == ["b", "d", "f"]
+    of_cities = [path.relative_to(msls).parts for path in paths[3:]]
+    assert {parts[:3] for parts in of_cities} == {("train_val", city, "database") for city in ("trondheim", "london")}
+
+
 def test_the_settings_fit_together() -> None:
-    config = load_config(require_file("learn_builtin.ini", "configs"))
+    """What is trained and fitted is what builtin.ini describes, which keeps patches of the same WPCA."""
+    config, fitted, bundled = (
+        load_config(require_file(f"{name}.ini", "configs"), changes)
+        for name, changes in (("learn_builtin", []), ("learn_builtin", FITTED), ("builtin", []))
+    )
     config.check_training()
-    bundled = load_config(require_file("builtin.ini", "configs"))
-    assert config.global_params.num_pcs == 512  # what add_pca.py writes is looked for by that number
-    assert config.global_params.backbone == bundled.global_params.backbone
-    assert bundled.global_params.num_pcs == DIMENSIONS
+    fitted.check_fitting()
+    assert config.global_params.backbone == f"half:{fitted.global_params.backbone}"
+    for key in ("backbone", "num_pcs", "vladv2"):
+        assert getattr(fitted.global_params, key) == getattr(bundled.global_params, key)
+    for key in ("imageresizew", "imageresizeh"):
+        assert getattr(fitted.feature_extract, key) == getattr(bundled.feature_extract, key)
+    checkpoint = read_checkpoint(find_checkpoint(bundled.global_params.resumepath, fitted.global_params.num_pcs))
+    assert checkpoint.num_clusters == fitted.train.num_clusters
+    assert checkpoint.path.stat().st_size < 10_000_000

@@ -588,8 +588,8 @@ def test_patches_larger_than_the_map_are_refused(small_model, tmp_path, capsys, 
     sizes = ["--set", "global_params.patch_sizes=2,9", "--set", f"feature_extract.feature_dtype={dtype}"]
     assert extract([*small_model, *sizes], INDEX_LIST, tmp_path / "features") == 2
     line = failure(capsys)
-    assert "database/place00_0.jpg" in line and "size 9" in line and "7×10 positions" in line
-    assert not (tmp_path / "features/globalfeats.npy").exists()
+    assert "size 9" in line and "7×10 positions" in line
+    assert not (tmp_path / "features").exists()
 
 
 def test_small_pictures_of_their_own_size_are_named(small_model, tmp_path, capsys):

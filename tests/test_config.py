@@ -86,7 +86,7 @@ def test_absent_keys_take_defaults(tmp_path: Path) -> None:
         ("speed", 512, (5,), (1.0,), "spatialApproximator"),
         ("storage", 128, (5,), (1.0,), "spatialApproximator"),
         ("rootsift", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
-        ("builtin", 352, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
+        ("builtin", 768, (5,), (1.0,), "spatialApproximator"),
     ],
 )
 def test_shipped_matching_files(
@@ -102,8 +102,8 @@ def test_shipped_matching_files(
     assert config.feature_match.matcher == matcher
     assert config.feature_match.n_values_all == (1, 5, 10, 20, 50, 100)
     assert (config.feature_extract.imageresizew, config.feature_extract.imageresizeh) == (640, 480)
-    ours = {"rootsift": ("rootsift", None), "builtin": ("half:efficientnet_lite0", "rootsift")}
-    assert (config.global_params.backbone, config.global_params.patch_backbone) == ours.get(name, ("vgg16", None))
+    ours = {"rootsift": "rootsift", "builtin": "efficientnet_lite0"}
+    assert config.global_params.backbone == ours.get(name, "vgg16") and config.global_params.patch_backbone is None
     trained_on = name if name in ours else "mapillary"
     assert config.require_checkpoint().name == f"{trained_on}_WPCA{pcs}.pth.tar"
 

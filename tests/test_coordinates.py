@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchnetvlad.csv_table import check_geographic
 from patchnetvlad.errors import UserError
 from patchnetvlad.localization.coordinates import (
     Zone,
     band_zone,
-    check_geographic,
     common_zone,
     in_one_zone,
     outside_zone,

@@ -14,7 +14,7 @@ from tiny_run import tiny_model
 from patchnetvlad.paths import find_file
 
 ROOT = Path(__file__).parent.parent
-MODEL = "builtin_WPCA352.pth.tar"
+MODEL = "builtin_WPCA768.pth.tar"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # A line of a table whose last cell is one statement

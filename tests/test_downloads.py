@@ -1,6 +1,7 @@
 """Downloads from a hub on this machine: what arrives, what is kept, and servers that say nothing."""
 
 import hashlib
+import io
 import logging
 import socket
 import time
@@ -12,11 +13,13 @@ from threading import Thread
 import pytest
 import torch
 
-from patchnetvlad import downloads
+from patchnetvlad import downloads, files
+from patchnetvlad.checkpoints import read_checkpoint
 from patchnetvlad.config import Config, GlobalParams, TrainConfig
-from patchnetvlad.downloads import fetch_from_hub, require_answer
+from patchnetvlad.downloads import HUB_REPOSITORY, fetch_from_hub, fetch_published, hash_file, require_answer
 from patchnetvlad.errors import UserError
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.paths import PUBLISHED_CHECKPOINTS
 from patchnetvlad.weights import initialise_encoder
 
 
@@ -91,6 +94,22 @@ def test_a_file_is_fetched_once(hub: Hub) -> None:
     hub.asked.clear()
     fetch_from_hub("someone/model", ["model.safetensors", "pytorch_model.bin"])
     assert asked and not hub.asked  # the cache has it
+
+
+def test_a_checkpoint_that_was_fetched_is_hashed_once(hub: Hub, tmp_path: Path) -> None:
+    """What is fetched takes its name after it was hashed, and is read under that name."""
+    content = io.BytesIO()
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, content)
+    name = next(iter(PUBLISHED_CHECKPOINTS))
+    hub.files[f"/{HUB_REPOSITORY}/{PUBLISHED_CHECKPOINTS[name]}"] = content.getvalue()
+    before = files._sha256.cache_info().misses
+    path = fetch_published(name, tmp_path / "models")
+    expected = hashlib.sha256(content.getvalue()).hexdigest()
+    assert path == tmp_path / "models" / name and hash_file(path).read_text() == f"{expected}  {name}\n"
+    assert read_checkpoint(path).sha256 == expected and files.file_sha256(path) == expected
+    assert files._sha256.cache_info().misses == before + 1
+    path.write_bytes(content.getvalue() + b"more")
+    assert files.file_sha256(path) == hashlib.sha256(content.getvalue() + b"more").hexdigest()
 
 
 def test_what_the_hub_has_not_is_one_error(hub: Hub) -> None:

@@ -1,14 +1,17 @@
 """Blocks of a packed folder: what is written is read, pictures of any size, and damage is told."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.lib import format as npy_format
 
 from patchnetvlad.errors import UserError
 from patchnetvlad.store.arrays import blocks
+from patchnetvlad.store.arrays.array_files import array_header
 from patchnetvlad.store.arrays.blocks import Block, BlockLayout, BlockReader, BlockWriter, block_name, scales_name
 
 SIZES = (2, 3)
@@ -134,3 +137,12 @@ def test_reading_takes_one_read_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "fromfile", lambda *args, **options: reads.append(args[2]) or fromfile(*args, **options))
     reader.read(1)
     assert reads == [sum(counts((4, 5))) * 5]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**15), st.integers(1, 10**6), st.sampled_from(["u1", "i1", "f2", "f4"]))
+def test_a_header_is_as_long_for_any_number_of_rows(rows, width, dtype):
+    """A block's rows begin where its header ends, which is written when they are counted."""
+    header = array_header((rows, width), np.dtype(dtype))
+    assert len(header) == blocks.HEADER_BYTES
+    assert npy_format.read_magic(BytesIO(header)) == (1, 0)

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import patchnetvlad.extraction as extraction
+import patchnetvlad.files as files
 import patchnetvlad.store.arrays.blocks as feature_blocks
 import patchnetvlad.store.writing.feature_writer as feature_writer
 import patchnetvlad.store.writing.layouts as feature_layouts
@@ -34,7 +34,7 @@ from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.patch_rounding import round_patches
 from patchnetvlad.store.arrays.codecs import CODECS
 from patchnetvlad.store.cache.memory_cache import PictureCache
-from patchnetvlad.store.manifest import StoreHeader
+from patchnetvlad.store.manifest import StoreHeader, first_line, in_list_order
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 
@@ -335,6 +335,47 @@ def test_a_killed_run_resumes(tmp_path):
             global_, patches = make_features(header, index)
             np.testing.assert_array_equal(store.global_[index], global_)
             assert torch.equal(store.patches(index).descriptors[1], patches.descriptors[1])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(7)), stops=st.lists(st.integers(0, 7), max_size=2), lost=st.sampled_from(range(7)))
+def test_stopped_runs_leave_the_manifest_in_list_order(tmp_path_factory, order, stops, lost):
+    """Whatever comes when, and when a finished picture's file was lost: a line for each picture, in order, once."""
+    folder = tmp_path_factory.mktemp("features")
+    header, pictures = make_header(), make_list([f"{index}.jpg" for index in range(7)])
+    for stop in sorted(stops):
+        with FeatureWriter(folder, pictures, header) as writer:
+            for index in [index for index in order[:stop] if index in writer.missing]:
+                writer.write(index, *make_features(header, index))
+        (folder / f"patchfeats_psize2_{lost}.npy").unlink(missing_ok=True)
+    with FeatureWriter(folder, pictures, header) as writer:
+        for index in [index for index in order if index in writer.missing]:
+            writer.write(index, *make_features(header, index))
+        writer.finish()
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines[1:]] == list(range(7))
+    assert first_line(folder).decode() == lines[0] + "\n"
+
+
+def test_a_manifest_in_order_is_not_read_again(tmp_path, monkeypatch):
+    """Neither after a run that was stopped and continued; only lines that came out of order are brought into it."""
+    header, pictures = make_header(), make_list([f"{index}.jpg" for index in range(4)])
+    sorted_ = []
+    monkeypatch.setattr(feature_writer, "in_list_order", lambda content: sorted_.append(1) or in_list_order(content))
+
+    def run(folder: Path, *parts: Sequence[int]) -> None:
+        for number, part in enumerate(parts, start=1):
+            with FeatureWriter(folder, pictures, header) as writer:
+                for index in part:
+                    writer.write(index, *make_features(header, index))
+                if number == len(parts):
+                    writer.finish()
+
+    run(tmp_path / "stopped", (0, 1), (), (2, 3))
+    run(tmp_path / "whole", (0, 1, 2, 3))
+    assert not sorted_
+    run(tmp_path / "shared", (1, 0), (2, 3))
+    assert sorted_ == [1]
 
 
 def _environment() -> dict[str, str]:
@@ -804,7 +845,7 @@ def test_performance_features_of_pitts30k():
 
 def test_check_disk(tmp_path, monkeypatch):
     check_disk(tmp_path / "not" / "there", 1)
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 10**9}))
     with pytest.raises(UserError, match=r"812\.0 GB, its disk has 3\.0 GB free") as caught:
         check_disk(tmp_path / "not" / "there", 812 * 10**9)
     assert "feature_dtype" in one_line(caught)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import patchnetvlad.files as files
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import (
+    duration,
+    free_disk,
     locked,
     make_folder,
     read_text,
@@ -33,6 +35,21 @@ from patchnetvlad.files import (
 
 def refused(path: Path, message: str):
     return pytest.raises(UserError, match=rf"^{path}: [^\n]*{message}[^\n]*$")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0.0 s"), (12.34, "12.3 s"), (99.94, "99.9 s"), (100, "2 min"), (5999, "100 min"), (7560, "2.1 h")],
+)
+def test_durations_are_told_in_one_way(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_free_disk_of_a_folder_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    usage = types.SimpleNamespace(free=7)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
+    assert free_disk(tmp_path / "not" / "there") == 7 and asked == [tmp_path]
 
 
 def save_torch(path: Path) -> None:

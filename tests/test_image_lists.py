@@ -1,5 +1,7 @@
 """Lists survive what people write into them; no two pictures share the name of their features."""
 
+import hashlib
+import json
 import random
 import tempfile
 import unicodedata
@@ -10,7 +12,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import list_folder, read_image_list, unique_feature_names, write_image_list
+from patchnetvlad.examples.rendered_city import make_city, write_city
+from patchnetvlad.image_lists import (
+    SIDES,
+    hash_names,
+    list_file_name,
+    list_folder,
+    read_image_list,
+    unique_feature_names,
+    write_image_list,
+)
+from patchnetvlad.paths import shipped_folder
+
+
+def test_one_rule_names_the_lists(tmp_path: Path) -> None:
+    """The shipped lists and those written anew, by the published names."""
+    assert [list_file_name("pitts30k", side) for side in SIDES] == [
+        "pitts30k_imageNames_query.txt",
+        "pitts30k_imageNames_index.txt",
+    ]
+    city = make_city(places=2, look_alikes=0)
+    write_city(city, tmp_path, "example", size=(32, 24))
+    for side, views in zip(SIDES, (city.queries, city.database), strict=True):
+        assert (shipped_folder("dataset_imagenames") / list_file_name("example", side)).is_file()
+        written = read_image_list(tmp_path / "dataset_imagenames" / list_file_name("example", side), tmp_path)
+        assert written.names == tuple(view.name for view in views)
 
 
 def test_one_list_of_every_kind_of_line(tmp_path: Path) -> None:
@@ -44,6 +70,21 @@ def test_first_line_does_not_change_the_others(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("robotcar/a.jpg\nday/b.png\n")
     assert read_image_list(path, tmp_path).names == ("robotcar/a.jpg", "day/b.png")
+
+
+@given(st.text("ab./-_ \n", max_size=12))
+def test_lists_of_plain_names_are_read_as_all_others(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "list.txt"
+        path.write_text(f"first.jpg\n{text}")
+        names = read_image_list(path, Path(folder)).names
+        path.write_text(f"first.jpg\n{text}\nü.jpg", encoding="utf-8")  # which is looked at line by line
+        assert read_image_list(path, Path(folder)).names == (*names, "ü.jpg")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=5) | st.sampled_from(['a", "b', "\\", "é", "\x7f"])))
+def test_the_hash_of_names_is_that_of_their_json(names: list[str]) -> None:
+    assert hash_names(names) == hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def test_absolute_names_below_a_linked_or_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def test_a_long_check_says_how_long(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert not caplog.text
     further = [save(noise(4, 4, seed), tmp_path / f"more{seed}.bmp") for seed in range(101)]
     check_images([*paths[10:], *further], workers=2)
-    message = r"checking 121 pictures with 2 threads: about \d+ s \(90 more were found whole before\)"
+    message = r"checking 121 pictures with 2 threads: about \d+\.\d s \(90 more were found whole before\)"
     assert re.search(message, caplog.text)
 
 

@@ -217,6 +217,23 @@ def test_sequences_do_not_bridge_missing_frames(changed: Path) -> None:
     assert (len(before.queries.units), len(after.queries.units)) == (2 * 3, 2)
 
 
+def test_a_panorama_breaks_the_sequences_that_it_is_in(changed: Path) -> None:
+    """One rule for pictures and for sequences: what holds a panorama is matched only where panoramas are included."""
+    (before,) = read_cities(changed, ["london"], "seq2im")
+    folder = changed / "train_val/london/query"
+    key = before.queries.keys[before.queries.units[0][0]]
+    rewrite(folder / "raw.csv", f"{key},", f"{key},,,True\n-,unused,")  # a row for the picture, and the rest of its own
+    lines = (folder / "raw.csv").read_text().splitlines(keepends=True)
+    (folder / "raw.csv").write_text("".join(line for line in lines if not line.startswith("-,unused,")))
+    hit = sum(key in {before.queries.keys[row] for row in unit} for unit in before.queries.units)
+    (after,) = read_cities(changed, ["london"], "seq2im")
+    assert hit > 0 and len(after.queries.units) == len(before.queries.units) - hit
+    (pictures,) = read_cities(changed, ["london"])
+    assert key not in pictures.queries.keys
+    (all_of_them,) = read_cities(changed, ["london"], "seq2im", include_panoramas=True)
+    assert len(all_of_them.queries.units) == len(before.queries.units)
+
+
 def test_unknown_labels_count_as_day_and_forward(changed: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = changed / "train_val/london/query/postprocessed.csv"
     with path.open(newline="") as file:
@@ -316,6 +333,15 @@ def test_rows_that_do_not_belong_together(changed: Path) -> None:
     raw.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
     with pytest.raises(UserError, match=r"postprocessed\.csv: line 2: key .*, but raw\.csv has"):
         read_cities(changed, ["london"])
+    raw.write_text("".join(lines))
+    frames = changed / "train_val/london/query/seq_info.csv"
+    rows = frames.read_text().splitlines(keepends=True)
+    frames.write_text("".join(rows[:-1]))
+    with pytest.raises(UserError, match=r"seq_info\.csv: 9 rows, but raw\.csv has 10"):
+        read_cities(changed, ["london"], "seq2im")
+    frames.write_text("".join([rows[0], rows[2], rows[1], *rows[3:]]))
+    with pytest.raises(UserError, match=r"seq_info\.csv: line 2: key .*, but raw\.csv has"):
+        read_cities(changed, ["london"], "seq2im")
     raw.write_text("".join(lines)[:-3])
     with pytest.raises(UserError, match=r"raw\.csv: line 11: "):
         read_cities(changed, ["london"])

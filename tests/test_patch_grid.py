@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchnetvlad.encoders.vgg16 import VGG16
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 
 
@@ -37,6 +38,13 @@ def test_centers_are_means_of_the_positions_a_patch_covers(height, width, size, 
     assert len(grid) == len(expected)
     if expected:
         assert list(grid.max_index) == grid.indices().max(dim=0).values.tolist()
+
+
+def test_a_position_for_each_whole_stride():
+    encoder = VGG16()
+    assert encoder.geometry.map_size(480, 640) == (30, 40) and encoder.geometry.map_size(15, 16) == (0, 1)
+    with torch.inference_mode():
+        assert encoder(torch.zeros(1, 3, 33, 47)).shape[2:] == encoder.geometry.map_size(33, 47) == (2, 2)
 
 
 def test_pixels_of_patch_and_pitch():

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
+yaml = pytest.importorskip("yaml")  # which Ray brings with it
 
 from patchnetvlad.engines import ray_cluster, shared_extraction  # noqa: E402
 from patchnetvlad.engines.ray_cluster import Cluster, RayOptions, connected  # noqa: E402
@@ -400,3 +402,40 @@ def test_a_lost_machine_a_killed_worker_and_a_lost_head(machines, tmp_path, capf
 def process_is_there(machine: Any) -> bool:
     pid = machine.all_processes["raylet"][0].process.pid
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+# --- recipes that cannot be run here ------------------------------------------------------------------------------
+
+RECIPES = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_slurm_script_is_one(tmp_path):
+    (script,) = re.findall(r"^```text\n(#!/bin/bash\n#SBATCH.*?)^```", RECIPES, re.MULTILINE | re.DOTALL)
+    (tmp_path / "job.sh").write_text(script)
+    subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True, capture_output=True)
+    (options,) = re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
+    asked = dict(option.removeprefix("--").split("=") for option in options.split())
+    assert asked.keys() == {"nodes", "ntasks-per-node", "cpus-per-task", "time"}
+    others = int(asked["nodes"]) - 1
+    assert f"--nodes={others} --ntasks={others} --exclude" in script
+    assert script.count(f"--num-cpus {asked['cpus-per-task']} ") == 2
+
+
+def test_the_kubernetes_cluster_has_kuberays_fields():
+    """Names as in the sample clusters of KubeRay 1.1 (ray.io/v1)."""
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", RECIPES, re.MULTILINE | re.DOTALL)
+    cluster = yaml.safe_load(text)
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    spec = cluster["spec"]
+    assert spec.keys() == {"headGroupSpec", "workerGroupSpecs"}
+    head, (workers,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert head.keys() == {"rayStartParams", "template"} and head["rayStartParams"] == {"num-cpus": "0"}
+    sizes = {"replicas", "minReplicas", "maxReplicas"}
+    assert workers.keys() == sizes | {"groupName", "rayStartParams", "template"}
+    assert 1 <= workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    for group in (head, workers):
+        (container,) = group["template"]["spec"]["containers"]
+        volumes = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert volumes == {mount["name"] for mount in container["volumeMounts"]}
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/shared", "/dev/shm"}
+    assert f"service/{cluster['metadata']['name']}-head-svc" in RECIPES  # what KubeRay calls the head's service

@@ -19,6 +19,10 @@ RANSAC, RAPID = MATCHERS["RANSAC"], MATCHERS["spatialApproximator"]
 WEIGHTS = (0.45, 0.15, 0.4)
 
 
+def rerank_these(query, candidates, *options, **named):
+    return rerank(query, range(len(candidates)), candidates.__getitem__, *options, **named)
+
+
 def picture(seed: int, height: int = 7, width: int = 9, noise_seed: int | None = None) -> PatchFeatures:
     """Random unit descriptors at two patch sizes; with noise_seed a disturbed copy of the picture of that seed."""
     grids = (PatchGrid(height, width, 2), PatchGrid(height, width, 4))
@@ -81,7 +85,7 @@ def test_fusion_does_not_depend_on_units(scores, scale, offset):
 def test_the_same_place_comes_first(matcher, batch_size):
     query = picture(1)
     candidates = [picture(2), picture(3, 6, 11), picture(1, noise_seed=7), picture(4)]
-    result = rerank(query, iter(candidates), (0.6, 0.4), matcher, batch_size)
+    result = rerank_these(query, candidates, (0.6, 0.4), matcher, batch_size)
     assert result.order[0] == 2
     assert result.order.dtype == np.int64
     assert sorted(result.order) == [0, 1, 2, 3]
@@ -95,28 +99,28 @@ def test_the_same_place_comes_first(matcher, batch_size):
 
 def test_candidates_scored_together_score_as_alone():
     query, candidates = picture(1), [picture(seed, 8 + seed, 10) for seed in range(6)]
-    alone = rerank(query, candidates, (0.6, 0.4), RANSAC)
-    together = rerank(query, candidates, (0.6, 0.4), RANSAC, batch_size=4)
+    alone = rerank_these(query, candidates, (0.6, 0.4), RANSAC)
+    together = rerank_these(query, candidates, (0.6, 0.4), RANSAC, batch_size=4)
     np.testing.assert_array_equal(alone.per_scale, together.per_scale)
     assert (alone.per_scale > 0).any()
 
 
 def test_ties_keep_the_retrieval_order():
     same = picture(5)
-    result = rerank(picture(1), [same, picture(1), same, same], (0.6, 0.4), RAPID)
+    result = rerank_these(picture(1), [same, picture(1), same, same], (0.6, 0.4), RAPID)
     assert result.order.tolist() == [1, 0, 2, 3]
 
 
 def test_few_candidates_and_empty_pictures():
     query = picture(1)
-    assert rerank(query, [], (0.6, 0.4), RANSAC).order.tolist() == []
-    assert rerank(query, [], (0.6, 0.4), RANSAC).per_scale.shape == (0, 2)
-    single = rerank(query, [query], (0.6, 0.4), RANSAC)
+    assert rerank_these(query, [], (0.6, 0.4), RANSAC).order.tolist() == []
+    assert rerank_these(query, [], (0.6, 0.4), RANSAC).per_scale.shape == (0, 2)
+    single = rerank_these(query, [query], (0.6, 0.4), RANSAC)
     assert (single.order.tolist(), single.fused.tolist()) == ([0], [0.0])
     tiny = picture(2, 3, 3)  # too small for patches of size 4
     assert len(tiny.grids[1]) == 0
     for batch_size in (1, 3):
-        result = rerank(query, [tiny, query, tiny], (0.6, 0.4), RAPID, batch_size)
+        result = rerank_these(query, [tiny, query, tiny], (0.6, 0.4), RAPID, batch_size)
         assert result.order.tolist() == [1, 0, 2]
         assert np.isfinite(result.fused).all()
 
@@ -124,10 +128,9 @@ def test_few_candidates_and_empty_pictures():
 def test_candidates_are_held_a_batch_at_a_time():
     requested = []
 
-    def stream():
-        for seed in range(5):
-            requested.append(seed)
-            yield picture(seed)
+    def load(seed):
+        requested.append(seed)
+        return picture(seed)
 
     seen_at_score = []
 
@@ -135,7 +138,7 @@ def test_candidates_are_held_a_batch_at_a_time():
         seen_at_score.append(len(requested))
         return rapid_spatial_score(matches, query_grid, reference_grid)
 
-    rerank(picture(1), stream(), (0.6, 0.4), Matcher(matcher), batch_size=2)
+    rerank(picture(1), range(5), load, (0.6, 0.4), Matcher(matcher), batch_size=2)
     assert seen_at_score == [2, 2, 2, 2, 4, 4, 4, 4, 5, 5]
 
 
@@ -152,7 +155,7 @@ def test_pictures_with_other_patch_sizes_are_refused():
     fewer = PatchFeatures(query.descriptors[:1], query.grids[:1])
     for batch_size in (1, 2):
         with pytest.raises((ValueError, IndexError)):
-            rerank(query, [fewer, fewer], (0.6, 0.4), RANSAC, batch_size)
+            rerank_these(query, [fewer, fewer], (0.6, 0.4), RANSAC, batch_size)
 
 
 def test_the_rest_stays_behind_in_retrieval_order():
@@ -161,8 +164,8 @@ def test_the_rest_stays_behind_in_retrieval_order():
 
 def test_scores_of_all_queries_are_in_final_order():
     query = picture(1)
-    first = rerank(query, [picture(2), query], (0.6, 0.4), RAPID)
-    second = rerank(query, [query], (0.6, 0.4), RAPID)
+    first = rerank_these(query, [picture(2), query], (0.6, 0.4), RAPID)
+    second = rerank_these(query, [query], (0.6, 0.4), RAPID)
     scores = collect_scores(np.array([[8, 9, 3], [7, -1, -1]]), [first, second], (2, 4), "spatialApproximator")
     assert scores.indices.tolist() == [[9, 8], [7, -1]]
     np.testing.assert_array_equal(scores.fused, [first.fused[::-1], [0, 0]])

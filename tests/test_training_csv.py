@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from patchnetvlad.csv_table import read_table, write_table
+from patchnetvlad.datasets.makers import MAKERS
 from patchnetvlad.errors import UserError
 from patchnetvlad.training_csv import earth_centred, read_training_csv
 from patchnetvlad.training_data import triplet_places
@@ -72,8 +76,8 @@ def test_degrees_give_metres(tmp_path: Path) -> None:
             "query,north,True",
             r"own\.csv: line 2: role = 'query': expected one of train_query",
         ),
-        ("easting", "east", "neither columns easting and northing nor latitude and longitude"),
-        ("northing", "north", "has no column northing or utm_north"),
+        ("easting", "east", "expected columns latitude and longitude, or easting and northing: found image, east"),
+        ("northing", "north", "or easting and northing: found image, easting, north"),
         ("6,8", "6,nan", r"line 4: northing = 'nan': expected a number"),
         ("val_database", "train_database", "city north has no picture of role val_database"),
         ("image", "photo", "has no column name or path or image"),
@@ -86,10 +90,31 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
         read_training_csv(write(tmp_path, METRIC.replace(old, new)), tmp_path)
 
 
-def test_swapped_degrees(tmp_path: Path) -> None:
-    text = "image,latitude,longitude,role\na.jpg,151.2,-33.8,train_query\n"
-    with pytest.raises(UserError, match=r"line 2: latitude 151\.2, longitude -33\.8"):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("151.2,-33.8", r"1 of 1 positions are out of range.*longitude swapped\?\): a\.jpg \(151\.2, -33\.8\)"),
+        ("0,0", r"1 of 1 positions are 0, 0 \(written without a GPS fix\?\): a\.jpg"),
+    ],
+)
+def test_degrees_that_cannot_be(tmp_path: Path, place: str, message: str) -> None:
+    """By the same rule as in the dataset maker's tables."""
+    text = f"image,latitude,longitude,role\na.jpg,{place},train_query\n"
+    with pytest.raises(UserError, match=message):
         read_training_csv(write(tmp_path, text), tmp_path)
+
+
+def test_degrees_count_where_there_are_metres_too(tmp_path: Path) -> None:
+    """Training and the dataset maker take the same of both; the metres here would have every picture in one place."""
+    header, rows = "image,easting,northing,latitude,longitude,role\n", {"q.jpg": 45.0, "d.jpg": 45.0003, "e.jpg": 45.1}
+    roles = ("train_query", "train_database", "train_database")
+    lines = [f"{name},5,5,{place},7,{role}\n" for (name, place), role in zip(rows.items(), roles, strict=True)]
+    (city,) = read_training_csv(write(tmp_path, header + "".join(lines)), tmp_path, complete=False).train
+    assert [found.tolist() for found in city.positives(40)] == [[0]]  # 0.0003° of latitude are 33 m
+    (tmp_path / "queries.csv").write_text(header + lines[0])
+    (tmp_path / "database.csv").write_text(header + "".join(lines[1:]))
+    (dataset,) = MAKERS["csv"].make(tmp_path, "queries.csv", "database.csv", radius=40)
+    assert str(dataset.zone) == "32N" and [found.tolist() for found in dataset.ground_truth().positives()] == [[0]]
 
 
 def test_other_spellings_of_one_table(tmp_path: Path) -> None:
@@ -119,3 +144,21 @@ def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     text = METRIC.replace("q/b.jpg", "\n\nq/b.jpg").replace("6,8", "six,8")
     with pytest.raises(UserError, match=r"own\.csv: line 6: easting = 'six'"):
         read_training_csv(write(tmp_path, text), tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=("Cc", "Cs"))).map(str.strip),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.booleans(),
+        )
+    )
+)
+def test_written_tables_are_read_back(tmp_path: Path, rows: list[tuple[str, float, bool]]) -> None:
+    path = tmp_path / "table.csv"
+    write_table(path, ("image", "metres", "night"), rows)
+    table = read_table(path)
+    read = zip(table.text("image"), table.numbers("metres").tolist(), table.flags("night").tolist(), strict=True)
+    assert list(read) == rows and b"\r" not in path.read_bytes()

@@ -10,7 +10,7 @@ from tiny_run import EXAMPLES, example_names, run
 
 from patchnetvlad.checkpoints import build_model, join_models, read_checkpoint, write_checkpoint
 from patchnetvlad.commands.models import combine_models, fit_model
-from patchnetvlad.config import Config, FeatureMatchConfig, GlobalParams
+from patchnetvlad.config import Config, FeatureMatchConfig, GlobalParams, TrainConfig
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
 from patchnetvlad.encoders.table import encoder_geometry, make_encoder
 from patchnetvlad.errors import UserError
@@ -20,6 +20,7 @@ from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.reranking import Reranking, fuse, with_similarities
+from patchnetvlad.weights import initialise_encoder
 
 SIZES = (2, 3)
 
@@ -98,6 +99,20 @@ def test_encoders_are_kept_in_16_bits(tmp_path: Path) -> None:
     pictures = torch.randn(2, 3, 128, 192)
     similar = (model.describe(pictures).global_ * alone.describe(pictures).global_).sum(dim=1)
     assert similar.min() > 0.999
+
+
+@pytest.mark.parametrize("names", [("half:vgg16", "vgg16"), ("vgg16", "half:vgg16"), ("half:half:vgg16", "half:vgg16")])
+def test_an_encoder_at_half_size_starts_the_whole_one(names: tuple[str, str], tmp_path: Path) -> None:
+    """And the other way round: their weights are the same, only what they are shown differs."""
+    torch.manual_seed(4)
+    made, model = (PlaceModel(name, "max") for name in names)
+    write_checkpoint(tmp_path / "made.pth.tar", made)
+    params = replace(PARAMS, backbone=names[1], patch_backbone=None)
+    train = TrainConfig(pretrained=str(tmp_path / "made.pth.tar"))
+    initialise_encoder(model, Config(global_params=params, train=train))
+    before, after = made.encoder.state_dict(), model.encoder.state_dict()
+    assert len(before) == len(after) and list(before) != list(after)
+    assert all(map(torch.equal, before.values(), after.values()))
 
 
 def test_a_global_model_of_the_same_file(joined: Path) -> None:

@@ -73,15 +73,34 @@ def test_each_worker_has_one_torch_thread_and_others_keep_theirs(threads):
     assert found == [threads, threads]
 
 
-def test_a_ranking_does_not_depend_on_the_number_of_threads():
+def picture(seed):
     grids = (PatchGrid(12, 12, 1), PatchGrid(12, 12, 2))
+    generator = torch.Generator().manual_seed(seed)
+    return PatchFeatures(
+        tuple(F.normalize(torch.randn(len(grid), 300, generator=generator), dim=1) for grid in grids), grids
+    )
 
-    def picture(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return PatchFeatures(
-            tuple(F.normalize(torch.randn(len(grid), 300, generator=generator), dim=1) for grid in grids), grids
-        )
 
+def test_candidates_are_decoded_by_the_threads_that_match_them(threads):
+    """With one torch thread: several of one thread's would wait for one another, and for the others' products."""
+
+    class Watched(PatchesInMemory):
+        def patches(self, index, device=torch.device("cpu")):  # noqa: B008
+            asked.append((threading.get_ident(), torch.get_num_threads(), index))
+            return super().patches(index, device)
+
+    asked = []
+    options = FeatureMatchConfig(matcher="RANSAC", patchweights2use=(0.5, 0.5), similarity="float32")
+    database = DescribedPictures(np.eye(9, dtype=np.float32), Watched(map(picture, range(9))))
+    ranker = Ranker(options, database, torch.device("cpu"))
+    ranker.rank(DescribedPictures(np.ones((1, 9), dtype=np.float32), PatchesInMemory([picture(4)])))
+    matched = asked[1:]  # after the pair that decides how pairs are compared
+    assert sorted(index for _, _, index in matched) == list(range(9))
+    assert {count for _, count, _ in matched} == {1}
+    assert threads == 1 or threading.get_ident() not in {thread for thread, _, _ in matched}
+
+
+def test_a_ranking_does_not_depend_on_the_number_of_threads():
     database = [picture(seed) for seed in range(9)]
     query = picture(4)
     before = torch.get_num_threads()

@@ -9,28 +9,30 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.examples import render_msls
-from patchnetvlad.commands.models import combine_models
-from patchnetvlad.commands.training import add_pca, train
+from patchnetvlad.commands.models import fit_model
+from patchnetvlad.commands.training import train
+from patchnetvlad.config import Config
 from patchnetvlad.csv_table import read_table
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import make_folder, write_text
-from patchnetvlad.paths import check_new_checkpoint, find_checkpoint, require_file
+from patchnetvlad.files import write_text
+from patchnetvlad.ini import load_config
+from patchnetvlad.paths import check_new_checkpoint, require_file
 
 CONFIG = "learn_builtin.ini"
-PATCHES = "rootsift_WPCA512.pth.tar"
+# What is fitted to whole pictures: the encoder that learned at half their size, fewer clusters
+FITTED = ("global_params.backbone=efficientnet_lite0", "train.num_clusters=16")
 METRES_A_FRAME = 8  # so that the frames beside one are within [train] positive_radius, and three are negative_radius
 METRES_A_VIDEO = 10_000
 JUDGED_BY = ("floor3", "floor15")  # floors that training does not learn from, but is watched on
 PLACES = "4"  # times those of the small tree of rendered cities
 EPOCHS = "3"
-DIMENSIONS = 352  # of both kinds of descriptors: as many as fit into a file of 10 MB
 
 
 def make_bundled_model(arguments: Sequence[str] | None = None) -> int:
     """Make the bundled learned model again."""
     parser = Parser(
-        "Train the bundled model's encoder and NetVLAD on frames of videos and on rendered cities, whiten its "
-        f"descriptors against changes of view and light, and join them with the patches of {PATCHES}.",
+        "Train the bundled model's encoder on frames of videos and on rendered cities, shown at half their size, then "
+        "fit clusters and WPCA to its descriptors of whole pictures, as they are and changed.",
         "make_bundled_model.py",
     )
     parser.add_argument(
@@ -54,27 +56,32 @@ def _make(args: argparse.Namespace) -> None:
         raise UserError(f"{table}: no such file (expected the frames' videos, numbers and floors)")
     if args.seed < 0:
         raise UserError(f"--seed: {args.seed}: expected a whole number of 0 or more")
-    patches = find_checkpoint(PATCHES, 0) or require_file(PATCHES, "pretrained_models")
-    check_new_checkpoint(Path(args.output_path), DIMENSIONS, args.overwrite)
-    make_folder(work)
-    frames, cities = work / "frames.csv", work / "cities"
+    config = load_config(require_file(CONFIG, "configs"))
+    check_new_checkpoint(Path(args.output_path), config.global_params.num_pcs, args.overwrite)
+    frames, cities, listed = work / "frames.csv", work / "cities", work / "pictures.txt"
     write_text(frames, frames_table(table))
     quiet = ["-q"] if args.quiet else []
     device = ["--device", args.device, *(["--nocuda"] if args.nocuda else []), *quiet]
     if not cities.exists():
         _run(render_msls, ["--output_dir", f"{cities}", "--places", PLACES, *quiet])
+    write_text(listed, (f"{path.resolve()}\n" for path in _database_pictures(config, root, frames, cities)))
     pictures = ["--dataset_root_dir", f"{root}", f"{cities}", "--dataset_csv", f"{frames}", "-"]
     settings = ["--config_path", CONFIG, "--set", f"train.seed={args.seed}"]
     name = f"seed{args.seed}"
     _run(train, [*settings, *pictures, "--save_path", f"{work}", "--identifier", name, "--nEpochs", EPOCHS, *device])
     run = max(work.glob(f"*_{name}"), key=lambda folder: folder.stat().st_mtime)
-    last = run / "checkpoints" / "checkpoint.pth.tar"
-    _run(add_pca, [*settings, *pictures, "--resume_path", f"{last}", "--overwrite", *device])
-    both = ["--global_path", f"{last.parent / 'checkpoint_WPCA512.pth.tar'}", "--patches_path", f"{patches}"]
-    _run(
-        combine_models,
-        [*both, "--num_pcs", f"{DIMENSIONS}", "--output_path", args.output_path, "--overwrite", *quiet],
-    )
+    learned = run / "checkpoints" / "checkpoint.pth.tar"
+    settings += [word for change in (*FITTED, f"train.pretrained={learned}") for word in ("--set", change)]
+    pictures = ["--dataset_root_dir", f"{root}", "--dataset_file_path", f"{listed}"]
+    _run(fit_model, [*settings, *pictures, "--output_path", args.output_path, "--overwrite", *device])
+
+
+def _database_pictures(config: Config, root: Path, frames: Path, cities: Path) -> list[Path]:
+    """Those that training learns from."""
+    from patchnetvlad.training_run import Source, read_training_data
+
+    data = read_training_data(config, [Source(root, frames), Source(cities)])
+    return [path for city in data.train for path in city.database.paths]
 
 
 def frames_table(table: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.errors import UserError
+from patchnetvlad.files import duration, free_disk
 from patchnetvlad.image_lists import list_folder, read_image_list, write_image_list
 from patchnetvlad.judging import Measures, judge
 from patchnetvlad.judging import measure as measure_judged
@@ -268,14 +269,10 @@ def _path(named_path: str) -> Path:
 
 
 def _estimate_lines(estimate: Estimate, work: Path) -> list[str]:
-    from patchnetvlad.datasets.reproduction import free_disk
-
-    hours = estimate.seconds / 3600
-    duration = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
     free = free_disk(work)
     lines = [
         f"about {estimate.disk / 1e9:.2f} GB on disk ({free / 1e9:.0f} GB free), {estimate.memory / 1e9:.1f} GB of "
-        f"memory, {duration}, from trying a few pictures"
+        f"memory, {duration(estimate.seconds)}, from trying a few pictures"
     ]
     if estimate.disk > free:
         lines.append(

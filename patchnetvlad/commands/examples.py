@@ -10,6 +10,7 @@ from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import SIDES, list_file_name
 from patchnetvlad.paths import shipped_folder
 
 
@@ -24,7 +25,7 @@ def demo(arguments: Sequence[str] | None = None) -> int:
 def _demo(args: argparse.Namespace) -> int:
     output, examples = Path(args.output_dir), shipped_folder("example_images")
     shared = ["--config_path", "builtin.ini", "--device", "cpu" if args.nocuda else args.device]
-    lists = {side: f"example_imageNames_{side}.txt" for side in ("query", "index")}
+    lists = {side: list_file_name("example", side) for side in SIDES}
     steps: list[tuple[Callable[[Sequence[str]], int], list[str]]] = [
         (
             feature_extract,

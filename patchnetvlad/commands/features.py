@@ -130,7 +130,7 @@ def build_index(arguments: Sequence[str] | None = None) -> int:
     """Make a search index of a database's global descriptors, once."""
     parser = Parser(
         "Make a search index of a database's global descriptors, for --set feature_match.index=FILE. Searching takes "
-        "the least effort that reaches the recall, measured on pictures of the database.",
+        "the least effort that reaches the recall, measured with queries, or else with made ones at half the likeness.",
         "build_index.py",
     )
     parser.add_config_options("performance.ini")
@@ -139,6 +139,8 @@ def build_index(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--index_file_path", required=True, metavar="LIST", help="list of database pictures")
     parser.add_argument("--index_input_features_dir", required=True, metavar="DIR", help="descriptors of the database")
+    parser.add_argument("--query_file_path", metavar="LIST", help="list of queries to measure the recall with")
+    parser.add_argument("--query_input_features_dir", metavar="DIR", help="descriptors of these queries")
     parser.add_argument(
         "--output_path", metavar="FILE", help="file to write (.json); default: search_index.json with the descriptors"
     )
@@ -159,10 +161,16 @@ def _build_index(args: argparse.Namespace) -> None:
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
     if path.suffix != BUILT_INDEX:
         raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")
+    if (args.query_file_path is None) != (args.query_input_features_dir is None):
+        raise UserError("--query_file_path and --query_input_features_dir: give both or none")
+    queries = None
+    if args.query_file_path is not None:
+        asked = require_file(args.query_file_path, "dataset_imagenames")
+        queries = asked, command_line.folder(args.query_input_features_dir, "--query_input_features_dir")
     from patchnetvlad.evaluation import make_search_index
 
     built = make_search_index(
-        config, listed, root, features, path, args.factory, args.shards, args.candidates, args.recall
+        config, listed, root, features, path, args.factory, args.shards, args.candidates, args.recall, queries
     )
     effort = ", ".join(f"{name} {value}" for name, value in built.parameters.items()) or "all compared"
     print(

@@ -74,7 +74,7 @@ def _fit(args: argparse.Namespace) -> None:
     write_checkpoint(
         path,
         model,
-        half_precision=["WPCA"],
+        half_precision=["WPCA", "encoder"],
         fitted_on=f"{len(together)} pictures",
         explained_variance=wpca.explained_variance if wpca else 1.0,
     )

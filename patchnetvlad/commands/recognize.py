@@ -14,6 +14,7 @@ from patchnetvlad.commands.datasets import make_dataset
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
+from patchnetvlad.image_lists import SIDES, list_file_name
 from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
 
 _SHOWN = 20  # queries on the screen, each with
@@ -36,7 +37,8 @@ def recognize(arguments: Sequence[str] | None = None) -> int:
         "--position_csv",
         nargs=2,
         metavar=("DATABASE_CSV", "QUERY_CSV"),
-        help="where they were taken: name within its folder, and latitude, longitude or easting, northing",
+        help="where they were taken: name within its folder, and latitude, longitude (these where there are both) or "
+        "easting, northing",
     )
     positions.add_argument(
         "--pairs_csv", metavar="CSV", help="pictures that show one place, in columns query and database"
@@ -71,7 +73,7 @@ def _recognize(args: argparse.Namespace) -> int:
     command_line.require_checkpoint(config)
     making = _making(args, root, database, queries)
     output = Path(args.output_dir)
-    lists = {side: output / "lists" / f"{_NAME}_imageNames_{side}.txt" for side in ("query", "index")}
+    lists = {side: output / "lists" / list_file_name(_NAME, side) for side in SIDES}
     features = _feature_folders(output / "features", making[0], database, queries)
     truth = output / "lists" / f"{_NAME}.npz"
     truth.unlink(missing_ok=True)

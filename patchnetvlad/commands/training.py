@@ -10,12 +10,12 @@ from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import read_image_list
+from patchnetvlad.image_lists import list_file_name, read_image_list
 from patchnetvlad.paths import RUNS_FOLDER, check_new_checkpoint, find_checkpoint, require_file, with_wpca
 
 logger = logging.getLogger(__name__)
 
-PITTSBURGH_LIST = "pitts30k_imageNames_index.txt"
+PITTSBURGH_LIST = list_file_name("pitts30k", "index")
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -195,7 +195,7 @@ def _how_to_use(config: Config, checkpoint: Path, num_pcs: int) -> list[str]:
     from patchnetvlad.encoders.table import encoder_geometry
 
     # The largest patches of performance.ini span 8 positions, those of speed.ini 5
-    positions = min(sides.values()) // encoder_geometry(params.backbone).stride
+    positions = min(encoder_geometry(params.backbone).map_size(train.imageresizeh, train.imageresizew))
     base = "performance.ini" if positions >= 8 else "speed.ini"
     if positions < 5:
         changes.append(f"global_params.patch_sizes={max(1, min(2, positions))}")
@@ -214,8 +214,8 @@ def _add_dataset_options(parser: Parser) -> None:
         "--dataset_csv",
         nargs="+",
         metavar="CSV",
-        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude), role; one "
-        "for each root in their order, with - for an MSLS tree",
+        help="your own pictures in place of MSLS: columns image, easting, northing (or latitude, longitude, which "
+        "count where there are both), role; one for each root in their order, with - for an MSLS tree",
     )
 
 

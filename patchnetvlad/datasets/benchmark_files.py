@@ -9,7 +9,7 @@ from patchnetvlad.datasets.dataset import check_pictures
 from patchnetvlad.datasets.known_results import BENCHMARKS, Benchmark, ListPair
 from patchnetvlad.datasets.makers import finish
 from patchnetvlad.errors import UserError
-from patchnetvlad.image_lists import ImageList, read_image_list
+from patchnetvlad.image_lists import ImageList, list_file_name, read_image_list
 from patchnetvlad.ini import load_config
 from patchnetvlad.paths import find_file, require_file
 
@@ -65,9 +65,7 @@ def _lists(benchmark: Benchmark, root: Path, work: Path | None) -> list[Files]:
                 raise UserError(f"{listed.source}: {absent} of {len(listed)} pictures are absent below {root}")
         return complete
     if benchmark.make is None:
-        names = "; ".join(
-            f"{pair.lists}_imageNames_query.txt, …_index.txt, {pair.ground_truth}.npz" for pair in benchmark.list_pairs
-        )
+        names = "; ".join(f"{', '.join(_list_names(pair))}, {pair.ground_truth}.npz" for pair in benchmark.list_pairs)
         raise UserError(f"{root}: no {names}")
     datasets = [check_pictures(dataset, root) for dataset in benchmark.make(root)]
     if work is None:
@@ -88,9 +86,12 @@ def _lists(benchmark: Benchmark, root: Path, work: Path | None) -> list[Files]:
     return made
 
 
+def _list_names(pair: ListPair) -> tuple[str, str]:
+    return list_file_name(pair.lists, "query"), list_file_name(pair.lists, "index")
+
+
 def _find_pair(root: Path, pair: ListPair) -> Files | None:
-    names = (f"{pair.lists}_imageNames_query.txt", f"{pair.lists}_imageNames_index.txt")
-    lists = [find_file(name, "dataset_imagenames", root) for name in names]
+    lists = [find_file(name, "dataset_imagenames", root) for name in _list_names(pair)]
     truth = find_file(f"{pair.ground_truth}.npz", "dataset_gt_files", root)
     if lists[0] is None or lists[1] is None or truth is None:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchnetvlad.config import MSLS_CITIES
-from patchnetvlad.csv_table import EASTINGS, LATITUDES, LONGITUDES, NORTHINGS, PICTURES, Table, read_table
+from patchnetvlad.csv_table import PICTURES, Table, read_table
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.datasets.picture_names import from_geographic, listed_below
 from patchnetvlad.errors import UserError
@@ -16,8 +16,7 @@ from patchnetvlad.files import some_of
 from patchnetvlad.localization.coordinates import Zone, in_one_zone, parse_zone
 from patchnetvlad.mapillary import SIDES, CitySide, read_side
 
-_DEGREES, _METRES = "latitude and longitude", "easting and northing"
-_COLUMNS = {_DEGREES: (LATITUDES, LONGITUDES), _METRES: (EASTINGS, NORTHINGS)}
+_KINDS = {True: "latitude and longitude", False: "easting and northing"}  # whether they are geographic
 _ZONES = ("zone", "utm_zone")
 
 
@@ -33,26 +32,27 @@ def csv_tables(
     database_folder: str = "",
 ) -> list[Dataset]:
     """A CSV file each for queries and database: a column with names, and latitude and longitude, or easting and
-    northing with a zone for each row, or the one zone given, or none.
+    northing with a zone for each row, or the one zone given, or none. With both, latitude and longitude count.
 
     Names are relative to the root, or to the folder below it that is given; pictures there without a row are counted.
     """
     limit = 25 if radius is None else radius
     zone = parse_zone(zone, "zone") if isinstance(zone, str) else zone
     tables = [read_table(_existing(root, file)) for file in (queries, database)]
-    kinds = [_kind(table) for table in tables]
+    given = [table.positions(gaps=True) for table in tables]
     where = f"{queries}, {database}"
+    kinds = [_KINDS[positions.geographic] for positions in given]
     if kinds[0] != kinds[1]:
         raise UserError(f"{queries} gives {kinds[0]}, {database} {kinds[1]}: expected the same in both")
     sides = [
-        _placed(table, _COLUMNS[kinds[0]], incomplete == "leave_out", root, folder)
-        for table, folder in zip(tables, (query_folder, database_folder), strict=True)
+        _placed(table, positions.values, incomplete == "leave_out", root, folder)
+        for table, positions, folder in zip(tables, given, (query_folder, database_folder), strict=True)
     ]
     notes = [note for side in sides for note in side.notes]
     names = [side.names for side in sides]
-    if kinds[0] == _DEGREES:
-        positions = [side.positions for side in sides]
-        return [from_geographic(name, names, positions, limit, where, zone).noted(*notes)]
+    if given[0].geographic:
+        geographic = [side.positions for side in sides]
+        return [from_geographic(name, names, geographic, limit, where, zone).noted(*notes)]
     utm, zone, moved = _in_metres(sides, zone, where)
     if moved:
         notes.append(f"{moved} positions of other zones are expressed in zone {zone}")
@@ -132,9 +132,8 @@ class _Placed:
     notes: list[str]
 
 
-def _placed(table: Table, columns: Sequence[Sequence[str]], leave_out: bool, root: Path, folder: str) -> _Placed:
+def _placed(table: Table, positions: NDArray[np.float64], leave_out: bool, root: Path, folder: str) -> _Placed:
     names = [(PurePosixPath(folder) / name).as_posix() if folder else name for name in table.unique(PICTURES)]
-    positions = np.column_stack([table.numbers(column, gaps=True) for column in columns])
     known = ~np.isnan(positions).any(axis=1)
     notes = []
     if not known.all():
@@ -196,10 +195,10 @@ def msls(
 
 
 def _msls_pictures(root: Path, side: CitySide, include_panoramas: bool) -> Pictures:
-    keep = side.kept(include_panoramas)
-    side.require_positions(keep)
-    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in np.flatnonzero(keep)]
-    return Pictures(tuple(names), None if side.positions is None else side.positions[keep])
+    rows = side.units(1, include_panoramas)[:, 0]
+    side.require_positions(rows)
+    names = [side.picture(side.keys[row]).relative_to(root).as_posix() for row in rows]
+    return Pictures(tuple(names), None if side.positions is None else side.positions[rows])
 
 
 def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[str]:
@@ -207,16 +206,6 @@ def _msls_notes(side: CitySide, subtask: str, include_panoramas: bool) -> list[s
     notes = [f"{name}: {outside} of {len(side.keys)} pictures are not in subtask {subtask}"] if outside else []
     panoramas = int((side.selected & side.panorama).sum())
     return notes + ([f"{name}: {panoramas} panoramas left out"] if panoramas and not include_panoramas else [])
-
-
-def _kind(table: Table) -> str:
-    for kind, columns in _COLUMNS.items():
-        if all(table.find(column) for column in columns):
-            return kind
-    raise UserError(
-        f"{table.path}: expected columns latitude and longitude, or easting and northing: found "
-        f"{', '.join(table.names)}"
-    )
 
 
 def _existing(root: Path, file: str) -> Path:

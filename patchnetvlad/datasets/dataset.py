@@ -10,7 +10,7 @@ from tqdm import tqdm
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of, write_text
 from patchnetvlad.ground_truth import GroundTruth, with_unit, write_ground_truth
-from patchnetvlad.image_lists import PICTURE_EXTENSIONS, write_image_list
+from patchnetvlad.image_lists import PICTURE_EXTENSIONS, list_file_name, write_image_list
 from patchnetvlad.localization.coordinates import Zone
 
 _NAMED = 20  # in a message; a file names the others
@@ -144,10 +144,10 @@ def with_matches_only(dataset: Dataset) -> Dataset:
 
 
 def write_dataset(dataset: Dataset, lists: Path, ground_truths: Path) -> DatasetFiles:
-    """Write NAME_imageNames_query.txt, NAME_imageNames_index.txt and NAME.npz."""
+    """Write the list of the queries, that of the database, and NAME.npz."""
     files = DatasetFiles(
-        lists / f"{dataset.name}_imageNames_query.txt",
-        lists / f"{dataset.name}_imageNames_index.txt",
+        lists / list_file_name(dataset.name, "query"),
+        lists / list_file_name(dataset.name, "index"),
         ground_truths / f"{dataset.ground_truth_name or dataset.name}.npz" if dataset.ground_truth() else None,
     )
     write_image_list(files.queries, dataset.queries.names)

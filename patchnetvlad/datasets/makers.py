@@ -99,7 +99,7 @@ MAKERS: dict[str, Maker] = {
     "kapture": Maker("any dataset in Kapture folders", kapture_folders, (*_SLICES, _NAME)),
     "at_names": Maker("folders of pictures named @easting@northing@…", at_names, (*_FOLDERS, _RADIUS, _NAME)),
     "csv": Maker(
-        "CSV files with latitude and longitude, or easting and northing",
+        "CSV files with latitude and longitude, or easting and northing; the former count where there are both",
         csv_tables,
         (
             _part("--queries", "CSV file of the queries", default="queries.csv"),

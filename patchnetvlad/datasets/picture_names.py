@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from patchnetvlad.csv_table import check_geographic
 from patchnetvlad.datasets.dataset import Dataset, Pictures
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import some_of
@@ -16,7 +17,6 @@ from patchnetvlad.image_lists import list_folder
 from patchnetvlad.localization.coordinates import (
     Zone,
     band_zone,
-    check_geographic,
     common_zone,
     in_one_zone,
     look_swapped,
@@ -173,6 +173,8 @@ def exif(
         np.array([position for position in positions if position is not None], dtype=np.float64).reshape(-1, 2)
         for positions in gps
     ]
+    for names, positions in zip(kept, geographic, strict=True):
+        check_geographic(positions, names, str(root))
     notes = []
     if unlocated:
         notes.append(f"left out: {len(unlocated)} of {total} pictures without a GPS position: {some_of(unlocated)}")
@@ -187,9 +189,7 @@ def from_geographic(
     where: str,
     zone: Zone | None = None,
 ) -> Dataset:
-    """A dataset from names and latitudes and longitudes of queries and database, in one UTM zone."""
-    for side_names, positions in zip(names, geographic, strict=True):
-        check_geographic(positions, side_names, where)
+    """A dataset from names and checked latitudes and longitudes of queries and database, in one UTM zone."""
     if all(map(len, geographic)) and look_swapped(geographic[0], geographic[1]):
         raise UserError(f"{where}: queries and database lie apart, unless latitude and longitude of one are swapped")
     all_positions = np.concatenate(list(geographic))

@@ -1,7 +1,6 @@
 """A benchmark's known results repeated: one run of the whole chain, from lists to comparison."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +138,8 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
         pairs = sum(len(pair.queries) * min(options.reranked, len(pair.database)) for pair in files)
         patches = [descriptors.picture(0) for descriptors in described]
         started = time.perf_counter()
-        rerank(patches[0], patches * 2, options.patchweights2use, MATCHERS.find(options.matcher))
+        candidates = [*range(len(patches))] * 2
+        rerank(patches[0], candidates, patches.__getitem__, options.patchweights2use, MATCHERS.find(options.matcher))
         seconds += (time.perf_counter() - started) / (2 * len(patches)) * pairs
     grid = described[0].grids[0] if described[0].grids else None
     map_size = (grid.map_height, grid.map_width) if grid else (0, 0)
@@ -149,11 +149,3 @@ def estimate(model: PlaceModel, checkpoint: Checkpoint, config: Config, files: S
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     cache = min(cache_bytes(options.cache_gb), disk)
     return Estimate(disk, int(_BASE_GB * 1e9 + weights + 2 * vectors + cache), seconds)
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free

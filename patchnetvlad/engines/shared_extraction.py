@@ -14,12 +14,11 @@ from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.engines.ray_cluster import Cluster
 from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import Describe, check_disk, describe_pictures, estimate_bytes
-from patchnetvlad.files import told
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block
-from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader
+from patchnetvlad.store.manifest import StoreHeader, first_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
 
@@ -82,7 +81,7 @@ class ExtractionJob:
 
     def prepare(self) -> Callable[[PictureBlock], list[Written]]:
         """The model on its device; what describes a part writes its files too."""
-        if _first_line(self.folder) != self.manifest:
+        if first_line(self.folder) != self.manifest:
             raise UserError(
                 f"{self.folder}: is not the same folder on {platform.node()}, which Ray uses too (all machines must "
                 "see --output_features_dir, --dataset_root_dir and the list's pictures under the same paths)"
@@ -127,7 +126,7 @@ def with_ray(cluster: Cluster) -> Describe:
         folder, pictures = writer.folder.absolute(), writer.pictures
         described_with = model, config, writer.header, writer.trained
         job = ExtractionJob(
-            *described_with, folder, writer.short_blocks, _first_line(folder), cluster.device, cluster.cpus
+            *described_with, folder, writer.short_blocks, first_line(folder), cluster.device, cluster.cpus
         )
         blocks = _cut(cluster, writer, config)
         announced = False
@@ -141,13 +140,6 @@ def with_ray(cluster: Cluster) -> Describe:
             advance(len(blocks[place]))
 
     return describe
-
-
-def _first_line(folder: Path) -> bytes:
-    """Of a folder's manifest; empty where there is none."""
-    path = folder / MANIFEST_NAME
-    with told(path, "cannot be read"):
-        return path.read_bytes().partition(b"\n")[0] if path.exists() else b""
 
 
 def _cut(cluster: Cluster, writer: FeatureWriter, config: Config) -> list[list[int]]:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from patchnetvlad.examples.rendered_places import Camera, Condition, Place, Size, facade_homography, render_place
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import replacing, write_text
 from patchnetvlad.ground_truth import write_ground_truth
+from patchnetvlad.image_lists import list_file_name, write_image_list
 
 MATCH_RADIUS = 25.0  # metres
 
@@ -139,16 +140,15 @@ def write_city(city: City, root: Path, name: str = "example", size: Size = (640,
     """
     pictures = root / f"{name}_images"
     for view in (*city.database, *city.queries):
-        path = pictures / view.name
-        make_folder(path.parent)
-        city.render(view, size).save(path, quality=quality, optimize=True)
+        with replacing(pictures / view.name, durable=False) as temporary:
+            city.render(view, size).save(temporary, quality=quality, optimize=True)
     geometry = city_geometry(city, size)
     write_text(pictures / "geometry.json", json.dumps(geometry, indent=1) + "\n")
     lists, truth = root / "dataset_imagenames", root / "dataset_gt_files"
-    for side, views in (("index", city.database), ("query", city.queries)):
-        write_text(lists / f"{name}_imageNames_{side}.txt", (f"{view.name}\n" for view in views))
     sides = (city.queries, city.database)
     query, database = (np.array([(view.east, view.north) for view in views]) for views in sides)
     names = ([view.name for view in city.queries], [view.name for view in city.database])
+    write_image_list(lists / list_file_name(name, "query"), names[0])
+    write_image_list(lists / list_file_name(name, "index"), names[1])
     write_ground_truth(truth / f"{name}.npz", query, database, MATCH_RADIUS, "m", names)
     return pictures

@@ -3,17 +3,16 @@
 Streets of a city are driven several times; drive k of a side is one sequence and passes the places in order.
 """
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchnetvlad.config import MSLS_CITIES
+from patchnetvlad.csv_table import write_table
 from patchnetvlad.examples.rendered_city import City, View, make_city
 from patchnetvlad.examples.rendered_places import Size
-from patchnetvlad.files import make_folder, write_text
+from patchnetvlad.files import replacing
 from patchnetvlad.mapillary import SUBTASKS
 
 PANORAMA_EVERY = 5  # of the database's pictures, one is a panorama as well
@@ -85,12 +84,11 @@ def _panorama(view: View) -> View:
 def _write_side(
     folder: Path, name: str, city: City, views: Sequence[View], panoramas: int, size: Size, secret: bool
 ) -> None:
-    images = folder / "images"
-    make_folder(images)
     keys = [hashlib.sha256(f"{name}/{view.name}".encode()).hexdigest()[:22] for view in views]
     for number, (key, view) in enumerate(zip(keys, views, strict=True)):
         wide = number >= len(views) - panoramas
-        city.render(view, (2 * size[0], size[1]) if wide else size).save(images / f"{key}.jpg", quality=85)
+        with replacing(folder / "images" / f"{key}.jpg", durable=False) as temporary:
+            city.render(view, (2 * size[0], size[1]) if wide else size).save(temporary, quality=85)
     drives = [_drive(view) for view in views]
     night = [view.condition.dusk > NIGHT for view in views]
     pano = [number >= len(views) - panoramas for number in range(len(views))]
@@ -138,8 +136,5 @@ def _subtasks(is_query: bool, night: bool, drive: int) -> list[bool]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["", *columns])
-    writer.writerows([index, *row] for index, row in enumerate(rows))
-    write_text(path, text.getvalue())
+    """With the index that tables of MSLS have as their first column, without a name."""
+    write_table(path, ["", *columns], ([index, *row] for index, row in enumerate(rows)))

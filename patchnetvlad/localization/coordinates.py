@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import some_of
 
 FARTHEST = 20.0  # degrees of longitude from a zone's meridian; there distances are 6 % too long at the equator
 
@@ -104,25 +103,6 @@ def in_one_zone(
     return result, chosen, sum(zone != chosen for zone in zones)
 
 
-def check_geographic(geographic: NDArray[np.float64], names: Sequence[str], where: str) -> None:
-    """Raises UserError, naming the pictures, for latitudes and longitudes N×2 that cannot be."""
-    latitude, longitude = geographic.T
-    impossible = ~np.isfinite(geographic).all(axis=1) | (np.abs(latitude) > 90) | (np.abs(longitude) > 180)
-    if impossible.any():
-        swapped = (np.abs(latitude[impossible]) > 90).all() and (np.abs(longitude[impossible]) <= 90).all()
-        cause = "latitude and longitude swapped?" if swapped else "not degrees, or no position?"
-        raise UserError(
-            f"{where}: {int(impossible.sum())} of {len(names)} positions are out of range, latitude −90 to 90 and "
-            f"longitude −180 to 180 ({cause}): {_examples(names, impossible, geographic)}"
-        )
-    nowhere = (latitude == 0) & (longitude == 0)
-    if nowhere.any():
-        raise UserError(
-            f"{where}: {int(nowhere.sum())} of {len(names)} positions are 0, 0 (written without a GPS fix?): "
-            f"{_examples(names, nowhere, geographic)}"
-        )
-
-
 def look_swapped(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
     """Whether two sets of latitudes and longitudes are far apart, and near each other once one set is swapped."""
     a, b = np.median(first, axis=0), np.median(second, axis=0)
@@ -135,8 +115,3 @@ def _zone_numbers(geographic: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _transformer(zone: Zone) -> Transformer:
     return Transformer.from_crs(4326, zone.epsg)
-
-
-def _examples(names: Sequence[str], chosen: NDArray[np.bool_], positions: NDArray[np.float64]) -> str:
-    rows = np.flatnonzero(chosen).tolist()
-    return some_of([f"{names[row]} ({positions[row, 0]:g}, {positions[row, 1]:g})" for row in rows], separator="; ")

@@ -1,7 +1,5 @@
 """Queries to places on the map: all of a finished matching run, or single pictures against a feature folder."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import Config
+from patchnetvlad.csv_table import write_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.evaluation import open_features, with_built_index
-from patchnetvlad.files import write_text
 from patchnetvlad.ground_truth import GroundTruth, check_lists
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.localization.coordinates import Zone, to_geographic
@@ -126,8 +124,4 @@ def write_positions(path: Path, located: Sequence[Located], zone: Zone | None) -
     """Write the rows as CSV; a query without a match has empty cells."""
     rows = position_rows(located, zone)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_table(path, columns, [[row.get(column, "") for column in columns] for row in rows])

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
 from patchnetvlad.config_values import code_bytes
@@ -71,7 +72,7 @@ class StoreHeader:
             num_pictures,
             self.codec.width(self.num_dims),
             self.codec.dtype,
-            lambda map_size: tuple(map(len, self.stored_grids(map_size))),
+            lru_cache(maxsize=1024)(lambda map_size: tuple(map(len, self.stored_grids(map_size)))),
             self.codec.num_scales(self.num_dims) * len(self.patch_sizes),
         )
 
@@ -120,7 +121,8 @@ class Manifest:
 
     num_pictures and names_sha256: of the picture list, see `hash_names`; entries: by picture index, the last line of
     a picture wins; blocks: by number, those of a packed folder, which has no entries; whole_bytes: the manifest's
-    length in bytes without a torn last line.
+    length in bytes without a torn last line; last: the last picture that a line names, −1 where there is none, and
+    None unless the lines are in the order of the list, one for each picture or block.
     """
 
     path: Path
@@ -130,6 +132,7 @@ class Manifest:
     entries: Mapping[int, ManifestEntry]
     blocks: Mapping[int, Block]
     whole_bytes: int
+    last: int | None
 
 
 def header_line(header: StoreHeader, names: Sequence[str], list_name: str) -> bytes:
@@ -192,22 +195,43 @@ def read_manifest(folder: Path) -> Manifest | None:
     # Where a machine was lost while it wrote, a file may end in zero bytes.
     lines = content.partition(b"\0")[0].splitlines(keepends=True)
     header, num_pictures, names_sha256 = _parse_header(lines[0] if lines else b"", path)
+    layout = header.block_layout(num_pictures)
     entries: dict[int, ManifestEntry] = {}
     blocks: dict[int, Block] = {}
     whole_bytes = len(lines[0])
+    last: int | None = -1
     for number, line in enumerate(lines[1:], start=2):
-        parse = _parse_block if header.layout == "packed" else _parse_entry
-        record = parse(line, header, num_pictures) if line.endswith(b"\n") else None
+        record: Block | ManifestEntry | None = None
+        if line.endswith(b"\n"):
+            packed = header.layout == "packed"
+            record = _parse_block(line, layout) if packed else _parse_entry(line, header, num_pictures)
         if isinstance(record, Block):
             blocks[record.number] = record
+            last = _later(last, record.pictures)
         elif record is not None:
             entries[record.index] = record
+            last = _later(last, range(record.index, record.index + 1))
         elif number < len(lines):
             raise UserError(f"{path}: line {number} does not describe a picture or block ({_DAMAGED})")
         else:
             break
         whole_bytes += len(line)
-    return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes)
+    return Manifest(path, header, num_pictures, names_sha256, entries, blocks, whole_bytes, last)
+
+
+def first_line(folder: Path) -> bytes:
+    """What says what made the features of a folder, as it is; empty where there is no manifest."""
+    path = folder / MANIFEST_NAME
+    with told(path, "cannot be read"):
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            return file.readline()
+
+
+def _later(last: int | None, pictures: range) -> int | None:
+    """The last picture, with these behind it; None where they are not, or others come between."""
+    return None if last is None or pictures[0] <= last else pictures[-1]
 
 
 def in_list_order(content: bytes) -> bytes:
@@ -272,13 +296,13 @@ def _parse_entry(line: bytes, header: StoreHeader, num_pictures: int) -> Manifes
     return entry if right else None
 
 
-def _parse_block(line: bytes, header: StoreHeader, num_pictures: int) -> Block | None:
+def _parse_block(line: bytes, layout: BlockLayout) -> Block | None:
     """The block of a line, None when the line does not describe one."""
     try:
         record = json.loads(line)
         runs = tuple((int(height), int(width), int(count)) for height, width, count in record["maps"])
         block = Block(int(record["block"]), runs)
-        pictures = len(header.block_layout(num_pictures).pictures(block.number))
+        pictures = len(layout.pictures(block.number))
         right = block.num_pictures == pictures or (record.get("short") is True and 0 < block.num_pictures < pictures)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None

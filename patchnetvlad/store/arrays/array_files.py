@@ -17,7 +17,7 @@ from numpy.lib import format as npy_format
 from torch import Tensor
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import replacing, told, writing
+from patchnetvlad.files import told, writing
 
 GLOBAL_NAME = "globalfeats.npy"
 PATCH_GLOB = "patchfeats_psize*_*.npy"
@@ -32,7 +32,15 @@ def patch_file_name(patch_size: int, feature_name: str) -> str:
 
 def array_file_bytes(shape: tuple[int, int], dtype: np.dtype) -> int:
     """Length of an array file in bytes, header included."""
-    return len(_header(shape, dtype)) + shape[0] * shape[1] * dtype.itemsize
+    return len(array_header(shape, dtype)) + shape[0] * shape[1] * dtype.itemsize
+
+
+def array_header(shape: tuple[int, ...], dtype: np.dtype, fortran_order: bool = False) -> bytes:
+    """Header of a .npy file, version 1.0; as long for any number of rows of the same width."""
+    header = io.BytesIO()
+    descr = npy_format.dtype_to_descr(dtype)
+    npy_format.write_array_header_1_0(header, {"descr": descr, "fortran_order": fortran_order, "shape": shape})
+    return header.getvalue()
 
 
 def write_patch_array(path: Path, array: np.ndarray) -> None:
@@ -40,15 +48,15 @@ def write_patch_array(path: Path, array: np.ndarray) -> None:
 
     It is not made to outlive the loss of the machine: the writer sees to that for many files at once.
     """
-    with replacing(path, durable=False) as temporary, temporary.open("wb") as file:
-        file.write(_header((array.shape[1], array.shape[0]), array.dtype, fortran_order=True))
+    with writing(path, durable=False) as file:
+        file.write(array_header((array.shape[1], array.shape[0]), array.dtype, fortran_order=True))
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def create_rows_file(path: Path, shape: tuple[int, int]) -> None:
     """Make a float32 array file of zero rows, to be filled in place."""
     with writing(path) as file:
-        file.write(_header(shape, np.dtype(np.float32)))
+        file.write(array_header(shape, np.dtype(np.float32)))
         file.truncate(array_file_bytes(shape, np.dtype(np.float32)))
 
 
@@ -91,19 +99,26 @@ def read_array(path: Path, check: Callable[[ArrayInfo], None]) -> np.ndarray:
     return array.reshape(info.shape[::-1]).T if info.fortran_order else array.reshape(info.shape)
 
 
+def map_rows(path: Path, shape: tuple[int, int], cause: str) -> np.ndarray:
+    """A table of float32 rows that stays on disk, N×D.
+
+    cause: what may have put another table in its place, for the error. Raises UserError as `read_array_info` does,
+    and for another table.
+    """
+    info = read_array_info(path)
+    if info.shape != shape or info.dtype != np.float32 or info.fortran_order:
+        raise UserError(
+            f"{path}: holds {info.dtype} of shape {info.shape}, expected {shape[0]}×{shape[1]} float32 ({cause})"
+        )
+    return np.memmap(path, np.float32, "r", info.offset, shape)
+
+
 def largest_magnitude(numbers: Tensor) -> float:
     """Largest absolute value, 0 of nothing, and NaN where there is one: a single pass without a copy."""
     if numbers.numel() == 0:
         return 0.0
     smallest, largest = (float(value) for value in torch.aminmax(numbers))
     return smallest if math.isnan(smallest) else max(-smallest, largest)
-
-
-def _header(shape: tuple[int, int], dtype: np.dtype, fortran_order: bool = False) -> bytes:
-    header = io.BytesIO()
-    descr = npy_format.dtype_to_descr(dtype)
-    npy_format.write_array_header_1_0(header, {"descr": descr, "fortran_order": fortran_order, "shape": shape})
-    return header.getvalue()
 
 
 def _array_info(file: BinaryIO, path: Path) -> ArrayInfo:

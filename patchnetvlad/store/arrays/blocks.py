@@ -11,23 +11,22 @@ The longer block begins with the same rows, so that its file may take the place 
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy_format
 
 from patchnetvlad.errors import UserError
-from patchnetvlad.files import replacing, temporary_path, told
+from patchnetvlad.files import told, writing
+from patchnetvlad.store.arrays.array_files import array_header
 
 PICTURES_IN_BLOCK = 256
 BLOCK_GLOB = "patchblock_*.npy"
 
-_HEADER_BYTES = 128  # of every block file: the number of rows is filled in at the end
+HEADER_BYTES = 128  # of every block file, whose header is written when the number of its rows is known
 
 
 @dataclass(frozen=True)
@@ -117,14 +116,18 @@ def damaged_file(layout: BlockLayout, block: Block, there: Mapping[str, int]) ->
     there: lengths of the folder's files. Those of a short block may be longer.
     """
     rows = layout.num_rows(block)
-    wanted = {block_name(block.number): _HEADER_BYTES + rows * layout.width * layout.dtype.itemsize}
+    wanted = {block_name(block.number): HEADER_BYTES + rows * layout.width * layout.dtype.itemsize}
     if layout.num_scales:
-        wanted[scales_name(block.number)] = _HEADER_BYTES + block.num_pictures * layout.num_scales * 4
+        wanted[scales_name(block.number)] = HEADER_BYTES + block.num_pictures * layout.num_scales * 4
     for name, num_bytes in wanted.items():
         longer = layout.is_short(block) and there.get(name, 0) > num_bytes
         if there.get(name) != num_bytes and not longer:
             return name, "is missing" if name not in there else f"has {there[name]} bytes, expected {num_bytes}"
     return None
+
+
+class _Dropped(Exception):
+    """A block is not to be finished."""
 
 
 class BlockWriter:
@@ -133,12 +136,12 @@ class BlockWriter:
     def __init__(self, folder: Path, layout: BlockLayout, number: int, short: Block | None = None) -> None:
         """short: the block as it is in the folder, which is to be completed."""
         self._folder, self._layout, self._number = folder, layout, number
-        self._path = temporary_path(folder / block_name(number))
         self._rows = 0
         self._scales: list[np.ndarray] = []
         self._map_sizes: list[tuple[int, int]] = []
-        self._file: BinaryIO = self._path.open("wb")
-        self._file.write(bytes(_HEADER_BYTES))
+        self._whole = ExitStack()  # ends well, with a name for the file, or with an error, without
+        self._file = self._whole.enter_context(writing(folder / block_name(number), durable=False))
+        self._file.write(bytes(HEADER_BYTES))
         if short is not None:
             self._copy(short)
 
@@ -146,13 +149,13 @@ class BlockWriter:
         """Begin with the pictures of a short block."""
         self._rows, self._map_sizes = self._layout.num_rows(short), short.map_sizes
         rows = _read(
-            self._folder / block_name(short.number), self._layout.dtype, self._rows * self._layout.width, _HEADER_BYTES
+            self._folder / block_name(short.number), self._layout.dtype, self._rows * self._layout.width, HEADER_BYTES
         )
         self._file.write(rows.view(np.uint8).data)
         count = self._layout.num_scales
         if count:
             path = self._folder / scales_name(short.number)
-            table = _read(path, np.dtype(np.float32), count * short.num_pictures, _HEADER_BYTES)
+            table = _read(path, np.dtype(np.float32), count * short.num_pictures, HEADER_BYTES)
             self._scales = list(table.reshape(-1, count))
 
     def __enter__(self) -> "BlockWriter":
@@ -165,8 +168,7 @@ class BlockWriter:
 
     def close(self) -> None:
         """Drop what was not finished."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        self._whole.__exit__(_Dropped, _Dropped(), None)
 
     @property
     def next_picture(self) -> int:
@@ -205,12 +207,11 @@ class BlockWriter:
             raise ValueError(f"block {self._number} lacks picture {self.next_picture}")
         if self._layout.num_scales:
             table = np.stack(self._scales)
-            with replacing(self._folder / scales_name(self._number), durable=False) as temporary:
-                temporary.write_bytes(_header(table.shape, table.dtype) + table.tobytes())
+            with writing(self._folder / scales_name(self._number), durable=False) as file:
+                file.write(array_header(table.shape, table.dtype) + table.tobytes())
         self._file.seek(0)
-        self._file.write(_header((self._rows, self._layout.width), self._layout.dtype))
-        self._file.close()
-        self._path.replace(self._folder / block_name(self._number))
+        self._file.write(array_header((self._rows, self._layout.width), self._layout.dtype))
+        self._whole.close()
         return Block.of(self._number, self._map_sizes)
 
 
@@ -220,7 +221,7 @@ class BlockReader:
     def __init__(self, folder: Path, layout: BlockLayout, blocks: Iterable[Block]) -> None:
         """Raises UserError when a block is missing or not as long as its entry says."""
         self._folder, self._layout = folder, layout
-        self._counts = lru_cache(maxsize=1024)(layout.patch_counts)
+        self._counts = layout.patch_counts
         self._blocks = {block.number: block for block in blocks}
         there = file_sizes(folder)
         for number in range(layout.num_blocks):
@@ -254,7 +255,7 @@ class BlockReader:
         counts = self._counts(map_size)
         path = self._folder / block_name(index // PICTURES_IN_BLOCK)
         numbers = sum(counts) * self._layout.width
-        rows = _read(path, self._layout.dtype, numbers, _HEADER_BYTES + first * self._row_bytes)
+        rows = _read(path, self._layout.dtype, numbers, HEADER_BYTES + first * self._row_bytes)
         return tuple(np.split(rows.reshape(-1, self._layout.width), np.cumsum(counts)[:-1]))
 
     def scales(self, index: int) -> np.ndarray | None:
@@ -263,7 +264,7 @@ class BlockReader:
         if not count:
             return None
         number, place = divmod(index, PICTURES_IN_BLOCK)
-        return _read(self._folder / scales_name(number), np.dtype(np.float32), count, _HEADER_BYTES + 4 * count * place)
+        return _read(self._folder / scales_name(number), np.dtype(np.float32), count, HEADER_BYTES + 4 * count * place)
 
     def _place(self, index: int) -> tuple[tuple[int, int], int]:
         """Feature map of a picture, and the first of its rows in its block."""
@@ -283,11 +284,3 @@ def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
     if len(numbers) != count:
         raise UserError(f"{path}: became shorter while it was read (another process writes into the folder)")
     return numbers
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """A .npy header of version 1.0 of exactly _HEADER_BYTES."""
-    descr = npy_format.dtype_to_descr(dtype)
-    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("ascii")
-    before = npy_format.magic(1, 0) + (_HEADER_BYTES - 10).to_bytes(2, "little")
-    return before + text.ljust(_HEADER_BYTES - 11) + b"\n"

@@ -10,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 
-from patchnetvlad.files import replacing
+from patchnetvlad.files import writing
 
 FOLDER_NAME = "described"
 
@@ -58,7 +58,7 @@ class DiskCache:
             return
         name = self._name(picture)
         named = {f"size{place}": array for place, array in enumerate(arrays)}
-        with replacing(self._folder / name, durable=False) as temporary, temporary.open("wb") as file:
+        with writing(self._folder / name, durable=False) as file:
             np.savez(file, map=np.array(map_size), **named)  # type: ignore[arg-type]  # numpy's stub
         with self._lock:
             self._sizes[name] = (self._folder / name).stat().st_size

@@ -12,7 +12,7 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
-from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, read_array
+from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, map_rows, read_array
 from patchnetvlad.store.arrays.codecs import CODECS, CPU, Codec, ProductCodec, StoredArray, stored_codec
 from patchnetvlad.store.cache.memory_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.store.manifest import StoreHeader, read_manifest
@@ -22,7 +22,6 @@ from patchnetvlad.store.reading.stored_pictures import (
     check_files,
     check_manifest,
     manifest_pictures,
-    map_global,
     published_pictures,
     read_global,
 )
@@ -90,8 +89,8 @@ class FeatureStore:
             check_manifest(manifest, pictures.names, expected)
             sizes = manifest.header.patch_sizes if expected is None else expected.patch_sizes
             packed = manifest.header.layout == "packed"
-            read = map_global if packed else read_global
-            global_ = read(folder / GLOBAL_NAME, len(pictures), manifest.header.num_dims)
+            rows, shape = folder / GLOBAL_NAME, (len(pictures), manifest.header.num_dims)
+            global_ = map_rows(rows, shape, "another file") if packed else read_global(rows, *shape)
             stored = PackedPictures(folder, manifest, sizes) if packed else manifest_pictures(folder, manifest, sizes)
             dtype = manifest.header.dtype if sizes else "float32"  # global descriptors need no quantiser
             codec = stored_codec(folder, dtype, manifest.header.codec_sha256)

@@ -16,7 +16,7 @@ import numpy as np
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
-from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, patch_file_name, read_array, read_array_info
+from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, patch_file_name, read_array
 from patchnetvlad.store.arrays.blocks import BlockReader
 from patchnetvlad.store.manifest import Manifest, StoreHeader, hash_names, reading_differences
 
@@ -188,17 +188,6 @@ def check_files(folder: Path, names: Sequence[str], pictures: Sequence[StoredPic
             f"{path}: is missing, the patch features of {name}, as are {len(missing) - 1} further files (extracted "
             "with other patch sizes, not finished, or removed)"
         )
-
-
-def map_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:
-    """N×D float32 that stay on disk."""
-    info = read_array_info(path)
-    if info.shape != (num_pictures, num_dims) or info.dtype != np.float32 or info.fortran_order:
-        raise UserError(
-            f"{path}: holds {info.dtype} of shape {info.shape}, expected {num_pictures}×{num_dims} float32 (another "
-            "file)"
-        )
-    return np.memmap(path, np.float32, "r", info.offset, info.shape)
 
 
 def read_global(path: Path, num_pictures: int, num_dims: int) -> np.ndarray:

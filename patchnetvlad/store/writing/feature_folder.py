@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import (
     locked,
@@ -30,6 +28,7 @@ from patchnetvlad.store.arrays.array_files import (
     GLOBAL_NAME,
     PATCH_GLOB,
     create_rows_file,
+    map_rows,
     patch_file_name,
     read_array_info,
 )
@@ -70,8 +69,9 @@ class WritableFolder:
 
     manifest: open at its end; rows: the global descriptors' partial file, None when they are complete already;
     rows_offset: where its first row begins, in bytes; missing: the pictures still to be made; feature_names: of all
-    pictures, in the list's order; short_blocks: those of a packed folder that has grown. The files are unbuffered and
-    closed, and the folder released, by the exit stack they were opened with.
+    pictures, in the list's order; short_blocks: those of a packed folder that has grown; last: the last picture that
+    the manifest names, as `Manifest` says. The files are unbuffered and closed, and the folder released, by the exit
+    stack they were opened with.
     """
 
     manifest: BinaryIO
@@ -80,6 +80,7 @@ class WritableFolder:
     missing: frozenset[int]
     feature_names: Sequence[str]
     short_blocks: Sequence[Block]
+    last: int | None
 
 
 def open_folder(
@@ -97,7 +98,7 @@ def open_folder(
     if overwrite:
         _remove_features(folder)
     _refuse_links(folder)
-    entries, blocks, finished = _resume(folder, pictures, header, trained)
+    entries, blocks, finished, last = _resume(folder, pictures, header, trained)
     feature_names = pictures.feature_names
     if entries:
         feature_names = unique_feature_names(pictures.names, {entry.name: entry.feature_name for entry in entries})
@@ -120,7 +121,8 @@ def open_folder(
     manifest = files.enter_context((folder / MANIFEST_NAME).open("ab", buffering=0))
     rows_offset = 0 if rows is None else read_array_info(partial).offset
     layout = header.block_layout(len(pictures))
-    return WritableFolder(manifest, rows, rows_offset, missing, feature_names, list(filter(layout.is_short, blocks)))
+    short = list(filter(layout.is_short, blocks))
+    return WritableFolder(manifest, rows, rows_offset, missing, feature_names, short, None if short else last)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -145,11 +147,11 @@ def _remove_damaged(rows: Path) -> None:
 
 def _resume(
     folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
-) -> tuple[tuple[ManifestEntry, ...], list[Block], frozenset[int]]:
+) -> tuple[tuple[ManifestEntry, ...], list[Block], frozenset[int], int | None]:
     """Check the manifest against the header, or start it, or make it the manifest of a longer list.
 
-    Returns its pictures with files of their own, the blocks that are there, and the numbers of all pictures whose patch
-    descriptors are.
+    Returns its pictures with files of their own, the blocks that are there, the numbers of all pictures whose patch
+    descriptors are, and the last one that it names, as `Manifest` says.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -164,7 +166,7 @@ def _resume(
             write_patch_codec(folder, trained)
         with writing(folder / MANIFEST_NAME) as file:
             file.write(header_line(header, pictures.names, pictures.source.name))
-        return (), [], frozenset()
+        return (), [], frozenset(), -1
     _settle_growth(folder, manifest)
     differences = writing_differences(manifest.header, header) + _list_differences(manifest, pictures)
     if differences:
@@ -172,14 +174,15 @@ def _resume(
     stored_codec(folder, manifest.header.dtype, manifest.header.codec_sha256)
     if manifest.num_pictures < len(pictures):
         entries = _grow(folder, manifest, pictures)
+        last = None if header.layout == "packed" else max((entry.index for entry in entries), default=-1)
     else:
         os.truncate(manifest.path, manifest.whole_bytes)  # a torn last line must not run into the next one
-        entries = tuple(manifest.entries.values())
+        entries, last = tuple(manifest.entries.values()), manifest.last
     if header.layout == "packed":
         layout, there = header.block_layout(len(pictures)), file_sizes(folder)
         whole = [block for block in manifest.blocks.values() if damaged_file(layout, block, there) is None]
-        return (), whole, frozenset(index for block in whole for index in block.pictures)
-    return entries, [], frozenset(entry.index for entry in entries if _has_files(folder, header, entry))
+        return (), whole, frozenset(index for block in whole for index in block.pictures), last
+    return entries, [], frozenset(entry.index for entry in entries if _has_files(folder, header, entry)), last
 
 
 def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
@@ -225,7 +228,7 @@ def _grow_rows(folder: Path, manifest: Manifest, count: int, moves: Iterable[tup
     if not source.exists():
         return
     dims = manifest.header.num_dims
-    old = _open_rows(source, (manifest.num_pictures, dims))
+    old = map_rows(source, (manifest.num_pictures, dims), _WAYS_OUT)
     create_rows_file(grown, (count, dims))
     offset = read_array_info(grown).offset
     with grown.open("r+b", buffering=0) as new:
@@ -270,16 +273,8 @@ def _has_files(folder: Path, header: StoreHeader, entry: ManifestEntry) -> bool:
 
 def _with_rows(path: Path, shape: tuple[int, int], finished: Iterable[int]) -> frozenset[int]:
     """Those pictures whose global descriptor was written: a row that a lost machine did not write is all zero."""
-    rows = _open_rows(path, shape)
+    rows = map_rows(path, shape, _WAYS_OUT)
     return frozenset(index for index in finished if rows[index].any())
-
-
-def _open_rows(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Global descriptors, memory-mapped for reading."""
-    info = read_array_info(path)
-    if info.shape != shape or info.dtype != np.float32 or info.fortran_order:
-        raise UserError(f"{path}: is not the {shape[0]}×{shape[1]} float32 table of the manifest ({_WAYS_OUT})")
-    return np.memmap(path, np.float32, "r", info.offset, shape)
 
 
 def _feature_files(folder: Path) -> Iterator[Path]:

@@ -76,9 +76,9 @@ class FeatureWriter:
         self.pictures = replace(pictures, feature_names=self._opened.feature_names)
         self._lock = Lock()
         self._missing = set(self._opened.missing)
-        self._last = max((index for index in range(len(pictures)) if index not in self._missing), default=-1)
-        # Whether the manifest's lines are surely in the order of the list; those of an earlier run may not be
-        self._in_order = self._last < 0 or self._opened.rows is None
+        # Whether the manifest's lines are in the order of the list, and the last picture that they name
+        self._last = -1 if self._opened.last is None else self._opened.last
+        self._in_order = self._opened.last is not None or self._opened.rows is None
         self._writer = PictureWriter(
             folder, self.pictures, header, trained, self.missing, self.record, self._kept, self.short_blocks, queue_size
         )
