@@ -167,7 +167,7 @@ def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, F
 
 
 def rank_in_parts(
-    ranker: Ranker, queries: DescribedPictures, truth: Sequence[Sequence[int]], path: Path, key: str
+    ranker: Ranker, queries: DescribedPictures, truth: Sequence[NDArray[np.int64]], path: Path, key: str
 ) -> list[int]:
     """Ranks of all queries' first true matches; those that the file has under a key are not sought again."""
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -177,7 +177,9 @@ def rank_in_parts(
         rows = range(len(ranks), min(len(ranks) + TOGETHER, len(queries)))
         features = PatchesInMemory([queries.patches.patches(row) for row in rows])
         rankings = ranker.rank(DescribedPictures(queries.global_[rows.start : rows.stop], features))
-        ranks += [first_match(ranking, set(truth[row])) for ranking, row in zip(rankings.indices, rows, strict=True)]
+        ranks += [
+            first_match(ranking, set(truth[row].tolist())) for ranking, row in zip(rankings.indices, rows, strict=True)
+        ]
         path.write_text(json.dumps(known) + "\n")
         print(f"{key.split()[0]}: {len(ranks)} of {len(queries)} queries", flush=True)
     return ranks
