@@ -177,7 +177,9 @@ def rank_in_parts(
         rows = range(len(ranks), min(len(ranks) + TOGETHER, len(queries)))
         features = PatchesInMemory([queries.patches.patches(row) for row in rows])
         rankings = ranker.rank(DescribedPictures(queries.global_[rows.start : rows.stop], features))
-        ranks += [first_match(ranking, set(truth[row])) for ranking, row in zip(rankings.indices, rows, strict=True)]
+        ranks += [
+            first_match(ranking, set(truth[row].tolist())) for ranking, row in zip(rankings.indices, rows, strict=True)
+        ]
         path.write_text(json.dumps(known) + "\n")
         print(f"{key.split()[0]}: {len(ranks)} of {len(queries)} queries", flush=True)
     return ranks
