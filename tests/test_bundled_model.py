@@ -11,7 +11,7 @@ from patchnetvlad.csv_table import write_table
 from patchnetvlad.errors import UserError
 from patchnetvlad.image_lists import read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.paths import find_checkpoint, require_file
+from patchnetvlad.paths import require_checkpoint, require_file
 from patchnetvlad.training_csv import COLUMNS, read_training_csv
 from patchnetvlad.training_data import triplet_places
 
@@ -114,6 +114,6 @@ def test_the_settings_fit_together() -> None:
         assert getattr(fitted.global_params, key) == getattr(bundled.global_params, key)
     for key in ("imageresizew", "imageresizeh"):
         assert getattr(fitted.feature_extract, key) == getattr(bundled.feature_extract, key)
-    checkpoint = read_checkpoint(find_checkpoint(bundled.global_params.resumepath, fitted.global_params.num_pcs))
+    checkpoint = read_checkpoint(require_checkpoint(bundled.global_params.resumepath, fitted.global_params.num_pcs))
     assert checkpoint.num_clusters == fitted.train.num_clusters
     assert checkpoint.path.stat().st_size < 10_000_000

@@ -103,7 +103,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         (
             Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64"),
             Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
-            Known(RERANKING, {1: 61.0, 5: 85.4, 10: 92.7}, "the bundled model as it was measured", (2.5, math.inf)),
+            Known(RERANKING, {1: 58.5, 5: 86.6, 10: 91.5}, "the bundled model as it was measured", (2.5, math.inf)),
         ),
         _TEST_SETS,
     ),
