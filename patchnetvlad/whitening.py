@@ -61,8 +61,10 @@ class WPCA(nn.Module):
 
     def _projected(self, descriptors: Tensor) -> Tensor:
         """The projection in float32."""
+        if not rounds_by_threads(descriptors):
+            return F.linear(descriptors, self.weight, self.bias)
         count = descriptors.shape[:-1].numel()
-        if not rounds_by_threads(descriptors) or not 1 < count < FEWEST_ROWS:
+        if not 1 < count < FEWEST_ROWS:
             return F.linear(descriptors, self.weight, self.bias)
         rows = F.pad(descriptors.reshape(count, -1), (0, 0, 0, FEWEST_ROWS - count))
         return F.linear(rows, self.weight, self.bias)[:count].reshape(*descriptors.shape[:-1], -1)

@@ -76,8 +76,8 @@ def test_nothing_to_compare():
 @pytest.mark.parametrize(
     ("arrays_of_file", "complaint"),
     [
-        ({"utmQ": QUERY[:1]}, "utmQ has 1 rows but the query list has 2 pictures"),
-        ({"utmDb": QUERY}, "utmDb has 2 rows but the index list has 3 pictures"),
+        ({"utmQ": QUERY[:1]}, "utmQ has 1 row but the query list 2 pictures"),
+        ({"utmDb": QUERY}, "utmDb has 2 rows but the index list 3 pictures"),
         ({"utmQ": DATABASE, "utmDb": QUERY}, "are the query and index lists swapped?"),
         ({"utmQ": QUERY[:, :1]}, r"utmQ: expected numbers, .*float64 of shape \(2, 1\)"),
         ({"utmQ": QUERY[0]}, r"utmQ: expected numbers, .*shape \(2,\)"),
@@ -86,7 +86,7 @@ def test_nothing_to_compare():
         ({"utmQ": np.hstack([QUERY, QUERY])}, "utmQ has 4 columns and utmDb 2"),
         (
             {"utmDb": np.vstack([DATABASE[0], [np.nan, 0], [0, np.inf]])},
-            "utmDb: 2 rows hold NaN or infinity, the first is row 1",
+            "utmDb: 2 rows with NaN or infinity, the first is row 1",
         ),
         ({"posDistThr": np.array([1, 2])}, "posDistThr: expected one number"),
         ({"posDistThr": "wide"}, "posDistThr: expected one number"),

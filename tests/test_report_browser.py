@@ -155,7 +155,7 @@ def test_keys_and_the_figure_of_a_pair(opened):
 def test_clicking_a_candidate_shows_its_pair(opened):
     found(opened, "article:nth-of-type(4) .row:last-child .shot")[1].click()
     assert found(opened, "#pair-title")[0].text.startswith(f"query/{NASTY}3.png ↔ database/{NASTY}1.png ✗")
-    assert "5×5: 1 inliers of 3 matches, score 0.25" in found(opened, "#pair-scales")[0].text
+    assert "5×5: 1 inlier of 3 matches, score 0.25" in found(opened, "#pair-scales")[0].text
     found(opened, "#pair .close")[0].click()
     assert found(opened, "#pair")[0].get_attribute("open") is None
 

@@ -196,11 +196,11 @@ def test_a_picture_listed_twice(tmp_path):
     ("array", "complaint"),
     [
         (np.array([[0, 3], [0, 1]]), "index 3: the database has 3 pictures"),
-        (np.array([[0, 1]]), "1 rows for 2 queries"),
+        (np.array([[0, 1]]), "1 row for 2 queries"),
         (np.array([0, 1]), "expected a table of integers"),
         (np.array([[0.0], [1.0]]), "expected a table of integers"),
         (np.array([[0], [None]]), "not an .npy file of integers"),
-        (np.array([[-1], [0]]), "no prediction for 1 pictures such as query/a.jpg"),
+        (np.array([[-1], [0]]), "no prediction for 1 picture such as query/a.jpg"),
         (np.empty((2, 0), dtype=int), "no prediction for 2 pictures"),
     ],
 )
@@ -222,8 +222,8 @@ def test_damaged_or_absent_array_of_predictions(tmp_path):
     ("text", "complaint"),
     [
         ("q a\nr a\nx a\ny a\n", "2 pictures such as x, y: not in the query list"),
-        ("q a\nr other/a\n", "1 pictures such as other/a: not in the index list"),
-        ("q a\n", "no prediction for 1 pictures such as r"),
+        ("q a\nr other/a\n", "1 picture such as other/a: not in the index list"),
+        ("q a\n", "no prediction for 1 picture such as r"),
         ("", "no prediction for 2 pictures such as q, r"),
     ],
 )

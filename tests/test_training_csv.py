@@ -93,8 +93,8 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("151.2,-33.8", r"1 of 1 positions are out of range.*longitude swapped\?\): a\.jpg \(151\.2, -33\.8\)"),
-        ("0,0", r"1 of 1 positions are 0, 0 \(written without a GPS fix\?\): a\.jpg"),
+        ("151.2,-33.8", r"1 of 1 position out of range.*longitude swapped\?\): a\.jpg \(151\.2, -33\.8\)"),
+        ("0,0", r"1 of 1 position at 0, 0 \(written without a GPS fix\?\): a\.jpg"),
     ],
 )
 def test_degrees_that_cannot_be(tmp_path: Path, place: str, message: str) -> None:
