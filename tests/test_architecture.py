@@ -18,6 +18,15 @@ def test_the_code_is_as_the_readme_says() -> None:
     assert len(list((ROOT / "patchnetvlad").glob("*.py"))) <= MOST_MODULES
 
 
+def test_every_module_of_the_method_is_named() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Architecture\n")[2].partition("\n## ")[0]
+    house = read_house(ROOT / "README.md")
+    for module in read_imports(ROOT / "patchnetvlad"):
+        folder, _, name = module.partition(".")
+        if folder and folder not in house.annexes:
+            assert f"`{name.rpartition('.')[2] or folder}`" in section or f"`{module.rpartition('.')[2]}/`" in section
+
+
 def test_every_annex_and_row_has_its_sentence() -> None:
     house = read_house(ROOT / "README.md")
     assert [row.name for row in house.rows][:2] == ["ground", "pictures"]
