@@ -48,8 +48,8 @@ class Bar(io.StringIO):
         self.done = 0
 
     def write(self, text: str) -> int:
-        for found in self._line.finditer(text):
-            self.done = int(found[1])
+        for progress in self._line.finditer(text):
+            self.done = int(progress[1])
         return len(text)
 
 

@@ -23,7 +23,7 @@ COLOURS = ("#1b6ca8", "#d1495b")
 
 def read_curves(runs: Sequence[Path], n_values: Sequence[int]) -> dict[str, tuple[list[int], np.ndarray]]:
     """For all validation cities together ("all") and each: the epochs, and recalls in %, runs × epochs × n_values."""
-    found: dict[str, list[np.ndarray]] = {}
+    curves_of: dict[str, list[np.ndarray]] = {}
     epochs: list[int] = []
     for run in runs:
         events = EventAccumulator(str(run)).Reload()
@@ -33,8 +33,8 @@ def read_curves(runs: Sequence[Path], n_values: Sequence[int]) -> dict[str, tupl
             values = [events.Scalars(f"{group}/Recall@{n}") for n in n_values]
             epochs = [value.step for value in values[0]]
             recalls = 100 * np.array([[value.value for value in column] for column in values]).T
-            found.setdefault(group.removeprefix("Val_").replace("Val", "all"), []).append(recalls)
-    return {name: (epochs, np.array(curves)) for name, curves in found.items()}
+            curves_of.setdefault(group.removeprefix("Val_").replace("Val", "all"), []).append(recalls)
+    return {name: (epochs, np.array(curves)) for name, curves in curves_of.items()}
 
 
 def table(curves: dict[str, tuple[list[int], np.ndarray]]) -> str:

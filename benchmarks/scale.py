@@ -308,7 +308,7 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
     indexed = time.perf_counter()
     asked = np.random.default_rng(3).choice(count, min(HELD_OUT, count), replace=False)
     np.save(folder.with_suffix(".queries.npy"), city_queries(np.asarray(rows[asked]), real))
-    found = {
+    measured = {
         "write": written - began,
         "index": indexed - written,
         "index, bytes": float(built.num_bytes),
@@ -316,8 +316,8 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
         "recall told": built.recall,
         "disk, bytes": float(sum(path.stat().st_size for path in folder.iterdir())),
     }
-    record.write_text(json.dumps(found))
-    return found
+    record.write_text(json.dumps(measured))
+    return measured
 
 
 def measure(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> dict[str, float]:

@@ -151,14 +151,14 @@ def require_checkpoint(name: str, num_pcs: int, beside: Path | None = None) -> P
 def _sizes_at_hand(name: str, beside: Path | None) -> dict[int, Path]:
     """Checkpoints that the name means with another number of dimensions, which stands in their names."""
     stem = name.removesuffix(_CHECKPOINT_END).rstrip("0123456789") or name
-    found: dict[int, Path] = {}
+    by_size: dict[int, Path] = {}
     for form in _candidates(stem, "pretrained_models", beside):
         folder = form.parent
         for path in sorted(folder.glob(f"{glob.escape(form.name)}*{_CHECKPOINT_END}")) if folder.is_dir() else ():
             size = path.name[len(form.name) : -len(_CHECKPOINT_END)]
             if size.isdecimal():
-                found.setdefault(int(size), _from_here(path))
-    return found
+                by_size.setdefault(int(size), _from_here(path))
+    return by_size
 
 
 def _from_here(path: Path) -> Path:

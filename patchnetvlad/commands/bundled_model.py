@@ -80,8 +80,8 @@ def _database_pictures(config: Config, root: Path, frames: Path, cities: Path) -
     """Those that training learns from."""
     from patchnetvlad.training_run import Source, read_training_data
 
-    data = read_training_data(config, [Source(root, frames), Source(cities)])
-    return [path for city in data.train for path in city.database.paths]
+    learned_from = read_training_data(config, [Source(root, frames), Source(cities)])
+    return [path for city in learned_from.train for path in city.database.paths]
 
 
 def frames_table(table: Path) -> list[tuple[object, ...]]:

@@ -60,8 +60,8 @@ def check_root(
 
     global_: the folder's, N×D, unit rows. A warning where none of a few is at hand.
     """
-    some = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_FOR).astype(int)).tolist()
-    at_hand = next((index for index in some if pictures.paths[index].is_file()), None)
+    looked_for = np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_FOR).astype(int)).tolist()
+    at_hand = next((index for index in looked_for if pictures.paths[index].is_file()), None)
     if at_hand is None:
         logger.warning(
             "%s: %s is not there, nor are others: the database answers, but cannot be drawn (another root?)",
