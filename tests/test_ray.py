@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,24 +339,39 @@ def busy_worker(machine: Any) -> psutil.Process | None:
 
 
 class KilledOnce(threading.Thread):
-    """Kills a process by its id once a worker of a machine holds a part; `held` says that it came to that."""
+    """Kills a process by its id once a worker of a machine holds a part; `held` says that it came to that.
 
-    def __init__(self, machine: Any, kind: str | None = None, of: Any = None) -> None:
-        """kind: of Ray's own processes, None for the worker itself; of: the machine it is on."""
+    Where Ray's head is killed the worker is stopped before, since workers that have all parts can do without a head.
+    """
+
+    def __init__(self, machine: Any, kind: str | None = None, waiting: Any = None) -> None:
+        """kind: of Ray's own processes, None for the worker itself; waiting: a machine that leaves it work."""
         super().__init__(daemon=True)
-        self.machine, self.kind, self.of, self.held = machine, kind, of or machine, False
+        self.machine, self.kind, self.waiting, self.held = machine, kind, waiting, False
         self.start()
 
     def run(self) -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            worker = busy_worker(self.machine)
-            if worker is not None:
-                victim = worker if self.kind is None else process_of(self.of, self.kind)
-                os.kill(victim.pid, signal.SIGKILL)
-                self.held = True
-                return
-            time.sleep(0.01)
+        stopped: dict[int, psutil.Process] = {}
+        try:
+            while time.monotonic() < deadline and not self.held:
+                worker = busy_worker(self.machine)
+                if worker is not None:
+                    victim = worker if self.kind is None else process_of(self.machine, self.kind)
+                    if self.kind == "gcs_server":
+                        os.kill(worker.pid, signal.SIGSTOP)
+                    os.kill(victim.pid, signal.SIGKILL)
+                    self.held = True
+                elif self.waiting and (other := busy_worker(self.waiting)) is not None and other.pid not in stopped:
+                    stopped[other.pid] = other
+                    other.suspend()
+                time.sleep(0.01)
+        except KeyError:  # the machines were ended
+            return
+        finally:
+            for other in stopped.values():
+                with suppress(psutil.NoSuchProcess):
+                    other.resume()
 
 
 @pytest.mark.slow
@@ -383,7 +399,7 @@ def test_a_lost_machine_a_killed_worker_and_a_lost_head(machines, tmp_path, capf
         str(tmp_path / "truth.npz"),
     ]
     match += ["--index_input_features_dir", str(tmp_path / "shared"), "--result_save_folder", str(tmp_path / "ranked")]
-    killed = KilledOnce(machines.second, "raylet")
+    killed = KilledOnce(machines.second, "raylet", waiting=machines.head_node)
     assert feature_match([*shared, *match]) == 0
     assert killed.held and not process_is_there(machines.second)
     assert contents(tmp_path / "ranked") == contents(expected)

@@ -491,7 +491,7 @@ def test_own_pictures_train(msls: Path, tmp_path: Path) -> None:
         (["--set", "train.val_cities=miami"], "miami/query: has no easting and northing"),
         (["--set", "feature_extract.imageresizew=640"], "[train] imageresizew = 96: expected 640"),
         (["--set", "train.negative_radius=5"], "positive_radius = 10: expected at most negative_radius = 5"),
-        (["--set", "train.match_radius=1e-3"], "of cph has a database picture within 0.001 m"),
+        (["--set", "train.match_radius=1e-3"], "no query of cph (8 in all) has a database picture within 0.001 m"),
         (["--set", "global_params.pooling=max"], "no parameters that learn"),
         (["--resume_path", "nowhere.pth.tar"], "nowhere.pth.tar: no such file"),
         (["--set", "train.loss=hinge"], "--set train.loss=hinge: expected one of triplet"),
