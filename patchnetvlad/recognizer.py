@@ -167,7 +167,7 @@ class PlaceRecognizer:
 
     def __repr__(self) -> str:
         params = self.config.global_params
-        patches = f", patches of {value_text(params.patch_sizes)}" if params.pooling == "patchnetvlad" else ""
+        patches = f", patches of {value_text(params.patch_sizes)}" if params.has_patches else ""
         return (
             f"{self.config.path or 'configuration'}: {params.backbone}, {counted(self.model.output_dims, 'number')}"
             f"{patches}, on {self.model.device}"
@@ -238,8 +238,8 @@ class PlaceRecognizer:
         """A database of features that feature_extract wrote; patches are read from the folder when they are needed.
 
         listed: the list that it described, whose names start from root; ground_truth: .npz whose utmDb has the
-        positions. Close it, or use it in a with block. Raises UserError for what does not fit together, a picture that
-        is another one than when it was described among it.
+        positions. Close it, or use it in a with block. Raises UserError for what does not fit together, and for
+        pictures that are not those that were described.
         """
         pictures = read_image_list(require_file(str(listed), "dataset_imagenames"), Path(root))
         positions = None

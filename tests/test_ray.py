@@ -43,7 +43,7 @@ yaml = pytest.importorskip("yaml")  # which Ray brings with it
 from patchnetvlad.engines import ray_cluster, shared_extraction  # noqa: E402
 from patchnetvlad.engines.ray_cluster import Cluster, RayOptions, connected  # noqa: E402
 from patchnetvlad.engines.ray_worker import Answer, answer  # noqa: E402
-from patchnetvlad.engines.shared_extraction import Places  # noqa: E402
+from patchnetvlad.engines.shared_extraction import SparseSequence  # noqa: E402
 from patchnetvlad.engines.shared_matching import MatchingJob  # noqa: E402
 
 LISTED = ["--dataset_root_dir", str(EXAMPLES), "--dataset_file_path", "example_imageNames_query.txt"]
@@ -185,7 +185,7 @@ def test_a_worker_answers_with_its_result_or_refusal_and_its_warnings(monkeypatc
 
 
 def test_places_keep_their_places():
-    places = Places.of("abcdef", [1, 4])
+    places = SparseSequence.of("abcdef", [1, 4])
     assert len(places) == 6 and places[1] == "b" and places[4:5] == ["e"]
     with pytest.raises(KeyError):
         places[0]

@@ -29,14 +29,14 @@ _PICTURES = 64  # in a part, at most, where pictures have files of their own
 T = TypeVar("T")
 
 
-class Places(Sequence[T]):
+class SparseSequence(Sequence[T]):
     """Some items of a long sequence, each in its place; the others are not here."""
 
     def __init__(self, items: Mapping[int, T], length: int) -> None:
         self._items, self._length = dict(items), length
 
     @classmethod
-    def of(cls, sequence: Sequence[T], indices: Sequence[int]) -> "Places[T]":
+    def of(cls, sequence: Sequence[T], indices: Sequence[int]) -> "SparseSequence[T]":
         """Those of a sequence at some indices."""
         return cls({index: sequence[index] for index in indices}, len(sequence))
 
@@ -157,9 +157,9 @@ def _part(pictures: ImageList, indices: Sequence[int]) -> PictureBlock:
     return PictureBlock(
         indices,
         ImageList(
-            Places.of(pictures.names, indices),
-            Places({index: pictures.paths[index].absolute() for index in indices}, len(pictures)),
-            Places.of(pictures.feature_names, indices),
+            SparseSequence.of(pictures.names, indices),
+            SparseSequence({index: pictures.paths[index].absolute() for index in indices}, len(pictures)),
+            SparseSequence.of(pictures.feature_names, indices),
             pictures.source,
         ),
     )

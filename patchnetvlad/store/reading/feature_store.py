@@ -32,7 +32,7 @@ class FeatureStore:
 
     global_: N×D float32, row = line of the list; names: the list; num_dims: D; patch_sizes: those that
     `patches` gives, in this order.
-    Patch descriptors are read when asked for and kept, as they are stored, in a least-recently-used cache: float16
+    Patch descriptors are read when asked for and kept, as they are stored, in a least-recently-used cache: float16,
     int8 and codes take less of the memory there and become float32 at every `patches`. After `round_references` the
     cache keeps 8-bit descriptors for matching beside them, except beside codes, where they are made at every `patches`.
     """
