@@ -79,7 +79,7 @@ class KeptWeight:
         if rows.device.type == "cpu":
             flat = F.pad(flat, (0, 0, 0, max(0, FEWEST_ROWS - len(flat))))
         products = way.multiply(flat, self._form[1], bias)
-        return products[: rows.shape[:-1].numel()].reshape(*rows.shape[:-1], -1)
+        return products[: rows.shape[:-1].numel()].reshape(*rows.shape[:-1], len(bias))
 
 
 @lru_cache
