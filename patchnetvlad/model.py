@@ -132,7 +132,9 @@ class PlaceModel(nn.Module):
                 pool = self.pool
                 local, assignment = pool.assign(features)
                 global_ = self._whitened(pool.aggregate(local, assignment))
-            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
+            whitened = self.WPCA is not None or self.patch_branch is not None
+            precision = self._product_type if whitened else torch.float32
+            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides, precision)
             grids = self.grids(local.shape[1], local.shape[2])
             return Descriptors(global_, tuple(self._whitened_patches(of_size) for of_size in patches), grids)
 
