@@ -3,12 +3,13 @@
 
     python benchmarks/scale.py --work WORK --features WORK/index WORK/query --lists INDEX.txt QUERY.txt
 
---features and --lists: feature folders of real pictures and their lists, the last being the queries. The database is
-made of them: global descriptors are walks through streets (see `city`), patches are the codes of a real picture of
-which a tenth is replaced at random. Each answer comes from a process of its own, before which the system is told to
-forget the files, so that the first reads come from the disk. --build_only makes the databases and leaves them
-in WORK for a later run, which measures, and removes them unless --keep is given. --simulated N: of N pictures the
-index alone, from descriptors that are drawn as it is made and never stored. Writes scale.json, scale.md and scale.png.
+--features and --lists: feature folders of real pictures and their lists, the first stored as codes (feature_dtype =
+mapN or pqN), the last being the queries. The database is made of them: global descriptors are walks through streets
+(see `city`), patches are the codes of a real picture of which a tenth is replaced at random.
+Each answer comes from a process of its own, before which the system is told to forget the files, so that the first
+reads come from the disk. --build_only makes the databases and leaves them in WORK for a later run, which measures, and
+removes them unless --keep is given. --simulated N: of N pictures the index alone, from descriptors that are drawn as it
+is made and never stored. Writes scale.json, scale.md and scale.png.
 """
 
 import argparse
@@ -30,17 +31,22 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.image_lists import ImageList, read_image_list, write_image_list
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
-from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, create_rows_file, read_array_info
+from patchnetvlad.store.arrays.array_files import (
+    GLOBAL_NAME,
+    create_rows_file,
+    patch_file_name,
+    read_array,
+    read_array_info,
+)
 from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
-from patchnetvlad.store.arrays.codecs import write_patch_codec
-from patchnetvlad.store.manifest import MANIFEST_NAME, block_line, header_line, read_manifest
+from patchnetvlad.store.arrays.codecs import read_patch_codec, write_patch_codec
+from patchnetvlad.store.manifest import MANIFEST_NAME, Manifest, block_line, header_line, read_manifest
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 
@@ -94,39 +100,29 @@ def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[list[NDArray[np.uint8]]]]:
-    """A codec trained on real pictures, and the codes of some of them, P×N for each coded grid."""
-    chosen = np.unique(np.linspace(0, len(store) - 1, REAL_CODES).astype(int)).tolist()
-    whole = map(store.patches, chosen)
-    pictures = [rows_to_code(picture.descriptors, picture.grids) for picture in whole]
-    count = SAMPLE_ROWS // len(pictures) + 1
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.cat(picture) for picture in pictures]
-    sample = torch.cat(
-        [rows_of_picture[torch.randperm(len(rows_of_picture), generator=generator)[:count]] for rows_of_picture in rows]
-    )
-    codec = train_codec(sample, num_bytes)
-    return codec, [[codec.encode(descriptors) for descriptors in picture] for picture in pictures]
+def real_codes(folder: Path, manifest: Manifest) -> list[list[NDArray[np.uint8]]]:
+    """The codes of some of a folder's pictures, which are of one size: P×N for each grid that is stored."""
+    chosen = np.unique(np.linspace(0, manifest.num_pictures - 1, REAL_CODES).astype(int)).tolist()
+    pictures = []
+    for entry in map(manifest.entries.__getitem__, chosen):
+        assert entry.map_size is not None
+        grids = manifest.header.stored_grids(entry.map_size)
+        paths = [folder / patch_file_name(grid.patch_size, entry.feature_name) for grid in grids]
+        pictures.append([read_array(path, lambda info: None).T for path in paths])
+    return pictures
 
 
-def write_database(
-    folder: Path,
-    count: int,
-    source: Path,
-    store: FeatureStore,
-    dtype: str,
-    real: NDArray[np.float32],
-    distinct: int | None,
-) -> None:
+def write_database(folder: Path, count: int, source: Path, real: NDArray[np.float32], distinct: int | None) -> None:
     """A packed folder and its list beside it, as feature_extract would have made them.
 
-    distinct: blocks that are written; further whole ones are links to these.
+    source: a folder of real pictures in codes; distinct: blocks that are written; further whole ones are links to
+    these.
     """
-    manifest = read_manifest(source)
-    num_bytes = code_bytes(dtype)
-    assert manifest is not None and num_bytes is not None
-    codec, codes = real_codes(store, num_bytes)
-    header = replace(manifest.header, dtype=dtype, codec_sha256=codec.sha256, layout="packed")
+    manifest, codec = read_manifest(source), read_patch_codec(source)
+    if manifest is None or codec is None:
+        raise UserError(f"{source}: holds no codes (extract it with feature_dtype = map40)")
+    codes = real_codes(source, manifest)
+    header = replace(manifest.header, layout="packed")
     folder.mkdir(parents=True)
     names = [f"city/{index // 1000:05}/{index:08}.jpg" for index in range(count)]
     write_image_list(folder.with_suffix(".txt"), names)
@@ -136,8 +132,8 @@ def write_database(
         file.seek(read_array_info(folder / GLOBAL_NAME).offset)
         for rows in city(count, real):
             file.write(rows.tobytes())
-    grids = store.patches(0).grids
-    map_size = grids[0].map_height, grids[0].map_width
+    map_size = manifest.entries[0].map_size
+    assert map_size is not None
     rng = np.random.default_rng(2)
     layout = header.block_layout(count)
     finished: list[Block] = []
@@ -296,10 +292,8 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
     record = folder.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text())
-    listed = read_image_list(args.lists[0], args.lists[0].parent)
     began = time.perf_counter()
-    with FeatureStore.open(args.features[0], listed) as store:
-        write_database(folder, count, args.features[0], store, args.stored, real, args.distinct_blocks)
+    write_database(folder, count, args.features[0], real, args.distinct_blocks)
     written = time.perf_counter()
     names = read_image_list(folder.with_suffix(".txt"), folder).names
     info = read_array_info(folder / GLOBAL_NAME)
@@ -406,7 +400,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--simulated", type=int, nargs="+", default=[], metavar="N", help="index alone, not stored")
     parser.add_argument("--build_only", action="store_true")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--stored", default="pq64")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)
