@@ -9,7 +9,8 @@ mapN or pqN), the last being the queries. The database is made of them: global d
 Each answer comes from a process of its own, before which the system is told to forget the files, so that the first
 reads come from the disk. --build_only makes the databases and leaves them in WORK for a later run, which measures, and
 removes them unless --keep is given. --simulated N: of N pictures the index alone, from descriptors that are drawn as it
-is made and never stored. Writes scale.json, scale.md and scale.png.
+is made and never stored. Writes scale.json, scale.md, with what follows for ten and more times as many pictures, and
+scale.png.
 """
 
 import argparse
@@ -58,6 +59,8 @@ REPLACED = 0.1  # of the codes of a picture
 QUERIES = 20  # that are timed
 HELD_OUT = 200  # that tell the recall
 STREETS_AT_ONCE = 500
+READS = 50_000  # a second that an SSD answers
+HOUR, MONTH = 1.50, 0.08  # prices of a machine of 32 cores for an hour, and of a GB of SSD for a month
 T = TypeVar("T")
 REAL_CODES = 64  # pictures whose codes are made over
 
@@ -110,6 +113,14 @@ def real_codes(folder: Path, manifest: Manifest) -> list[list[NDArray[np.uint8]]
         paths = [folder / patch_file_name(grid.patch_size, entry.feature_name) for grid in grids]
         pictures.append([read_array(path, lambda info: None).T for path in paths])
     return pictures
+
+
+def picture_bytes(source: Path) -> int:
+    """Of the codes of a picture in a folder."""
+    manifest = read_manifest(source)
+    assert manifest is not None and manifest.entries[0].map_size is not None
+    header = manifest.header
+    return header.codec.width(header.num_dims) * sum(map(len, header.stored_grids(manifest.entries[0].map_size)))
 
 
 def write_database(folder: Path, count: int, source: Path, real: NDArray[np.float32], distinct: int | None) -> None:
@@ -309,6 +320,8 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
         "widening": float(built.widening),
         "recall told": built.recall,
         "disk, bytes": float(sum(path.stat().st_size for path in folder.iterdir())),
+        "codes of a picture, bytes": float(picture_bytes(args.features[0])),
+        "dimensions": float(rows.shape[1]),
     }
     record.write_text(json.dumps(measured))
     return measured
@@ -359,6 +372,74 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def on_paper(measured: dict[str, float], describing: float) -> str:
+    """What follows for more pictures, as Markdown; measured: with a million; describing: seconds a picture and core."""
+    coded, dims, top = measured["codes of a picture, bytes"], measured["dimensions"], 100
+    matching = measured["query"]
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        (f"codes of {coded / 1000:.1f} kB a picture", "b·M", lambda count: size(coded * count)),
+        ("global descriptors, float32, on disk", "4·D·M", lambda count: size(4 * dims * count)),
+        ("index in memory, D/4 bytes each", "D·M/4", lambda count: size(dims * count / 4)),
+        ("names in memory, 114 bytes each", "114·M", lambda count: size(114 * count)),
+        ("opening list, folder and index", "M times that of one", lambda count: span(measured["open"] * count / 1e6)),
+        (
+            "comparing all codes, 1 thread at 10 GB/s",
+            "D·M / (4·10¹⁰)",
+            lambda count: span(dims * count / 4e10),
+        ),
+        ("the same in cells, half of them visited", "/2", lambda count: span(dims * count / 8e10)),
+        (
+            f"exact comparison of {measured['widening']:.0f}·C rows, read from an SSD that answers {READS:,} a second",
+            f"{measured['widening']:.0f}·C / {READS:,}",
+            lambda count: span(measured["widening"] * top / READS),
+        ),
+        (f"C = {top} candidates read from that SSD", f"C / {READS:,}", lambda count: span(top / READS)),
+        (
+            "the candidates decoded, matched and scored on two cores",
+            f"{1000 * matching / top:.2g} ms · C",
+            lambda count: span(matching),
+        ),
+        (
+            f"describing, {describing:g} s a picture and core",
+            f"{describing:g}·M s",
+            lambda count: span(describing * count),
+        ),
+        (
+            "machines of 32 cores to describe within a week",
+            f"{describing:g}·M / (32 · 604,800)",
+            lambda count: f"{describing * count / 32 / 604_800:.2g}",
+        ),
+        (
+            f"money to describe, at {HOUR:.2f} a machine of 32 cores and hour",
+            f"{HOUR:.2f}·{describing:g}·M / (32 · 3,600)",
+            lambda count: f"{HOUR * describing * count / 32 / 3600:,.0f}",
+        ),
+        (
+            f"money a month for an SSD, at {MONTH:.2f} a GB",
+            f"{MONTH:.2f}·(b + 4·D + D/4)·M / 10⁹",
+            lambda count: f"{MONTH * (coded + 4.25 * dims) * count / 1e9:,.0f}",
+        ),
+    ]
+    lines = ["| what | formula | 10⁶ | 10⁷ | 10⁸ | 10⁹ |", "|---" * 6 + "|"]
+    for title, formula, number in rows:
+        lines.append(f"| {title} | {formula} | " + " | ".join(number(10.0**power) for power in (6, 7, 8, 9)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def size(num_bytes: float) -> str:
+    unit, scale = ("TB", 1e12) if num_bytes >= 1e12 else ("GB", 1e9)
+    return f"{num_bytes / scale:.3g} {unit}"
+
+
+def span(seconds: float) -> str:
+    """A time in the unit in which people say it."""
+    units = (("years", 365.25 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for unit, length in units:
+        if seconds >= (1 if unit == "s" else 2) * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     """Time of a query's parts and of opening over the number of pictures, and bytes with what they cannot go below."""
     # Here, so that the process that answers does not load it
@@ -398,6 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", nargs="*", type=int, default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--distinct_blocks", type=int, help="write so many, and the others as links to them")
     parser.add_argument("--simulated", type=int, nargs="+", default=[], metavar="N", help="index alone, not stored")
+    parser.add_argument(
+        "--describing", type=float, default=0.2, help="seconds a picture and core, for the table on paper"
+    )
     parser.add_argument("--build_only", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--work", type=Path)
@@ -432,9 +516,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(count, json.dumps(results[str(count)]), flush=True)
         written.write_text(json.dumps(results, indent=1) + "\n")
     results = dict(sorted(results.items(), key=lambda item: int(item[0])))
-    (args.output / "scale.md").write_text(table(results))
+    tables = table(results)
+    if "1000000" in results:
+        tables += "\n" + on_paper(results["1000000"], args.describing)
+    (args.output / "scale.md").write_text(tables)
     plot(results, args.output / "scale.png")
-    print(table(results))
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -212,9 +212,7 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
         dims = model.patch_pool.channels
         numbers = f"map's {dims} channels"
     if form.num_bytes > dims:
-        raise UserError(
-            f"[feature_extract] feature_dtype = {dtype}: expected at most a byte for each of the {numbers}"
-        )
+        raise UserError(f"[feature_extract] feature_dtype = {dtype}: expected at most a byte for each of the {numbers}")
     kept = None if folder is None else read_patch_codec(folder)
     if kept is not None and kept.dtype == dtype:
         return kept
