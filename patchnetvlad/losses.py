@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.products import rounds_by_threads, row_products
 
 Triplet: TypeAlias = tuple[int, int, Sequence[int]]
 """Rows of a query, of its positive and of its negatives among the descriptors of a step."""
@@ -36,7 +37,8 @@ def triplet_loss(descriptors: Tensor, triplets: Sequence[Triplet], margin: float
     """Σ over all negatives of max(0, ‖q−p‖ − ‖q−n‖ + √margin)."""
     rows = [(query, positive, negative) for query, positive, negatives in triplets for negative in negatives]
     index = torch.tensor(rows, dtype=torch.int64, device=descriptors.device).reshape(-1, 3)
-    query, positive, negative = (descriptors.float()[index[:, column]] for column in range(3))
+    # Not by brackets: threads would add up the gradients of a row that is taken twice in any order
+    query, positive, negative = (descriptors.float().index_select(0, index[:, column]) for column in range(3))
     to_positive = torch.linalg.vector_norm(query - positive, dim=1)
     to_negative = torch.linalg.vector_norm(query - negative, dim=1)
     return (to_positive - to_negative + margin**0.5).clamp(min=0).sum()
@@ -50,8 +52,9 @@ def multi_similarity_loss(descriptors: Tensor, triplets: Sequence[Triplet], marg
     descriptors = descriptors.float()
     total = descriptors.new_zeros(())
     for query, positive, negatives in triplets:
-        similar = descriptors[query] @ descriptors[positive] - SIMILARITY_MARGIN
-        different = descriptors[list(negatives)] @ descriptors[query] - SIMILARITY_MARGIN
+        # Sums, since products of one row with several are rounded by the number of threads
+        similarities = (descriptors[[positive, *negatives]] * descriptors[query]).sum(dim=1) - SIMILARITY_MARGIN
+        similar, different = similarities[0], similarities[1:]
         pull = F.softplus(-POSITIVE_SHARPNESS * similar) / POSITIVE_SHARPNESS
         push = F.softplus(torch.logsumexp(NEGATIVE_SHARPNESS * different, dim=0)) / NEGATIVE_SHARPNESS
         total = total + pull + push
@@ -71,9 +74,14 @@ def correspondence_loss(
         F.normalize(features.float(), dim=1) for features in (anchors, matches, candidates, others)
     )
     true = (anchors * matches).sum(dim=1, keepdim=True)
-    false = (anchors @ candidates.T).masked_fill(~elsewhere, -torch.inf)
-    logits = torch.cat([true, false, anchors @ others.T], dim=1) / TEMPERATURE
+    false = _similarities(anchors, candidates).masked_fill(~elsewhere, -torch.inf)
+    logits = torch.cat([true, false, _similarities(anchors, others)], dim=1) / TEMPERATURE
     return (torch.logsumexp(logits, dim=1) - logits[:, 0]).sum()
+
+
+def _similarities(rows: Tensor, others: Tensor) -> Tensor:
+    """n×m, the products of n×C and m×C rows; on a processor the same for any number of threads."""
+    return row_products(rows[None, None], others)[0, 0] if rounds_by_threads(rows) else rows @ others.T
 
 
 @dataclass(frozen=True, eq=False)

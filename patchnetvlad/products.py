@@ -1,12 +1,19 @@
-"""Matrix products on a processor: rounded alike by any number of threads, and fast where the weight stays."""
+"""Products and convolutions on a processor: rounded alike by any number of threads, gradients included, and fast where
+a weight stays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+WINDOWS = 1 << 20  # that a convolution's gradient takes together, times channels: 38 MB of 3×3 windows
+PARTS = 16  # of the channels of a convolution, each one thread's
 
 FEWEST_ROWS = 32  # of a product on a processor: fewer are added up in an order that follows the number of threads
 _TRIAL = (40, 512, 48)  # rows, inner and outer dimensions of the product by which a way is tried
@@ -15,10 +22,9 @@ _TRIAL = (40, 512, 48)  # rows, inner and outer dimensions of the product by whi
 def rounds_by_threads(values: Tensor) -> bool:
     """Whether the rounding of products of these values could follow the number of threads, and should not.
 
-    That is so on a processor in float32, apart from training, where memory for gradients counts for more.
+    That is so on a processor in float32.
     """
-    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_recorded()
-    return values.device.type == "cpu" and not busy
+    return values.device.type == "cpu" and not (torch.is_autocast_enabled("cpu") or is_recorded())
 
 
 def is_recorded() -> bool:
@@ -31,13 +37,72 @@ def row_products(maps: Tensor, weight: Tensor) -> Tensor:
 
     Rows of a map are products of their own, which one thread computes each. A single product of all positions is cut
     into as many parts as there are threads, and torch's libraries add up terms in an order that depends on the part.
+    While gradients are recorded whole maps take the place of rows, since each product has a gradient of the weight.
     """
-    batch, height, width, channels = maps.shape
-    rows = maps.reshape(batch * height, width, channels)
-    if len(rows) == 1:
+    batch, height, width = maps.shape[:3]
+    rows = maps.flatten(1, 2) if torch.is_grad_enabled() else maps.flatten(0, 1)
+    count = len(rows)
+    if count == 1:
         rows = rows.expand(2, -1, -1)  # several threads would share one alone
     products = torch.bmm(rows, weight.t().expand(len(rows), -1, -1))
-    return products[: batch * height].reshape(batch, height, width, len(weight))
+    return products[:count].reshape(batch, height, width, len(weight))
+
+
+def convolution(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """F.conv2d of N×C×H×W maps with an O×C×k×k weight, or one filter a channel (C×1×k×k); in float32 on a CPU.
+
+    It is differentiable once, and its gradients do not follow the number of threads.
+    """
+    return cast(Tensor, _Convolution.apply(maps, weight, stride, padding))
+
+
+class _Convolution(torch.autograd.Function):
+    """torch's own gradient of a weight adds up parts of the pictures, as many as suit the threads."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(maps, weight)
+        ctx.steps = stride, padding
+        return F.conv2d(maps, weight, stride=stride, padding=padding, groups=maps.shape[1] // weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        maps, weight = ctx.saved_tensors
+        stride, padding = ctx.steps
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_maps = of_weight = None
+        if ctx.needs_input_grad[0]:
+            groups = maps.shape[1] // weight.shape[1]
+            of_maps = conv2d_input(maps.shape, weight, gradient, stride, padding, groups=groups)
+        if ctx.needs_input_grad[1]:
+            of_one = _gradient_of_filters if weight.shape[1] == 1 else _gradient_of_weight
+            of_weight = torch.zeros_like(weight)
+            for picture, of_picture in zip(maps.split(1), gradient.split(1), strict=True):
+                of_weight += of_one(picture, of_picture, weight.shape[-1], stride, padding)
+        return of_maps, of_weight, None, None
+
+
+def _gradient_of_filters(maps: Tensor, gradient: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """C×1×k×k for one picture: again a convolution channel by channel, whose filters are the gradient (1×C×h×w)."""
+    filters = gradient.transpose(0, 1)
+    made = F.conv2d(maps, filters, padding=padding, dilation=stride, groups=len(filters))
+    return made[0, :, None, :size, :size]
+
+
+def _gradient_of_weight(maps: Tensor, gradient: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """O×C×k×k for one picture: products of the gradient (1×O×h×w) with windows, of some channels and rows at a time."""
+    channels, (outputs, height, width) = maps.shape[1], gradient.shape[1:]
+    parts = PARTS if channels % PARTS == 0 else channels
+    maps = F.pad(maps, (padding,) * 4)
+    rows = max(1, WINDOWS // (width * channels))
+    total = maps.new_zeros(parts, channels // parts * size * size, outputs)
+    for first in range(0, height, rows):
+        of_rows = gradient[0, :, first : first + rows].flatten(1).t().contiguous()  # windows × O
+        last = (min(first + rows, height) - 1) * stride + size
+        windows = F.unfold(maps[:, :, first * stride : last], size, stride=stride).unflatten(1, (parts, -1))[0]
+        total += torch.bmm(windows[:, :, : len(of_rows)], of_rows.expand(parts, -1, -1))
+    return total.permute(2, 0, 1).reshape(outputs, channels, size, size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ parts, and angles of pictures whose pixels are no whole number of vectors. Pictu
 """
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,18 +17,23 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_training import command_line, scalars
+from test_training import ROOT, command_line, scalars
 from threadpoolctl import threadpool_limits
 from tiny_run import EXAMPLES, example_names, run, tiny_model, write_ground_truth
 
+from patchnetvlad import products
 from patchnetvlad.checkpoints import read_checkpoint, write_checkpoint
 from patchnetvlad.commands.training import train
+from patchnetvlad.config import LOSSES
 from patchnetvlad.descriptors import Descriptors
+from patchnetvlad.encoders import efficientnet_lite
+from patchnetvlad.encoders.efficientnet_lite import EfficientNetLite0
 from patchnetvlad.ini import load_config
+from patchnetvlad.losses import correspondence_loss
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.paths import require_file
-from patchnetvlad.products import row_products
+from patchnetvlad.products import convolution, row_products
 from patchnetvlad.reranking import similarities
 from patchnetvlad.weights import load_model
 from patchnetvlad.whitening import WPCA
@@ -169,18 +177,190 @@ def test_similarities_are_the_same_for_any_number_of_threads(count: int) -> None
     assert found == found[:1] * 3
 
 
-@pytest.mark.parametrize("backbone", ["rootsift", "vgg16"])
-def test_losses_and_weights_are_the_same_for_any_number_of_threads(backbone: str, msls: Path, tmp_path: Path) -> None:
+def gradients(compute: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """A function that gives the output and the gradients of its random projection to the inputs."""
+
+    def found() -> list[torch.Tensor]:
+        learning = [values.clone().requires_grad_() for values in inputs]
+        made = compute(*learning)
+        random = torch.Generator().manual_seed(1)
+        weights = torch.randn(made.shape, generator=random).to(made.dtype)
+        return [made.detach(), *torch.autograd.grad(made, learning, weights)]
+
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pictures=st.integers(1, 7),
+    map_size=st.tuples(st.integers(5, 24), st.integers(5, 24)),
+    channels=st.sampled_from([3, 32, 144, 240]),
+    form=st.sampled_from([(3, 1, 1), (3, 2, 0), (5, 1, 2), (5, 2, 0), (3, 2, 1)]),  # kernel, stride, padding
+    depthwise=st.booleans(),
+    threads=st.integers(2, 4),
+)
+@example(pictures=6, map_size=(15, 20), channels=480, form=(3, 1, 1), depthwise=True, threads=3)
+@example(pictures=6, map_size=(60, 80), channels=3, form=(3, 2, 0), depthwise=False, threads=3)
+@example(pictures=6, map_size=(60, 80), channels=64, form=(3, 1, 1), depthwise=False, threads=2)
+def test_gradients_of_convolutions_are_those_of_float64_whatever_threads(
+    pictures: int,
+    map_size: tuple[int, int],
+    channels: int,
+    form: tuple[int, int, int],
+    depthwise: bool,
+    threads: int,
+) -> None:
+    (size, stride, padding), random = form, torch.Generator().manual_seed(pictures)
+    maps = torch.randn(pictures, channels, *map_size, generator=random).contiguous(memory_format=torch.channels_last)
+    shape = (channels, 1) if depthwise else (48, channels)
+    inputs = [maps, torch.randn(*shape, size, size, generator=random)]
+    ours = gradients(lambda maps, weight: convolution(maps, weight, stride, padding), inputs)
+    assert differing(ours, threads) == []
+    groups = channels if depthwise else 1
+    theirs = gradients(
+        lambda maps, weight: torch.nn.functional.conv2d(maps, weight, stride=stride, padding=padding, groups=groups),
+        [values.double() for values in inputs],
+    )
+    for found, expected in zip(ours(), theirs(), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_rows_of_a_large_convolution_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [torch.randn(2, 4, 17, 9), torch.randn(5, 4, 3, 3)]
+    found = gradients(lambda maps, weight: convolution(maps, weight, 2, 1), inputs)
+    at_once = found()
+    monkeypatch.setattr(products, "WINDOWS", 40)
+    for some, whole in zip(found(), at_once, strict=True):
+        torch.testing.assert_close(some, whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    pictures=st.integers(1, 5), map_size=st.tuples(st.integers(1, 20), st.integers(1, 30)), threads=st.integers(2, 4)
+)
+@example(pictures=6, map_size=(6, 8), threads=2)
+def test_products_that_learn_do_so_alike_whatever_threads(
+    pictures: int, map_size: tuple[int, int], threads: int
+) -> None:
+    random = torch.Generator().manual_seed(pictures)
+    inputs = [torch.randn(pictures, *map_size, 240, generator=random), torch.randn(80, 240, generator=random)]
+    found = gradients(row_products, inputs)
+    assert differing(found, threads) == []
+    expected = gradients(lambda maps, weight: maps @ weight.T, [values.double() for values in inputs])
+    for ours, theirs in zip(found(), expected(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_normalisation_inside_convolutions_has_the_gradients_of_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = EfficientNetLite0().eval()
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values in (layer.running_var, layer.weight):
+                assert values is not None
+                values.data.uniform_(0.5, 2)
+            assert layer.running_mean is not None
+            layer.running_mean.normal_()
+    encoder.double()
+    parameters, pictures = list(encoder.parameters()), torch.randn(2, 3, 61, 83, dtype=torch.float64)
     found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)  # of the untrained VGG16
-        more = ["--nEpochs", "1", "--set", f"global_params.backbone={backbone}", "--set", "train.pretrained=none"]
-        assert train(command_line(msls, tmp_path / str(threads), *more)) == 0
-        (folder,) = (tmp_path / str(threads)).iterdir()
-        state = read_checkpoint(folder / "checkpoints" / "checkpoint.pth.tar").state
-        found.append((scalars(folder, "Train/Loss"), {key: value.numpy().tobytes() for key, value in state.items()}))
-    assert len(found[0][0]) > 1
-    for losses, weights in found[1:]:
-        assert losses == found[0][0]
-        assert {key for key in weights if weights[key] != found[0][1][key]} == set()
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(efficientnet_lite, "rounds_by_threads", lambda maps: False)
+        maps = encoder(pictures)
+        found.append([maps.detach(), *torch.autograd.grad(maps.square().sum(), parameters)])
+    for together, layers_apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, layers_apart)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    points=st.integers(1, 64),
+    positions=st.integers(1, 300),
+    others=st.integers(0, 500),
+    dims=st.sampled_from([16, 112, 512]),
+    threads=st.integers(2, 4),
+)
+@example(points=5, positions=35, others=60, dims=112, threads=3)
+@example(points=64, positions=35, others=60, dims=512, threads=3)
+def test_losses_of_local_features_are_the_same_for_any_number_of_threads(
+    points: int, positions: int, others: int, dims: int, threads: int
+) -> None:
+    random = torch.Generator().manual_seed(points)
+    inputs = [torch.randn(rows, dims, generator=random) for rows in (points, points, positions, others)]
+    elsewhere = torch.rand(points, positions, generator=random) > 0.1
+
+    def loss(
+        anchors: torch.Tensor, matches: torch.Tensor, candidates: torch.Tensor, rest: torch.Tensor
+    ) -> torch.Tensor:
+        return correspondence_loss(anchors, matches, candidates, elsewhere, rest)
+
+    assert differing(gradients(loss, inputs), threads) == []
+
+
+@pytest.mark.parametrize("dims", [3584, 8192, 32768])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_of_descriptors_are_the_same_for_any_number_of_threads(name: str, dims: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(24, dims, generator=random), dim=1) + 0.002
+    triplets = [(6 * place, 6 * place + 1, list(range(6 * place + 2, 6 * place + 6))) for place in range(4)]
+    found = gradients(lambda rows: LOSSES.find(name).total(rows, triplets, 0.1), [rows])
+    assert [differing(found, threads) for threads in (2, 3, 4)] == [[], [], []]
+
+
+def of_training(folder: Path) -> tuple[dict[int, float], dict[str, bytes]]:
+    """Losses and weights of the one run in a folder."""
+    (run_folder,) = folder.iterdir()
+    state = read_checkpoint(run_folder / "checkpoints" / "checkpoint.pth.tar").state
+    losses = scalars(run_folder, "Train/Loss")
+    assert len(losses) > 1
+    return losses, {key: value.numpy().tobytes() for key, value in state.items()}
+
+
+def as_settings(*changes: str) -> list[str]:
+    untrained = ("train.pretrained=none", *changes)
+    return ["--nEpochs", "1", *(part for change in untrained for part in ("--set", change))]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "learns", "threads"),
+    [
+        ("rootsift", "none", 3),
+        ("vgg16", "last", 3),
+        ("efficientnet_lite0", "last", 4),
+        ("efficientnet_lite0", "all", 3),
+    ],
+)
+def test_losses_and_weights_are_the_same_for_any_number_of_threads(
+    backbone: str, learns: str, threads: int, msls: Path, tmp_path: Path
+) -> None:
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)  # of the untrained encoder
+        more = as_settings(f"global_params.backbone={backbone}", f"train.encoder_learns={learns}")
+        assert train(command_line(msls, tmp_path / str(count), *more)) == 0
+    losses, weights = of_training(tmp_path / str(threads))
+    expected_losses, expected = of_training(tmp_path / "1")
+    assert losses == expected_losses
+    assert {key for key in weights if weights[key] != expected[key]} == set()
+
+
+def test_processes_of_one_to_four_threads_train_the_bundled_encoder_alike(msls: Path, tmp_path: Path) -> None:
+    more = as_settings(
+        "global_params.backbone=half:efficientnet_lite0",
+        "train.loss=multi_similarity",
+        "train.optim=ADAMW",
+        "train.augmentation=turn,roll,zoom",
+        "train.local_weight=0.5",
+        "train.cities=trondheim",
+        "train.val_cities=sf",
+    )
+    found = []
+    for threads in (1, 2, 3, 4):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        environment["MKL_NUM_THREADS"] = str(threads)
+        folder = tmp_path / str(threads)
+        command = [sys.executable, str(ROOT / "train.py"), *command_line(msls, folder, *more)]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+        found.append(of_training(folder))
+    assert found == found[:1] * 4

@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 up to its last feature map 16 pixels apart: small, and quick on a processor."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.encoders.published import LITE0_WEIGHTS, none_published
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
-from patchnetvlad.products import rounds_by_threads, row_products
+from patchnetvlad.products import convolution, rounds_by_threads, row_products
 
 _STEM = 32  # channels behind the first convolution, of stride 2
 _STAGES = (  # channels, blocks, kernel, stride of the first block, expansion
@@ -30,7 +31,23 @@ def _before(kernel: int, stride: int) -> int:
     return (kernel - stride) // 2
 
 
-class EfficientNetLite0(nn.Sequential, Encoder):
+class _Layers(nn.Sequential):
+    """Layers one behind the other; while they learn on a processor, a convolution has the normalisation behind it in
+    its weights. The gradients are then products, and do not follow the number of threads."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.training or not (torch.is_grad_enabled() and rounds_by_threads(maps)):
+            return cast(Tensor, super().forward(maps))
+        layers = list(self)
+        for layer, behind in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, nn.Conv2d) and isinstance(behind, nn.BatchNorm2d):
+                maps = _normalised_convolution(maps, layer, behind)
+            elif not isinstance(layer, nn.BatchNorm2d):
+                maps = layer(maps)
+        return maps
+
+
+class EfficientNetLite0(_Layers, Encoder):
     """EfficientNet-Lite0 (Tan, Le 2019; without squeeze and excitation) up to its fifth stage: N×112×⌊H/16⌋×⌊W/16⌋.
 
     The order of its weights is that of the whole network's, as published. The stages at the last resolution learn.
@@ -90,7 +107,7 @@ class _Block(nn.Module):
         widen = _layer(inputs, wide, 1) if expansion > 1 else ()
         filter_ = _layer(wide, wide, kernel, stride, groups=wide)
         narrow = _layer(wide, outputs, 1)[:-1]  # without activation
-        self.layers = nn.Sequential(*widen, *filter_, *narrow)
+        self.layers = _Layers(*widen, *filter_, *narrow)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -105,6 +122,18 @@ class _Pointwise(nn.Conv2d):
         if not rounds_by_threads(maps):
             return super().forward(maps)
         return row_products(maps.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def _normalised_convolution(maps: Tensor, layer: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """A convolution, and the normalisation with its kept statistics, in one: N×C×H×W to N×O×h×w."""
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    weight = layer.weight * scale[:, None, None, None]
+    if isinstance(layer, _Pointwise):
+        made = row_products(maps.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    else:
+        made = convolution(maps, weight, layer.stride[0], int(layer.padding[0]))
+    return made + (norm.bias - mean * scale)[:, None, None]
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[nn.Module, ...]:

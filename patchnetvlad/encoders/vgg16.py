@@ -10,6 +10,7 @@ from patchnetvlad.downloads import require_answer
 from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.encoders.published import VGG16_IMAGENET, vgg16_file
 from patchnetvlad.patch_grid import EncoderGeometry
+from patchnetvlad.products import convolution, rounds_by_threads
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; pooling in between
 _CONV5 = 24  # index of conv5_1; conv5_2 and conv5_3 follow, with a ReLU in between
@@ -31,7 +32,7 @@ class VGG16(nn.Sequential, Encoder):
         inputs = 3
         for stage in _STAGES:
             for outputs in stage:
-                layers += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+                layers += [_Convolution(inputs, outputs, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
                 inputs = outputs
             layers.append(nn.MaxPool2d(kernel_size=2))
         super().__init__(*layers[:-2])
@@ -61,3 +62,13 @@ class VGG16(nn.Sequential, Encoder):
     def own_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         prefix = _PREFIX if f"{_PREFIX}0.weight" in state else ""
         return {key: state[prefix + key] for key in self.state_dict()}
+
+
+class _Convolution(nn.Conv2d):
+    """A 3×3 convolution, which learns alike whatever the number of threads."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and rounds_by_threads(maps)):
+            return super().forward(maps)
+        made = convolution(maps, self.weight, self.stride[0], int(self.padding[0]))
+        return made if self.bias is None else made + self.bias[:, None, None]
