@@ -199,7 +199,8 @@ def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
         which = f" (no longer listed: {some_of(lost)})" if lost else ""
         return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted{which}"]
     if manifest.names_sha256 != hash_names(pictures.names):
-        return ["picture list: other names, or another order"]
+        same = {entry.name for entry in manifest.entries.values()} == set(pictures.names)
+        return [f"picture list: {'the same names in another order' if same else 'other names, or another order'}"]
     return []
 
 
