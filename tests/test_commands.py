@@ -290,13 +290,14 @@ def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, 
     assert size < whole * (0.51 if dtype == "float16" else 0.27)
 
 
-def test_codes_of_patches(small_model, features, tmp_path, capsys):
+@pytest.mark.parametrize(("dtype", "file"), [("pq8", "patchfeats_psize2"), ("map24", "patchfeats_psize1")])
+def test_codes_of_patches(small_model, features, tmp_path, capsys, dtype, file):
     """Codes rank nearly as the descriptors do, resume with the folder's own codec, and are bound to it."""
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq8"]
+    options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]
     assert extract(options, INDEX_LIST, tmp_path / "index") == 0
     assert extract([*options, "--queries"], QUERY_LIST, tmp_path / "query") == 0
-    size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
-    assert size < 0.1 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
+    size = (tmp_path / f"index/{file}_place00_0.npy").stat().st_size
+    assert size < 0.3 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
     for similarity in ("float32", "int8"):
         chosen = ["--set", f"feature_match.similarity={similarity}"]
         assert match(small_model, tmp_path, tmp_path / similarity, *chosen) == 0
@@ -308,10 +309,10 @@ def test_codes_of_patches(small_model, features, tmp_path, capsys):
     assert abs(coded["1"] - full["1"]) <= 2 / 18 + 1e-9 and coded["10"] >= full["10"] - 1 / 18 - 1e-9
 
     codec = (tmp_path / "index/patchcodec.npz").read_bytes()
-    kept = (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes()
-    (tmp_path / "index/patchfeats_psize2_place03_0.npy").unlink()
+    kept = (tmp_path / f"index/{file}_place03_0.npy").read_bytes()
+    (tmp_path / f"index/{file}_place03_0.npy").unlink()
     assert extract(options, INDEX_LIST, tmp_path / "index") == 0
-    assert (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes() == kept
+    assert (tmp_path / f"index/{file}_place03_0.npy").read_bytes() == kept
     assert (tmp_path / "index/patchcodec.npz").read_bytes() == codec
 
     capsys.readouterr()
@@ -341,17 +342,19 @@ def test_packed_features_rank_as_files_do(small_model, features, tmp_path):
 
 
 def test_coded_queries_are_refused(small_model, features, tmp_path, capsys):
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq4"]
+    options = [*small_model, "--set", "feature_extract.feature_dtype=map4"]
     assert extract(options, QUERY_LIST, tmp_path / "query") == 0
     (tmp_path / "index").symlink_to(features / "index")
     assert match(small_model, tmp_path, tmp_path / "out") == 2
     assert "holds codes, and queries are compared as they are" in capsys.readouterr().err
 
 
-def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys):
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq33"]
+@pytest.mark.parametrize(("dtype", "places"), [("pq33", "model's 32 dimensions"), ("map129", "map's 128 channels")])
+def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys, dtype, places):
+    options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]
     assert extract(options, QUERY_LIST, tmp_path / "query") == 2
-    assert "feature_dtype = pq33: expected at most one byte for each of the model's 32" in capsys.readouterr().err
+    told = f"feature_dtype = {dtype}: expected at most a byte for each of the {places}"
+    assert told in capsys.readouterr().err
 
 
 def test_predictions_of_another_method(small_model, features, tmp_path):
