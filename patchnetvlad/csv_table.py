@@ -43,10 +43,13 @@ class Table:
     raises UserError when there is none. A column without a name (an index) is ignored.
     """
 
-    def __init__(self, path: Path, columns: dict[str, list[str]], lines: list[int]) -> None:
-        """lines: of each row, where it stands in the file, counted from 1."""
+    def __init__(
+        self, path: Path, columns: dict[str, list[str]], lines: list[int], decimal_commas: bool = False
+    ) -> None:
+        """lines: of each row, where it stands in the file, counted from 1; decimal_commas: 1,5 is a number too."""
         self.path = path
         self.lines = lines
+        self._decimal_commas = decimal_commas
         self._columns = columns
 
     def __len__(self) -> int:
@@ -82,7 +85,8 @@ class Table:
         def parse(text: str) -> float:
             if gaps and text.lower() in ("", "nan"):
                 return math.nan
-            value = float(text)
+            comma = self._decimal_commas and _DECIMAL_COMMA.fullmatch(text)
+            value = float(text.replace(",", ".") if comma else text)
             if not math.isfinite(value):
                 raise ValueError
             return value
@@ -154,13 +158,15 @@ class Table:
 def read_table(path: Path) -> Table:
     """Read a CSV file with a header line, its values apart by commas, semicolons or tabs.
 
+    Where they are not apart by commas, numbers may have a decimal comma, as spreadsheets of many countries write them.
     Raises UserError when it cannot be read, a line has another number of values, or a column's name comes twice.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header_line = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(_DELIMITERS, key=header_line.count))
+            delimiter = max(_DELIMITERS, key=header_line.count)
+            reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip().lower() for name in next(reader, [])]
             rows, lines = [], []
             for row in reader:
@@ -179,7 +185,7 @@ def read_table(path: Path) -> Table:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8") from error
+        raise UserError(f"{path}: not a CSV file in UTF-8 (a spreadsheet is to be saved as one)") from error
     if not any(header):
         raise UserError(f"{path}: has no header line with the columns' names (empty file?)")
     twice = [name for place, name in enumerate(header) if name and name in header[:place]]
@@ -187,7 +193,7 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path}: two columns are called {twice[0]} (names are taken in any case)")
     cells = zip(*rows, strict=True) if rows else [()] * len(header)
     columns = {name: [cell.strip() for cell in column] for name, column in zip(header, cells, strict=True) if name}
-    return Table(path, columns, lines)
+    return Table(path, columns, lines, decimal_commas=delimiter != ",")
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -18,6 +18,7 @@ SCALE_COLOURS = ("#ffb000", "#00c2ff", "#ff4fa3", "#7ddc3c", "#b08cff")  # by pa
 OUTLIER_COLOUR = "#8c8c8c"
 GAP = 0.025  # between the pictures, share of their height
 FORMATS = (".png", ".pdf", ".svg")
+_SHORTEST_NAMES = 24  # characters for the names of both pictures, below which they are left out
 _NARROW = 6.0  # inches; a figure below it, for a column of a paper, has its texts below each other
 _INK = 14.0  # how many lines of 1 point's width a picture of 10 inches bears before they thin out, per inch
 
@@ -107,8 +108,8 @@ def _empty_figure(
     top = 1 - 0.05 / height
     figure.text(0.05 / width, top, f"Similarity {score:.5g}", va="top", fontsize=size + 1, weight="bold")
     room = int((width - 1.9) / (size * 0.55 / 72))
-    names = f"{matched.names[0]} | {matched.names[1]}"
-    if len(names) <= room:
+    if room >= _SHORTEST_NAMES:
+        names = _fitting_names(*matched.names, room)
         figure.text(
             1 - 0.05 / width, top, names, va="top", ha="right", fontsize=size, color="#505050", parse_math=False
         )
@@ -124,6 +125,18 @@ def _empty_figure(
             0.05 / width, middle, f"score: {matched.meaning}", va="center_baseline", fontsize=size, color="#505050"
         )
     return figure, axes
+
+
+def _fitting_names(first: str, second: str, room: int) -> str:
+    """Both names in so many characters: their beginnings, by which folders differ, and their ends."""
+
+    def shortened(name: str) -> str:
+        kept = (room - len(between)) // 2 - 1
+        return name if len(name) <= kept else f"{name[: kept // 2]}…{name[kept // 2 - kept :]}"
+
+    between = " | "
+    whole = first + between + second
+    return whole if len(whole) <= room else shortened(first) + between + shortened(second)
 
 
 def _entry(matched: MatchedPair, scale: int) -> str:

@@ -509,7 +509,18 @@ def test_a_csv_of_a_spreadsheet(tmp_path):
     assert dataset.queries.names == ("a.jpg", "b.jpg")
     assert dataset.queries.coordinates.tolist() == [[1.5, 2], [3, 4]]
     (tmp_path / "q.csv").write_text("name;easting;northing\na.jpg;1,5;2\n")
-    with refused("line 2: easting = '1,5': expected a number with a decimal point"):
+    (dataset,) = MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
+    assert dataset.queries.coordinates.tolist() == [[1.5, 2]]
+    for text, said in (
+        ('name,easting,northing\na.jpg,"1,5",2\n', "line 2: easting = '1,5': expected a number with a decimal point"),
+        ("name;easting;northing\na.jpg;1.500,5;2\n", "line 2: easting = '1.500,5': expected a number"),
+        ("name;easting;northing\na.jpg;1,500,5;2\n", "line 2: easting = '1,500,5': expected a number"),
+    ):
+        (tmp_path / "q.csv").write_text(text)
+        with refused(said):
+            MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
+    (tmp_path / "q.csv").write_bytes("name;easting;northing\nbrücke.jpg;1;2\n".encode("cp1252"))
+    with refused(r"q.csv: not a CSV file in UTF-8 \(a spreadsheet is to be saved as one\)"):
         MAKERS["csv"].make(tmp_path, "q.csv", "d.csv")
 
 

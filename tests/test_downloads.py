@@ -283,9 +283,9 @@ def test_every_model_of_timm_is_found_without_it() -> None:
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "half:efficientnet_lite0"])
 def test_an_encoder_that_nobody_offers_is_not_started_at_random(backbone: str) -> None:
     config = Config(global_params=GlobalParams(backbone=backbone, pooling="netvlad", num_pcs=0))
-    with pytest.raises(UserError, match="expected builtin_WPCA768, the bundled model's"):
+    with pytest.raises(UserError, match="expected builtin_WPCA768 for those of the bundled model"):
         check_starting_weights(config)
-    with pytest.raises(UserError, match="expected builtin_WPCA768, the bundled model's"):
+    with pytest.raises(UserError, match="expected builtin_WPCA768 for those of the bundled model"):
         initialise_encoder(PlaceModel(backbone, "netvlad", 4), config)
     config = replace(config, train=TrainConfig(pretrained="builtin_WPCA768"))
     check_starting_weights(config)

@@ -1,18 +1,21 @@
 """match_two and the loop behind match_realtime, on a tiny model, rendered pictures and a video made of them."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_run import EXAMPLES, tiny_model
 
 from patchnetvlad.commands.pairs import match_two
 from patchnetvlad.config import MATCHERS
-from patchnetvlad.figures import match_figure, save_figure
+from patchnetvlad.figures import _fitting_names, match_figure, save_figure
 from patchnetvlad.images import read_image
 from patchnetvlad.matching import Matches, Score
 from patchnetvlad.pair_comparison import MatchedPair, distinct_names
@@ -122,6 +125,27 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders():
         ("/1.jpg", "/a/1.jpg", ("/1.jpg", "a/1.jpg")),
     ):
         assert distinct_names(Path(first), Path(second)) == names
+
+
+@given(first=st.text(min_size=1, max_size=90), second=st.text(min_size=1, max_size=90), room=st.integers(24, 130))
+def test_names_in_a_figure_fit_and_keep_their_beginnings_and_ends(first: str, second: str, room: int) -> None:
+    shown = _fitting_names(first, second, room)
+    assert len(shown) <= room and shown.startswith(first[:4]) and shown.endswith(second[-4:])
+    if len(first) + len(second) + 3 <= room:
+        assert shown == f"{first} | {second}"
+
+
+def test_a_narrow_figure_tells_equal_names_apart(options, tmp_path):
+    paths = []
+    for folder in ("the first drive of today", "the second drive of today"):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / "frame_00001.jpg")
+        paths[-1].write_bytes(QUERY.read_bytes())
+    chosen = [*pictures(*paths), "--width", "3.4", "--formats", "svg", "--plot_save_path", str(tmp_path)]
+    assert match_two([*options, *chosen]) == 0
+    (names,) = re.findall(r">([^<>]* \| [^<>]*)<", (tmp_path / "patchMatchings.svg").read_text(encoding="utf-8"))
+    first, second = names.split(" | ")
+    assert first.startswith("the f") and second.startswith("the s") and "…" in first
 
 
 def test_coordinates_are_pixels_of_the_pictures_themselves():

@@ -142,6 +142,44 @@ def test_a_refused_run_leaves_what_was_there(trouble, small_model, tmp_path, cap
     assert len([line for line in errors.splitlines() if "error:" in line]) == bool(refused)
 
 
+def test_folders_and_pictures_of_any_name(small_model, tmp_path, capsys):
+    """A leading dash, blanks, brackets and no ASCII; and links, which go by the names they are given."""
+    drives = lay_out(tmp_path, 3, "-[{}] ü 'x'.JPG")
+    renamed = tmp_path / "-first", tmp_path / "q ü [2]"
+    for drive, name in zip(drives, renamed, strict=True):
+        drive.rename(name)
+    assert recognize([*options_of(renamed, tmp_path / "out", small_model), "--frames", "-1"]) == 0
+    listed = tmp_path / "out/lists/q ü [2]_in_-first_imageNames_index.txt"
+    assert listed.read_text(encoding="utf-8").splitlines()[0] == "-first/-[0] ü 'x'.JPG"
+    table = tmp_path / "pairs.csv"
+    table.write_text("query,database\n-[0] ü 'x'.JPG,-[1] ü 'x'.JPG\n", encoding="utf-8")
+    for more in (["--pairs_csv", str(table)], ["--no_positions"]):
+        assert recognize([*options_of(renamed, tmp_path / "out", small_model), *more]) == 0
+    links = tmp_path / "links"
+    links.mkdir()
+    for drive, name in zip(renamed, ("day", "night"), strict=True):
+        (links / name).symlink_to(drive)
+    assert recognize(options_of((links / "day", links / "night"), tmp_path / "out", small_model)) == 0
+    assert (tmp_path / "out/results/night_in_day/report.html").is_file()
+    assert recognize(options_of((links / "day", renamed[0]), tmp_path / "out", small_model)) == 2
+    assert "lies within the other" in capsys.readouterr().err
+    renamed[1].rename(tmp_path / "night, rain")
+    assert recognize(options_of((renamed[0], tmp_path / "night, rain"), tmp_path / "new", small_model)) == 2
+    assert "holds no comma" in capsys.readouterr().err and not (tmp_path / "new/features").exists()
+
+
+def test_all_unreadable_pictures_of_both_drives_are_named_first(small_model, tmp_path, capsys):
+    drives = lay_out(tmp_path, 3)
+    (drives[0] / "0001.jpg").write_bytes((drives[0] / "0001.jpg").read_bytes()[:3000])
+    (drives[1] / "empty.jpg").touch()
+    (drives[1] / "text.png").write_text("no picture")
+    assert recognize(options_of(drives, tmp_path / "out", small_model)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"recognize.py: error: {tmp_path}: 3 of 7 pictures cannot be read: ")
+    assert all(f"{name}: " in line for name in ("first/0001.jpg", "second/empty.jpg", "second/text.png"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_codes_of_the_database_alone(small_model, tmp_path):
     coded = ["--set", "feature_extract.feature_dtype=pq8", "--no_positions"]
     assert recognize([*options_of(lay_out(tmp_path, 3), tmp_path / "out", small_model), *coded]) == 0

@@ -17,6 +17,7 @@ from tiny_run import EXAMPLES, run, tiny_model, write_ground_truth
 from patchnetvlad.errors import UserError
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.result_files import read_pairs
+from patchnetvlad.workers import PICTURE_MEMORY
 
 QUERY = EXAMPLES / "queries" / "query03_0.jpg"
 SAME, OTHER = (EXAMPLES / "database" / f"place{number}_0.jpg" for number in ("03", "07"))
@@ -128,6 +129,13 @@ def test_pictures_that_are_stretched_are_counted_once(tmp_path, caplog):
     assert [record.message.partition(":")[0] for record in caplog.records if "stretched" in record.message] == [
         "2 of 3 pictures of other proportions than 160×120"
     ]
+
+
+def test_memory_is_kept_from_picture_to_picture_as_in_extraction(recognizer, monkeypatch):
+    kept = []
+    monkeypatch.setattr("patchnetvlad.recognizer.keep_freed_memory", lambda *sizes: kept.append(sizes))
+    recognizer.describe([SAME, OTHER])
+    assert kept == [PICTURE_MEMORY]
 
 
 def test_a_picture_smaller_than_a_patch_is_named(tmp_path):

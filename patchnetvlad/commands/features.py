@@ -133,7 +133,7 @@ def build_index(arguments: Sequence[str] | None = None) -> int:
         "the least effort that reaches the recall, measured with queries, or else with made ones at half the likeness.",
         "build_index.py",
     )
-    parser.add_config_options("performance.ini")
+    parser.add_config_options("performance.ini", recorded=True)
     parser.add_argument(
         "--dataset_root_dir", default="", metavar="DIR", help="folder that the names in the list start from"
     )
@@ -154,10 +154,10 @@ def build_index(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_index(args: argparse.Namespace) -> None:
-    config = command_line.configuration(args)
+    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
+    config = command_line.configuration(args, features)
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     listed = require_file(args.index_file_path, "dataset_imagenames")
-    features = command_line.folder(args.index_input_features_dir, "--index_input_features_dir", "feature_extract.py")
     path = Path(args.output_path) if args.output_path else features / "search_index.json"
     if path.suffix != BUILT_INDEX:
         raise UserError(f"--output_path {path}: expected a name that ends in {BUILT_INDEX}")

@@ -7,6 +7,7 @@ import os
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from patchnetvlad.commands import command_line
@@ -16,8 +17,8 @@ from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import replacing
-from patchnetvlad.image_lists import SIDES, list_file_name, read_image_list
-from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
+from patchnetvlad.image_lists import SIDES, ImageList, list_file_name, list_folder, read_image_list
+from patchnetvlad.result_files import FORMATS, RERANKING, RETRIEVAL, WRITTEN, read_pairs, read_scores
 
 _SHOWN = 20  # queries on the screen, each with
 _BEST = 3  # of its candidates
@@ -67,24 +68,31 @@ def _recognize(args: argparse.Namespace) -> int:
     config.check_matching()
     config.check_one_process("recognition")
     drives = [
-        command_line.folder(name, option).resolve()
+        _as_called(command_line.folder(name, option))
         for name, option in ((args.database, "--database"), (args.queries, "--queries"))
     ]
     root = _common_root(*drives)
     database, queries = (drive.relative_to(root).as_posix() for drive in drives)
     command_line.require_checkpoint(config)
+    in_files = bool(args.position_csv or args.pairs_csv)  # which may leave pictures out
+    if not in_files:
+        files = [drive / name for drive in drives for name in list_folder(drive, recursive=True, warn=False)]
+        _check_pictures(args, config, root, files)
     making = _making(args, root, database, queries)
     output, name = Path(args.output_dir), f"{_flat(queries)}_in_{_flat(database)}"
     lists = {side: output / "lists" / list_file_name(name, side) for side in SIDES}
     features = _feature_folders(output / "features", making[0], database, queries)
     truth, results = output / "lists" / f"{name}.npz", output / "results" / name
     shared, of_root = _shared(args), ["--dataset_root_dir", str(root)]
-    into = ["--name", name, *(f"--{kind}_dir={output / 'lists'}" for kind in ("lists", "ground_truth"))]
+    into = [f"--name={name}", *(f"--{kind}_dir={output / 'lists'}" for kind in ("lists", "ground_truth"))]
     with _kept_if_refused([*lists.values(), truth]) as accept:
         truth.unlink(missing_ok=True)
         if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *into]):
             return status
-        _check_pictures(args, config, root, list(lists.values()))
+        pictures = [read_image_list(listed, root) for listed in lists.values()]
+        _check_names(pictures)
+        if in_files:
+            _check_pictures(args, config, root, [path for listed in pictures for path in listed.paths])
         for side in ("index", "query"):
             options = [*of_root, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
             options += ["--queries"] * (side == "query") + ["--overwrite"] * args.overwrite
@@ -125,13 +133,17 @@ def _kept_if_refused(files: Sequence[Path]) -> Iterator[Callable[[], None]]:
                     file.unlink(missing_ok=True)
 
 
-def _check_pictures(args: argparse.Namespace, config: Config, root: Path, lists: Sequence[Path]) -> None:
-    """Raises UserError for unreadable pictures of either list, before the first picture is described."""
+def _check_names(pictures: Sequence[ImageList]) -> None:
+    """Raises UserError for a name that matching could not write, before anything is described."""
+    for form, listed in product(WRITTEN, pictures):
+        FORMATS[form].check(listed.source, listed.names, ())
+
+
+def _check_pictures(args: argparse.Namespace, config: Config, root: Path, pictures: Sequence[Path]) -> None:
+    """Raises UserError for the unreadable pictures of both drives, before anything is made of the others."""
     from patchnetvlad.images import require_readable
 
-    threads = config.global_params.loading_threads
-    for listed in lists:
-        require_readable(read_image_list(listed, root).paths, listed, threads, command_line.progress(args))
+    require_readable(pictures, root, config.global_params.loading_threads, command_line.progress(args))
 
 
 def _feature_folders(folder: Path, kind: str, database: str, queries: str) -> dict[str, Path]:
@@ -146,9 +158,16 @@ def _flat(drive: str) -> str:
     return drive.replace("/", "__")
 
 
+def _as_called(folder: Path) -> Path:
+    """A folder's absolute path under the name it was given, which may be that of a link."""
+    path = folder.absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
 def _common_root(database: Path, queries: Path) -> Path:
     """The folder that names of both drives start from."""
-    if database == queries or database in queries.parents or queries in database.parents:
+    first, second = database.resolve(), queries.resolve()
+    if first == second or first in second.parents or second in first.parents:
         raise UserError(
             f"--database {database}, --queries {queries}: one lies within the other, so every query would find itself"
         )
@@ -160,14 +179,14 @@ def _common_root(database: Path, queries: Path) -> Path:
 
 def _making(args: argparse.Namespace, root: Path, database: str, queries: str) -> list[str]:
     """The options of make_dataset.py: a kind, and where it finds things."""
-    sides = ["--queries", queries, "--database", database]
+    sides = [f"--queries={queries}", f"--database={database}"]  # names that begin with a dash are no options
     if args.position_csv:
         files = [command_line.file(name, "--position_csv").resolve() for name in args.position_csv]
         kind, sides = "csv", ["--queries", str(files[1]), "--database", str(files[0])]
-        sides += ["--query_folder", queries, "--database_folder", database, "--incomplete", "leave_out"]
+        sides += [f"--query_folder={queries}", f"--database_folder={database}", "--incomplete", "leave_out"]
     elif args.pairs_csv:
         pairs = command_line.file(args.pairs_csv, "--pairs_csv")
-        kind, sides = "pairs", [*sides, "--pairs_csv", str(pairs), "--interpolate", "--incomplete", "leave_out"]
+        kind, sides = "pairs", [*sides, f"--pairs_csv={pairs}", "--interpolate", "--incomplete", "leave_out"]
     elif args.frames is not None:
         kind, sides = "frames", [*sides, "--offset", str(args.frames)]
     elif args.no_positions:

@@ -178,7 +178,7 @@ def summary(dataset: Dataset) -> list[str]:
     lines = [f"{dataset.name}: {', '.join(counts)}"]
     truth = dataset.ground_truth()
     if truth is None:
-        lines.append("  no coordinates of all pictures: lists only, no ground truth")
+        lines.append("  not all pictures have coordinates: lists only, no ground truth")
     else:
         unmatched = sum(len(rows) == 0 for rows in truth.positives())
         without = counted(unmatched, "query has", "queries have")

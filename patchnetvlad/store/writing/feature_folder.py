@@ -193,9 +193,13 @@ def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
         absent = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
         return [f"pictures that the list has not: {some_of(absent)}"] if absent else []
     if manifest.num_pictures > len(pictures):
-        return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted"]
+        listed = set(pictures.names)
+        lost = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
+        which = f" (no longer listed: {some_of(lost)})" if lost else ""
+        return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted{which}"]
     if manifest.names_sha256 != hash_names(pictures.names):
-        return ["picture list: other names, or another order"]
+        same = {entry.name for entry in manifest.entries.values()} == set(pictures.names)
+        return [f"picture list: {'the same names in another order' if same else 'other names, or another order'}"]
     return []
 
 
