@@ -5,7 +5,7 @@
 
 writes matching.json, matching.md and matching.png. Features come from the example pictures and a model fitted on
 them: VGG16 with drawn weights, clusters and WPCA of the pictures, so that nearest patches stand out as they do with a
-trained model.
+trained model; builtin.ini has one.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -36,6 +37,7 @@ from patchnetvlad.patch_rounding import approximate_similarities
 from patchnetvlad.paths import require_file, shipped_folder
 from patchnetvlad.ranking import MOST_A_THREAD
 from patchnetvlad.reranking import match_pair, rerank
+from patchnetvlad.weights import load_model
 from patchnetvlad.whitening import WPCAFit, fit_wpca
 from patchnetvlad.workers import Workers
 
@@ -70,6 +72,7 @@ def example_pictures() -> tuple[list[Path], list[Path]]:
     return sorted((root / "queries").glob("*.jpg")), sorted((root / "database").glob("*.jpg"))
 
 
+@cache
 def fit_on_examples() -> tuple[PlaceModel, WPCAFit]:
     """A model without projection, and one for as many dimensions as performance.ini has."""
     config = load_config(require_file("performance.ini", "configs"))
@@ -101,10 +104,10 @@ def project(model: PlaceModel, fit: WPCAFit, config: Config) -> PlaceModel:
     return model
 
 
-def make_job(preset: str, model: PlaceModel, fit: WPCAFit, count: int) -> Job:
+def make_job(preset: str, count: int) -> Job:
     """Features of a preset; the first candidates show the query's place."""
     config = load_config(require_file(f"{preset}.ini", "configs"))
-    model = project(model, fit, config)
+    model = load_model(config)[0] if preset == "builtin" else project(*fit_on_examples(), config)
     queries, database = example_pictures()
     batches = picture_batches(config, [queries[0], *database[:count]], CPU, True, preset)
     query, *candidates = [model.describe(picture[None]).picture(0) for batch in batches for picture in batch]
@@ -281,18 +284,17 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 def main() -> None:
     """Run the benchmark and write its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["performance", "speed", "storage"])
+    parser.add_argument("--presets", nargs="+", default=["performance", "speed", "storage", "builtin"])
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     if not rounding_works():
         sys.exit("this processor does not multiply 8-bit numbers exactly: there is one way, float32, and no comparison")
-    model, fit = fit_on_examples()
     workers = Workers()
     results = {}
     for preset in args.presets:
-        job = make_job(preset, model, fit, args.candidates)
+        job = make_job(preset, args.candidates)
         times = {COMPANIES[0]: whole_times(job, workers, args.repeats), "parts": part_times(job, args.repeats)}
         with busy_process():
             times[COMPANIES[1]] = whole_times(job, workers, args.repeats)

@@ -6,7 +6,8 @@
 renders a city, describes it with a model fitted on pictures (see matching.py; builtin.ini has its own), lets the
 system forget the files and times the run. Writes whole_runs.json, whole_runs.md and whole_runs.png. WORK takes 10 GB
 for performance.ini, less with fewer --queries; a preset's features are removed after it, and before that a run that was
-ended goes on. A checkpoint WORK/PRESET.pth.tar that is there is taken as it is.
+ended goes on. --describe_only ends before the timed runs, so that these can wait for a quiet machine. A checkpoint
+WORK/PRESET.pth.tar that is there is taken as it is.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,10 +30,8 @@ from patchnetvlad.config import Config
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.examples.rendered_city import make_city, write_city
 from patchnetvlad.ini import load_config
-from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
-from patchnetvlad.whitening import WPCAFit
 
 QUERIES = CANDIDATES = 100  # the database has as many pictures as a query has candidates
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,17 +85,11 @@ def _timed(rows: list[torch.Tensor]) -> float:
     return time.perf_counter() - started
 
 
-@cache
-def fitted() -> tuple[PlaceModel, WPCAFit]:
-    """Fitted for the first preset that needs it."""
-    return fit_on_examples()
-
-
 def checkpoint(preset: str, config: Config, work: Path) -> Path:
     """That of a preset, made unless it is there."""
     path = work / f"{preset}.pth.tar"
     if not path.exists():
-        write_checkpoint(path, project(*fitted(), config))
+        write_checkpoint(path, project(*fit_on_examples(), config))
     return path
 
 
@@ -108,13 +100,14 @@ def describe(preset: str, config: Config, work: Path, queries: int) -> list[obje
         options += ["--set", f"global_params.resumepath={checkpoint(preset, config, work)}"]
     options += ["--dataset_root_dir", work / "city_images"]
     lists = {kind: work / "dataset_imagenames" / f"city_imageNames_{kind}.txt" for kind in ("index", "query")}
-    first = work / "first_queries.txt"
+    first = work / f"first_{queries}_queries.txt"
     first.write_text("".join(lists["query"].read_text().splitlines(keepends=True)[:queries]))
     lists["query"] = first
+    folders = {kind: work / preset / kind for kind in lists}
     for kind, listed in lists.items():
-        run("feature_extract.py", *options, "--dataset_file_path", listed, "--output_features_dir", work / kind)
+        run("feature_extract.py", *options, "--dataset_file_path", listed, "--output_features_dir", folders[kind])
     for kind, listed in lists.items():
-        options += [f"--{kind}_file_path", listed, f"--{kind}_input_features_dir", work / kind]
+        options += [f"--{kind}_file_path", listed, f"--{kind}_input_features_dir", folders[kind]]
     return options
 
 
@@ -122,16 +115,16 @@ def measure(preset: str, work: Path, queries: int) -> dict[str, float]:
     """Seconds a query of a preset's whole run and of its stages, memory, bytes, and the least that they could take."""
     config = load_config(require_file(f"{preset}.ini", "configs"))
     options = describe(preset, config, work, queries)
-    sizes = {kind: sum(path.stat().st_size for path in (work / kind).rglob("*.npy")) for kind in ("index", "query")}
-    rate = read_rate(work / "index")
-    for kind in sizes:
-        forget(work / kind)
+    folders = {kind: work / preset / kind for kind in ("index", "query")}
+    sizes = {kind: sum(path.stat().st_size for path in folder.rglob("*.npy")) for kind, folder in folders.items()}
+    rate = read_rate(folders["index"])
+    for folder in folders.values():
+        forget(folder)
     set_top = ["--set", f"feature_match.n_values_all={CANDIDATES}"]
     seconds, memory, text = run("feature_match.py", *options, *set_top, "--result_save_folder", work / "results")
     retrieval = _logged(r"retrieval: .* in ([0-9.]+) s", text)
     reranking = _logged(r"re-ranking: [0-9]+ pairs in ([0-9.]+) s", text)
-    for kind in sizes:
-        shutil.rmtree(work / kind)
+    shutil.rmtree(work / preset)
     return {
         "queries": queries,
         "s a query": seconds / queries,
@@ -191,10 +184,15 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["builtin", "storage", "speed", "performance"])
     parser.add_argument("--queries", type=int, default=QUERIES)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--describe_only", action="store_true", help="make the features and leave them there")
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args()
     if not (args.work / "city_images").exists():
         write_city(make_city(50, (2, 2), (2, 2), seed=3), args.work, "city")
+    if args.describe_only:
+        for preset in args.presets:
+            describe(preset, load_config(require_file(f"{preset}.ini", "configs")), args.work, args.queries)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     stored = args.output / "whole_runs.json"
     results = json.loads(stored.read_text()) if stored.exists() else {}

@@ -133,7 +133,8 @@ class KeptWeight:
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Products of …×K rows with a D×K weight in the rows' type, plus a bias (D,): …×D, without gradients.
 
-        On a processor a row's products depend neither on the other rows nor on the number of threads.
+        On a processor they do not depend on the number of threads; where the weight is packed, a row's do not depend on
+        the other rows either.
         """
         way = WEIGHT_WAYS[fastest_way(rows.device.type, rows.dtype)]
         version = 0 if weight.is_inference() else weight._version  # counts changes in place
@@ -141,8 +142,8 @@ class KeptWeight:
         if self._form is None or self._form[0] != key:
             self._form = (key, way.prepare(weight.detach().to(rows.dtype)))
         flat = rows.reshape(-1, rows.shape[-1])
-        if rows.device.type == "cpu":
-            flat = F.pad(flat, (0, 0, 0, max(0, FEWEST_ROWS - len(flat))))
+        if rows.device.type == "cpu" and len(flat) < FEWEST_ROWS:
+            flat = F.pad(flat, (0, 0, 0, FEWEST_ROWS - len(flat)))
         products = way.multiply(flat, self._form[1], bias)
         return products[: rows.shape[:-1].numel()].reshape(*rows.shape[:-1], len(bias))
 

@@ -124,6 +124,20 @@ def test_pictures_of_any_size_are_described_alike_by_any_number_of_threads(
     assert differing(lambda: numbers(model.describe(picture)), threads) == []
 
 
+@pytest.mark.parametrize("name", ["rootsift", "builtin", "vgg16"])
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (61, 83), (120, 160)])
+def test_bfloat16_describes_alike_with_any_number_of_threads(name: str, height: int, width: int) -> None:
+    picture = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    model = model_of(name)
+    exact = numbers(model.describe(picture))
+    model.precision = "bfloat16"
+    try:
+        assert [differing(lambda: numbers(model.describe(picture)), threads) for threads in (2, 3, 4)] == [[], [], []]
+        assert not any(map(torch.equal, exact, numbers(model.describe(picture))))
+    finally:
+        model.precision = "float32"
+
+
 @pytest.mark.parametrize(("height", "width"), [(333, 501), (480, 640)])
 @pytest.mark.parametrize("name", ["rootsift", "builtin"])
 def test_large_pictures_are_described_alike_by_any_number_of_threads(name: str, height: int, width: int) -> None:

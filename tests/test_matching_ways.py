@@ -1,6 +1,7 @@
 """All ways of matching give the matches that exact products define, and the bounds on which they rest hold."""
 
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -189,8 +190,19 @@ def test_who_decides_how_similarities_are_made(monkeypatch, caplog):
         with caplog.at_level("INFO"):
             assert choose_way("auto", rows, rows) == fastest
         assert len(caplog.messages) == 1
-        assert caplog.messages[0].startswith(f"similarities {WAYS[fastest].text} (the fastest here")
-        assert all(f"{name} " in caplog.messages[0] for name in WAYS)
+        times = ", ".join(rf"{name} \d+\.\d ms" for name in WAYS)
+        line = rf"similarities {WAYS[fastest].text} \(the fastest here, a pair of the first pictures: {times}\)"
+        assert re.fullmatch(line, caplog.messages[0])
+        caplog.clear()
+
+
+def test_the_log_says_where_there_is_no_choice(monkeypatch, caplog):
+    monkeypatch.setitem(WAYS, "int8", replace(WAYS["int8"], works=lambda: False))
+    on_processor, elsewhere = (features(torch.empty(8, 512, device=device)) for device in ("cpu", "meta"))
+    for rows in (on_processor, elsewhere):
+        with caplog.at_level("INFO"):
+            assert choose_way("auto", rows, rows) == "float32"
+        assert caplog.messages == ["similarities in float32 (the only way on this device)"]
         caplog.clear()
 
 

@@ -211,3 +211,14 @@ def test_rows_of_a_mapped_table_are_those_asked_for(tmp_path, first):
         assert type(read) is np.ndarray
         np.testing.assert_array_equal(read, table[first + rows])
     assert read_rows(mapped, rows[:0]).shape == (0, 37)
+
+
+def test_faiss_compares_as_many_queries_together_as_a_product_gains_from():
+    """Its own threshold, in numbers of the queries or in queries: 16 of 512 dimensions are above either."""
+    assert faiss.cvar.distance_compute_blas_threshold <= 16 * 512
+    queries, database = unit_rows(40, 512, 0), unit_rows(900, 512, 1)
+    expected, scores = by_definition(queries, database, 20)
+    for count in (1, 15, 17, 40):  # on either side
+        found = retrieve(queries[:count], database, 20)
+        np.testing.assert_array_equal(found.indices, expected[:count])
+        np.testing.assert_allclose(found.scores, scores[:count], atol=1e-6)
