@@ -1,4 +1,4 @@
-"""RANSAC and rapid spatial scores of matches whose answer is known on paper."""
+"""Scores of matches whose answer is known on paper: RANSAC, rapid spatial, mean similarity."""
 
 import cv2
 import numpy as np
@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.matching import Matches, Score
+from patchnetvlad.matching import Matches, Score, mutual_matches, with_likeness
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.ransac import BLOCKS, SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores, samples_of
-from patchnetvlad.rapid_spatial import rapid_spatial_score
+from patchnetvlad.rapid_spatial import UNLIKE, mean_similarity_score, rapid_spatial_score
 
-SCORES = [ransac_score, rapid_spatial_score]
+SCORES = [ransac_score, rapid_spatial_score, mean_similarity_score]
 
 
 def identity(grid: PatchGrid) -> Matches:
@@ -79,6 +79,35 @@ def test_rapid_spatial_score_on_paper():
     assert result.value == pytest.approx(expected)
     assert result.inliers.tolist() == [True, True, False, True]  # (−2, 1) is √5 from the mean, more than 1.5
     assert result.homography is None
+
+
+def test_mean_similarity_on_paper():
+    grid = PatchGrid(10, 10, 1)  # of 100 patches one counts as unlike
+    similarity = torch.tensor([0.5, 0.25, -0.5], dtype=torch.float64)  # what is opposed counts as unlike, not as less
+    matches = Matches(torch.tensor([0, 11, 22]), torch.tensor([1, 12, 83]), similarity)
+    result = mean_similarity_score(matches, grid, grid)
+    assert UNLIKE * len(grid) == 1
+    assert result.value == 0.75 / (3 + 1)
+    assert result.inliers.tolist() == rapid_spatial_score(matches, grid, grid).inliers.tolist()
+    assert result.homography is None
+
+
+def test_many_like_patches_are_more_than_one():
+    grid = PatchGrid(30, 40, 5)
+    one = Matches(torch.tensor([7]), torch.tensor([7]), torch.ones(1, dtype=torch.float64))
+    many = Matches(torch.arange(300), torch.arange(300), torch.full((300,), 0.5, dtype=torch.float64))
+    assert mean_similarity_score(one, grid, grid).value < 0.1 < mean_similarity_score(many, grid, grid).value
+
+
+def test_likeness_is_the_product_of_matched_descriptors():
+    generator = torch.Generator().manual_seed(0)
+    query, reference = (torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1) for _ in "qr")
+    matches = mutual_matches(query, reference)
+    measured = with_likeness(matches, query, reference)
+    assert len(measured) > 5 and measured.query is matches.query
+    products = [query[q].double() @ reference[r].double() for q, r in zip(measured.query, measured.reference, strict=True)]
+    torch.testing.assert_close(measured.similarity, torch.stack(products), atol=1e-12, rtol=0)
+    assert len(with_likeness(none_of(0), query, reference).similarity) == 0
 
 
 def test_rapid_spatial_score_of_grids_that_differ():
