@@ -105,7 +105,8 @@ def test_likeness_is_the_product_of_matched_descriptors():
     matches = mutual_matches(query, reference)
     measured = with_likeness(matches, query, reference)
     assert len(measured) > 5 and measured.query is matches.query
-    products = [query[q].double() @ reference[r].double() for q, r in zip(measured.query, measured.reference, strict=True)]
+    pairs = zip(query[measured.query].double(), reference[measured.reference].double(), strict=True)
+    products = [left @ right for left, right in pairs]
     torch.testing.assert_close(measured.similarity, torch.stack(products), atol=1e-12, rtol=0)
     assert len(with_likeness(none_of(0), query, reference).similarity) == 0
 
