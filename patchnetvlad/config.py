@@ -46,7 +46,7 @@ MATCHERS: Table[Any] = Table(
     {
         "RANSAC": "ransac:RANSAC",
         "spatialApproximator": "rapid_spatial:RAPID_SPATIAL",
-        "meanSimilarity": "rapid_spatial:MEAN_SIMILARITY",
+        "spatialSimilarity": "rapid_spatial:SPATIAL_SIMILARITY",
     },
 )
 # A subclass of Encoder each (encoders/interface.py), and what it takes behind colons

@@ -267,7 +267,7 @@ def test_what_float32_cannot_order_is_ordered_in_float64(monkeypatch):
 
 
 @pytest.mark.skipif(not rounding_works(), reason="this processor saturates 8-bit products")
-@pytest.mark.parametrize("matcher", ["spatialApproximator", "meanSimilarity"])
+@pytest.mark.parametrize("matcher", ["spatialApproximator", "spatialSimilarity"])
 def test_a_database_is_rounded_once_and_ranked_alike(matcher):
     asked = []
 
