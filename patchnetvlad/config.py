@@ -42,7 +42,12 @@ _PUBLISHED_WEIGHTS = (0.45, 0.15, 0.4)  # of the three patch sizes 2, 5, 8
 
 # A Matcher each (matching.py)
 MATCHERS: Table[Any] = Table(
-    "[feature_match] matcher", {"RANSAC": "ransac:RANSAC", "spatialApproximator": "rapid_spatial:RAPID_SPATIAL"}
+    "[feature_match] matcher",
+    {
+        "RANSAC": "ransac:RANSAC",
+        "spatialApproximator": "rapid_spatial:RAPID_SPATIAL",
+        "spatialSimilarity": "rapid_spatial:SPATIAL_SIMILARITY",
+    },
 )
 # A subclass of Encoder each (encoders/interface.py), and what it takes behind colons
 ENCODERS: Table[Any] = Table(

@@ -5,7 +5,7 @@ All ways give the same matches. They differ in speed, from one processor to anot
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -32,11 +32,13 @@ _FEWEST_DIMS = 2  # torch's int8 product is undefined for one
 class Matches:
     """Pairs of patches that are each other's nearest neighbour, in the order of the query's patches.
 
-    query, reference: int64 patch indices, (M,) each, on the CPU. No index occurs twice on either side.
+    query, reference: int64 patch indices, (M,) each, on the CPU. No index occurs twice on either side. similarity:
+    float64 (M,), the dot product of each pair's descriptors, where a matcher weighs it (`with_likeness`).
     """
 
     query: Tensor
     reference: Tensor
+    similarity: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.query)
@@ -60,7 +62,8 @@ class Matcher:
     """How the matches of two pictures at one patch size are scored.
 
     pair: matches, the query's grid, the reference's grid → Score, larger is better, 0 for no agreement; pairs: the same
-    for many pairs together, computed on a device, where that is faster; meaning: of a score, in a few words for people.
+    for many pairs together, computed on a device, where that is faster; meaning: of a score, in a few words for people;
+    weighs_likeness: whether it needs the matches' similarity.
     """
 
     pair: Callable[[Matches, PatchGrid, PatchGrid], Score]
@@ -68,6 +71,7 @@ class Matcher:
         None
     )
     meaning: str = "larger is better"
+    weighs_likeness: bool = False
 
     def score(
         self,
@@ -188,6 +192,17 @@ def rounded_mutual_matches(
     wanted = np.flatnonzero(of_row | of_column)
     pairs = _Pairs(rows[wanted], columns[wanted], exact[wanted], of_row[wanted], of_column[wanted])
     return _settle(pairs, query, reference, close)
+
+
+def with_likeness(matches: Matches, query: Tensor, reference: Tensor) -> Matches:
+    """Matches of two sets of descriptors, Pq×D and Pr×D on any device, with the similarity of each pair.
+
+    In float64 and in steps of TIED, so that no processor, device or number of threads decides.
+    """
+    sides = ((query, matches.query), (reference, matches.reference))
+    left, right = (rows[index.to(rows.device)].cpu().double().numpy() for rows, index in sides)
+    products = np.einsum("md,md->m", left, right)
+    return replace(matches, similarity=torch.from_numpy(np.round(products / TIED) * TIED))
 
 
 class _Pairs(NamedTuple):

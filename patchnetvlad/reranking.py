@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from patchnetvlad.candidates import RankingScores
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.matching import WAYS, Matcher, Matches, Prepared, Score, mutual_matches_batch
-from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.matching import WAYS, Matcher, Matches, Prepared, Score, mutual_matches_batch, with_likeness
 
 _ROUNDING = 1e-12  # scores closer than this, relatively, are equal: z-scores would blow their rounding up
 
@@ -50,7 +49,7 @@ class Reranking:
 def score_pair(query: PatchFeatures, reference: PatchFeatures, matcher: Matcher) -> PairScore:
     """Match and score two pictures at every patch size; their grids may differ."""
     matches = match_pair(query, reference)
-    (scores,) = _score_all(query, [reference.grids], [matches], matcher)
+    (scores,) = _score_all(query, [reference], [matches], matcher)
     return PairScore(scores, matches)
 
 
@@ -111,7 +110,7 @@ def rerank(
 
     def score(indices: Sequence[int]) -> Scored:
         batch = [load(index) for index in indices]
-        scored = _score_all(query, [candidate.grids for candidate in batch], _match_all(query, batch), matcher)
+        scored = _score_all(query, batch, _match_all(query, batch), matcher)
         return [[score.value for score in scores] for scores in scored]
 
     values = list(chain.from_iterable(run(score, _batches(candidates, batch_size, threads))))
@@ -169,7 +168,7 @@ def collect_scores(
 
 def _score_all(
     query: PatchFeatures,
-    reference_grids: Sequence[tuple[PatchGrid, ...]],
+    references: Sequence[PatchFeatures],
     matches: Sequence[tuple[Matches, ...]],
     matcher: Matcher,
 ) -> list[tuple[Score, ...]]:
@@ -177,10 +176,14 @@ def _score_all(
     sizes = len(query.grids)
     if not sizes:
         return [()] * len(matches)
+    of_all = list(chain.from_iterable(matches))
+    if matcher.weighs_likeness:
+        sides = [*query.descriptors] * len(matches), chain.from_iterable(other.descriptors for other in references)
+        of_all = [with_likeness(*three) for three in zip(of_all, *sides, strict=True)]
     scores = matcher.score(
-        [of_size for of_pair in matches for of_size in of_pair],
+        of_all,
         list(query.grids) * len(matches),
-        [grid for grids in reference_grids for grid in grids],
+        [grid for reference in references for grid in reference.grids],
         query.descriptors[0].device,
     )
     return [tuple(scores[first : first + sizes]) for first in range(0, len(scores), sizes)]

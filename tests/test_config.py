@@ -95,7 +95,7 @@ def test_absent_keys_take_defaults(tmp_path: Path) -> None:
         ("speed", 512, (5,), (1.0,), "spatialApproximator"),
         ("storage", 128, (5,), (1.0,), "spatialApproximator"),
         ("rootsift", 512, (4, 5, 6), (0.3333, 0.3333, 0.3333), "spatialApproximator"),
-        ("builtin", 768, (5,), (1.0,), "spatialApproximator"),
+        ("builtin", 768, (5,), (1.0,), "spatialSimilarity"),
     ],
 )
 def test_shipped_matching_files(
@@ -396,7 +396,7 @@ def configurations(draw: st.DrawFn) -> Config:
             exif_rotation=draw(st.booleans()),
         ),
         FeatureMatchConfig(
-            matcher=draw(st.sampled_from(["RANSAC", "spatialApproximator"])),
+            matcher=draw(st.sampled_from(["RANSAC", "spatialApproximator", "spatialSimilarity"])),
             n_values_all=tuple(sorted(draw(st.sets(counts, min_size=1, max_size=5)))),
             dataset_name=draw(optional_texts),
             pred_input_path=draw(optional_texts),

@@ -80,7 +80,7 @@ def test_threshold_decides_the_exit_status(options, tmp_path, capsys):
     assert match_two([*arguments, str(score + 0.1)]) == 1
 
 
-@pytest.mark.parametrize("matcher", ["RANSAC", "spatialApproximator"])
+@pytest.mark.parametrize("matcher", ["RANSAC", "spatialApproximator", "spatialSimilarity"])
 def test_json(options, recognizer, tmp_path, capsys, matcher):
     matched = ["--set", f"feature_match.matcher={matcher}", *pictures(QUERY, SAME)]
     assert match_two([*options, *matched, "--plot_save_path", str(tmp_path), "--json"]) == 0
@@ -94,7 +94,7 @@ def test_json(options, recognizer, tmp_path, capsys, matcher):
         assert scale["query_patches"] == grid_shape[0] * grid_shape[1]
         assert scale["num_matches"] == len(scale["matches"]) > 0
         assert scale["num_inliers"] == sum(match[4] for match in scale["matches"])
-        assert (scale["homography"] is None) == (matcher == "spatialApproximator")
+        assert (scale["homography"] is None) == (matcher != "RANSAC")
     if matcher == "RANSAC":
         best = max(record["scales"], key=lambda scale: scale["num_inliers"])
         homography = np.array(best["homography"])
@@ -162,7 +162,7 @@ def test_coordinates_are_pixels_of_the_pictures_themselves():
     assert matched.patch_sides(0, query).tolist() == [160, 32]
 
 
-@pytest.mark.parametrize("matcher", ["RANSAC", "spatialApproximator"])
+@pytest.mark.parametrize("matcher", ["RANSAC", "spatialApproximator", "spatialSimilarity"])
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_figures_for_screen_and_paper(options, tmp_path, matcher, ending):
     chosen = ["--set", f"feature_match.matcher={matcher}", *pictures(QUERY, SAME), "--width", "3.4", "--outlines"]

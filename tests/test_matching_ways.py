@@ -279,7 +279,8 @@ def test_what_float32_cannot_order_is_ordered_in_float64(monkeypatch):
 
 
 @pytest.mark.skipif(not rounding_works(), reason="this processor saturates 8-bit products")
-def test_a_database_is_rounded_once_and_ranked_alike():
+@pytest.mark.parametrize("matcher", ["spatialApproximator", "spatialSimilarity"])
+def test_a_database_is_rounded_once_and_ranked_alike(matcher):
     asked = []
 
     class Counted(PatchesInMemory):
@@ -291,7 +292,7 @@ def test_a_database_is_rounded_once_and_ranked_alike():
     pictures = [features(overlapping_patches(60, 256, seed)) for seed in (1, 2, 0)]
     rankings = []
     for similarity in ("float32", "int8"):
-        options = FeatureMatchConfig(matcher="spatialApproximator", patchweights2use=(1.0,), similarity=similarity)
+        options = FeatureMatchConfig(matcher=matcher, patchweights2use=(1.0,), similarity=similarity)
         vectors = np.eye(3, 4, dtype=np.float32)
         ranker = Ranker(options, DescribedPictures(vectors, Counted(pictures)), torch.device("cpu"))
         queries = DescribedPictures(vectors[:1], PatchesInMemory([query]))

@@ -1,4 +1,6 @@
-"""RANSAC and rapid spatial scores of matches whose answer is known on paper."""
+"""Scores of matches whose answer is known on paper: RANSAC, rapid spatial, spatial similarity."""
+
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -7,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.matching import Matches, Score
+from patchnetvlad.matching import Matches, Score, mutual_matches, with_likeness
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.ransac import BLOCKS, SAMPLE, TOLERANCE, consensus, ransac_score, ransac_scores, samples_of
-from patchnetvlad.rapid_spatial import rapid_spatial_score
+from patchnetvlad.rapid_spatial import SHARPNESS, rapid_spatial_score, spatial_similarity_score
 
-SCORES = [ransac_score, rapid_spatial_score]
+SCORES = [ransac_score, rapid_spatial_score, spatial_similarity_score]
 
 
 def identity(grid: PatchGrid) -> Matches:
@@ -79,6 +81,44 @@ def test_rapid_spatial_score_on_paper():
     assert result.value == pytest.approx(expected)
     assert result.inliers.tolist() == [True, True, False, True]  # (−2, 1) is √5 from the mean, more than 1.5
     assert result.homography is None
+
+
+def test_spatial_similarity_on_paper():
+    grid = PatchGrid(3, 4, 1)  # xmax 3, ymax 2
+    numbers = torch.tensor([0, 5]), torch.tensor([0, 5])
+    rapid = 2 * (3**2 + 2**2) / 12
+    half = Matches(*numbers, torch.tensor([0.75, 0.25], dtype=torch.float64))
+    opposed = Matches(*numbers, torch.tensor([1.0, -1.0], dtype=torch.float64))  # as if nothing in common
+    alike = Matches(*numbers, torch.ones(2, dtype=torch.float64))
+    assert rapid_spatial_score(half, grid, grid).value == rapid
+    for matches in (half, opposed):
+        result = spatial_similarity_score(matches, grid, grid)
+        assert result.value == rapid * 0.5**SHARPNESS
+        assert result.inliers.tolist() == [True, True] and result.homography is None
+    assert spatial_similarity_score(alike, grid, grid).value == rapid
+
+
+def test_of_two_places_built_alike_the_more_alike_one_scores_more():
+    grid = PatchGrid(6, 8, 1)
+    true = Matches(torch.arange(40), torch.arange(40), torch.full((40,), 0.6, dtype=torch.float64))
+    other = replace(identity(grid), similarity=torch.full((48,), 0.5, dtype=torch.float64))
+    rapid, similar = (
+        [score(matches, grid, grid).value for matches in (true, other)]
+        for score in (rapid_spatial_score, spatial_similarity_score)
+    )
+    assert rapid[0] < rapid[1] and similar[0] > similar[1]
+
+
+def test_likeness_is_the_product_of_matched_descriptors():
+    generator = torch.Generator().manual_seed(0)
+    query, reference = (torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1) for _ in "qr")
+    matches = mutual_matches(query, reference)
+    measured = with_likeness(matches, query, reference)
+    assert len(measured) > 5 and measured.query is matches.query
+    pairs = zip(query[measured.query].double(), reference[measured.reference].double(), strict=True)
+    products = [left @ right for left, right in pairs]
+    torch.testing.assert_close(measured.similarity, torch.stack(products), atol=1e-12, rtol=0)
+    assert len(with_likeness(none_of(0), query, reference).similarity) == 0
 
 
 def test_rapid_spatial_score_of_grids_that_differ():
@@ -161,12 +201,15 @@ def test_scores_are_finite_and_not_negative(data):
     count = data.draw(st.integers(0, 12))
     query = data.draw(st.permutations(range(len(grid))))[:count]
     reference = data.draw(st.permutations(range(len(other))))[:count]
-    matches = Matches(torch.tensor(query, dtype=torch.int64), torch.tensor(reference, dtype=torch.int64))
+    likeness = data.draw(st.lists(st.floats(-1, 1), min_size=count, max_size=count))
+    numbers = (torch.tensor(indices, dtype=torch.int64) for indices in (query, reference))
+    matches = Matches(*numbers, torch.tensor(likeness, dtype=torch.float64))
     for score in SCORES:
         result = score(matches, grid, other)
         assert 0 <= result.value < np.inf
         assert len(result.inliers) == count
     assert ransac_score(matches, grid, other).value <= 1
+    assert spatial_similarity_score(matches, grid, other).value <= rapid_spatial_score(matches, grid, other).value
 
 
 def partly_right(grid: PatchGrid, right: int, wrong: int, seed: int) -> Matches:

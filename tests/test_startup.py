@@ -75,7 +75,7 @@ CONFIGURED = [
 ]
 ONE_GPU = (["--set", "global_params.ngpu=2"], "uses one GPU")
 NAMES = [  # of tables whose modules import torch
-    (["--set", "feature_match.matcher=ransak"], "expected one of RANSAC, spatialApproximator"),
+    (["--set", "feature_match.matcher=ransak"], "expected one of RANSAC, spatialApproximator, spatialSimilarity"),
     (["--set", "feature_match.index=Flatt"], "such as HNSW32"),
     (["--set", "global_params.backbone=vgg17"], "resnet50, dinov2, vgg16, rootsift"),
     (["--set", "global_params.backbone=vgg16:3"], "half:ENCODER"),
