@@ -27,7 +27,8 @@ from patchnetvlad.patch_codes import rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.reranking import match_pair
 from patchnetvlad.store.arrays.codecs import Trained
-from patchnetvlad.store.arrays.map_codes import PatchHead, train_map_codec
+from patchnetvlad.store.arrays.map_codes import train_map_codec
+from patchnetvlad.store.arrays.patch_head import PatchHead
 from patchnetvlad.store.manifest import StoreHeader
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
@@ -79,8 +80,8 @@ def trained_for(case: Case, dtype: str) -> Trained | None:
         return train_codec(torch.cat(rows), form.num_bytes)
     torch.manual_seed(0)
     head = PatchHead.of(NetVLAD(case.clusters, case.channels), WPCA(case.clusters * case.channels, case.dims))
-    maps = [picture.local.flatten(0, 1) for picture in pictures if picture.local is not None]
-    return train_map_codec(torch.cat(maps), form.num_bytes, head)
+    maps = [picture.local for picture in pictures if picture.local is not None]
+    return train_map_codec(maps, form.num_bytes, head)
 
 
 def written(case: Case, dtype: str, folder: Path) -> FeatureStore:

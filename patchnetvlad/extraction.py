@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
-from patchnetvlad.config_values import CodeForm, code_form
+from patchnetvlad.config_values import code_form
 from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
@@ -28,7 +28,8 @@ from patchnetvlad.patch_codes import SAMPLE_ROWS, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.store.arrays.array_files import array_file_bytes
 from patchnetvlad.store.arrays.codecs import Trained, read_patch_codec
-from patchnetvlad.store.arrays.map_codes import PatchHead, train_map_codec
+from patchnetvlad.store.arrays.map_codes import train_map_codec
+from patchnetvlad.store.arrays.patch_head import PatchHead
 from patchnetvlad.store.manifest import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
@@ -227,25 +228,19 @@ def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder:
     if kept is not None and kept.dtype == dtype:
         return kept
     indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
-    rows = math.ceil(SAMPLE_ROWS / len(indices))
     described = (model.describe_file(pictures.paths[index], config.feature_extract) for index in indices)
-    sample = torch.cat(
-        [_some_rows(descriptors, form, rows, index) for index, descriptors in zip(indices, described, strict=True)]
-    )
-    learned_from = counted(len(sample), "descriptor"), counted(len(indices), "picture")
-    logger.info("codec of %s from %s of %s", counted(form.num_bytes, "byte"), *learned_from)
-    if form.kind == "pq":
-        return train_codec(sample, form.num_bytes)
-    return train_map_codec(sample, form.num_bytes, PatchHead.of(model.patch_pool, model.patch_whitening))
-
-
-def _some_rows(described: Descriptors, form: CodeForm, count: int, seed: int) -> Tensor:
-    """At most `count` of the descriptors of a picture that are coded, patches or positions, S×D on the CPU."""
+    logger.info("codec of %s from %s", counted(form.num_bytes, "byte"), counted(len(indices), "picture"))
     if form.kind == "map":
-        assert described.local is not None
-        rows = described.local[0].flatten(0, 1)
-    else:
-        rows = torch.cat(rows_to_code([descriptors[0] for descriptors in described.patches], described.grids))
+        maps = [one.local[0].cpu() for one in described if one.local is not None]
+        return train_map_codec(maps, form.num_bytes, PatchHead.of(model.patch_pool, model.patch_whitening))
+    rows = math.ceil(SAMPLE_ROWS / len(indices))
+    sample = torch.cat([_some_rows(one, rows, index) for index, one in zip(indices, described, strict=True)])
+    return train_codec(sample, form.num_bytes)
+
+
+def _some_rows(described: Descriptors, count: int, seed: int) -> Tensor:
+    """At most `count` of the descriptors of a picture that will be coded, S×D on the CPU."""
+    rows = torch.cat(rows_to_code([descriptors[0] for descriptors in described.patches], described.grids))
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].to(rows.device)].cpu()
 
 

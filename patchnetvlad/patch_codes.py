@@ -233,10 +233,19 @@ def train_codec(sample: Tensor, num_bytes: int) -> PatchCodec:
         raise ValueError(f"{num_bytes} bytes for {dims} dimensions: expected 1 to {dims}")
     if count == 0:
         raise ValueError("a codec needs descriptors to learn from")
-    rows = sample.detach().cpu().numpy().astype(np.float32, copy=False)
-    groups = _balanced_groups(rows.var(axis=0, dtype=np.float64), num_bytes)
+    sample = sample.detach().cpu().float()
+    codec = train_quantizer(sample, balanced_groups(sample.numpy().var(axis=0, dtype=np.float64), num_bytes))
+    tried = sample[:: max(1, count // _TRIED_ROWS)]
+    likeness = float((codec.decode(codec.encode(tried)) * F.normalize(tried, dim=1)).sum(dim=1).mean())
+    return replace(codec, error=min(max(0.0, 1 - likeness**2), 0.99))
+
+
+def train_quantizer(sample: Tensor, groups: NDArray[np.int64]) -> PatchCodec:
+    """Centroids of groups of dimensions for rows like those of the sample, S×D float32; its error is not measured."""
+    count, num_bytes = len(sample), len(groups)
+    rows = sample.numpy()
     if count < CENTROIDS:  # k-means wants as many points as centroids
-        rows = np.resize(rows, (CENTROIDS, dims))
+        rows = np.resize(rows, (CENTROIDS, rows.shape[1]))
     quantizer = faiss.ProductQuantizer(groups.size, num_bytes, 8)
     quantizer.cp.niter = _ITERATIONS
     quantizer.cp.seed = _SEED
@@ -244,13 +253,10 @@ def train_codec(sample: Tensor, num_bytes: int) -> PatchCodec:
     quantizer.cp.max_points_per_centroid = min(SAMPLE_ROWS // CENTROIDS, _POINTS_A_DIMENSION * groups.shape[1])
     quantizer.train(_dealt(rows, groups))
     centroids = faiss.vector_to_array(quantizer.centroids).reshape(num_bytes, CENTROIDS, -1)
-    codec = PatchCodec(groups, np.ascontiguousarray(centroids, dtype=np.float32), 0.0)
-    tried = sample[:: max(1, count // _TRIED_ROWS)].detach().cpu().float()
-    likeness = float((codec.decode(codec.encode(tried)) * F.normalize(tried, dim=1)).sum(dim=1).mean())
-    return replace(codec, error=min(max(0.0, 1 - likeness**2), 0.99))
+    return PatchCodec(groups, np.ascontiguousarray(centroids, dtype=np.float32), 0.0)
 
 
-def _balanced_groups(variances: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def balanced_groups(variances: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Dimensions dealt to groups of equal size, the one of largest variance first, each to the group whose variances
     have the smallest product so far; ascending within a group, −1 in the places that are left over."""
     size = math.ceil(len(variances) / count)

@@ -101,6 +101,8 @@ def _advice(name: Path, kind: Kind) -> str:
     if kind == "example_images":
         shipped = f"{command_name('match_two.py')} without pictures compares two of the examples here"
         return shipped if kind in name.parts else ""
+    if name.suffix == ".json":
+        return f"{command_name('tools/build_index.py')} makes search indices"
     maker = command_name("tools/make_dataset.py")
     for beginning, arguments in _MADE_BY:
         match = beginning.match(name.name)

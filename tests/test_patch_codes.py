@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patchnetvlad.patch_codes import (
     PatchCodec,
-    _balanced_groups,
+    balanced_groups,
     coded_for,
     coded_grids,
     estimated,
@@ -75,7 +75,7 @@ def test_more_bytes_are_more_exact():
     assert likeness[-1] > 0.999
 
 
-def test_balanced_groups_lose_less_than_neighbouring_dimensions():
+def testbalanced_groups_lose_less_than_neighbouring_dimensions():
     sample, rows = unit_rows(1500, 64, 0, 1.0), unit_rows(500, 64, 1, 1.0)
     balanced = train_codec(sample, 8)
     order = torch.from_numpy(balanced.groups.reshape(-1))
@@ -94,7 +94,7 @@ def _plain_centroids(sample: torch.Tensor, groups: int) -> np.ndarray:
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.data())
 def test_every_dimension_is_in_one_group(variances, data):
     count = data.draw(st.integers(1, len(variances)))
-    groups = _balanced_groups(np.array(variances), count)
+    groups = balanced_groups(np.array(variances), count)
     assert groups.shape == (count, -(-len(variances) // count))
     assert sorted(groups[groups >= 0].tolist()) == list(range(len(variances)))
     assert (groups >= 0).any(axis=1).all()

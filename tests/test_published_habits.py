@@ -152,6 +152,7 @@ def test_the_quick_start_runs_as_typed_or_names_what_is_missing(
         ("mapillarysf_imageNames_query.txt", "msls PICTURES --cities sf"),
         ("pitts250k_train_imageNames_query.txt", "pitts250k PICTURES --split train"),
         ("mine.txt", "makes lists and ground truth"),
+        ("search_index.json", "build_index.py makes search indices"),
     ],
 )
 def test_a_list_that_is_missing_names_its_maker(

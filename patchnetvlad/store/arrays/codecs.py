@@ -16,7 +16,7 @@ from patchnetvlad.files import told, writing
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.store.arrays.array_files import largest_magnitude
-from patchnetvlad.store.arrays.map_codes import MapCodec, PatchHead
+from patchnetvlad.store.arrays.map_codes import MapCodec
 
 CODEC_NAME = "patchcodec.npz"
 
@@ -228,13 +228,11 @@ def codec_of(dtype: str, trained: Trained | None = None) -> Codec | LearnedCodec
 
 def write_patch_codec(folder: Path, trained: Trained) -> None:
     """Keep the quantiser of a folder's codes in that folder."""
-    content: dict[str, np.ndarray] = {}
-    codes = trained
     if isinstance(trained, MapCodec):
-        content |= {"mean": trained.mean, "axes": trained.axes, **trained.head.arrays}
-        codes = trained.codes
-    assert isinstance(codes, PatchCodec)
-    content |= {"groups": codes.groups, "centroids": codes.centroids, "error": np.array(codes.error)}
+        content = trained.arrays
+    else:
+        assert isinstance(trained, PatchCodec)
+        content = {"groups": trained.groups, "centroids": trained.centroids, "error": np.array(trained.error)}
     with writing(folder / CODEC_NAME) as file:
         np.savez(file, **content)  # type: ignore[arg-type]  # numpy's stub
 
@@ -247,12 +245,10 @@ def read_patch_codec(folder: Path) -> Trained | None:
     try:
         # numpy leaves a file open that it opened itself and found damaged
         with told(path, "cannot be read"), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            if "spectrum" in content:
+                return MapCodec.of_arrays(content)
             groups, centroids = content["groups"].astype(np.int64), content["centroids"].astype(np.float32)
-            codes = PatchCodec(groups, centroids, float(content["error"]))
-            if "axes" not in content:
-                return codes
-            head = PatchHead(**{name: content[name].astype(np.float32) for name in PatchHead.__dataclass_fields__})
-            return MapCodec(content["mean"].astype(np.float32), content["axes"].astype(np.float32), codes, head)
+            return PatchCodec(groups, centroids, float(content["error"]))
     except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is not the codec of patch descriptors ({_DAMAGED_CODEC})") from error
 
