@@ -97,10 +97,11 @@ def test_the_same_place_comes_first(matcher, batch_size):
     np.testing.assert_array_equal(result.fused, fuse(result.per_scale, (0.6, 0.4)))
 
 
-def test_candidates_scored_together_score_as_alone():
+@pytest.mark.parametrize("matcher", [RANSAC, MATCHERS["spatialSimilarity"]])
+def test_candidates_scored_together_score_as_alone(matcher):
     query, candidates = picture(1), [picture(seed, 8 + seed, 10) for seed in range(6)]
-    alone = rerank_these(query, candidates, (0.6, 0.4), RANSAC)
-    together = rerank_these(query, candidates, (0.6, 0.4), RANSAC, batch_size=4)
+    alone = rerank_these(query, candidates, (0.6, 0.4), matcher)
+    together = rerank_these(query, candidates, (0.6, 0.4), matcher, batch_size=4)
     np.testing.assert_array_equal(alone.per_scale, together.per_scale)
     assert (alone.per_scale > 0).any()
 

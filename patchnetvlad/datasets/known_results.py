@@ -93,7 +93,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Known(RETRIEVAL, {1: 73.9, 5: 89.2, 10: 94.6}, "dense RootSIFT + VLAD-64", (5.0, math.inf)),
             Known(RETRIEVAL, {1: 67.6, 5: 93.7, 10: 99.1}, "another NetVLAD, stored run"),
             Known(RERANKING, {1: 90.1, 5: 99.1, 10: 100.0}, "HybridNet, stored run"),
-            Known(RERANKING, {1: 94.6, 5: 100.0, 10: 100.0}, "the bundled model as it was measured", (2.5, math.inf)),
+            Known(RERANKING, {1: 92.8, 5: 100.0, 10: 100.0}, "the bundled model as it was measured", (2.5, math.inf)),
         ),
         _TEST_SETS,
     ),
@@ -103,7 +103,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         (
             Known(RETRIEVAL, {1: 54.9, 5: 86.6, 10: 92.7}, "dense RootSIFT + VLAD-64"),
             Known(RETRIEVAL, {1: 13.4, 5: 29.3, 10: 35.4}, "HOG"),
-            Known(RERANKING, {1: 58.5, 5: 86.6, 10: 91.5}, "the bundled model as it was measured", (2.5, math.inf)),
+            Known(RERANKING, {1: 62.2, 5: 90.2, 10: 93.9}, "the bundled model as it was measured", (2.5, math.inf)),
         ),
         _TEST_SETS,
     ),
