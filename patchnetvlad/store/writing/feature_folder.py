@@ -195,7 +195,7 @@ def _list_differences(manifest: Manifest, pictures: ImageList) -> list[str]:
     if manifest.num_pictures > len(pictures):
         listed = set(pictures.names)
         lost = [entry.name for entry in manifest.entries.values() if entry.name not in listed]
-        which = f" (no longer listed: {some_of(lost)})" if lost else ""
+        which = f", without {some_of(lost)}" if lost else ""
         return [f"pictures in the list: {manifest.num_pictures} there, {len(pictures)} wanted{which}"]
     if manifest.names_sha256 != hash_names(pictures.names):
         same = {entry.name for entry in manifest.entries.values()} == set(pictures.names)
