@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint
-from patchnetvlad.config import Config, FeatureExtractConfig
+from patchnetvlad.config import Config
 from patchnetvlad.config_values import code_form
 from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
@@ -21,7 +21,7 @@ from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import duration, file_sha256, free_disk
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import count_reshaped, image_batches, require_readable
+from patchnetvlad.images import image_batches, require_readable, tell_stretched_files
 from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.patch_codes import SAMPLE_ROWS, rows_to_code, train_codec
@@ -94,7 +94,7 @@ def describe_list(
     """The same for a model that is loaded and pictures that have been checked."""
     started = time.perf_counter()
     if config.feature_extract.picture_size is not None:  # refused before there is a folder
-        model.grids(*model.geometry.map_size(*config.feature_extract.picture_size))
+        _check_patches_fit(model, *config.feature_extract.picture_size)
     trained = _patch_codec(model, config, pictures, None if overwrite else folder)
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
@@ -103,13 +103,23 @@ def describe_list(
         logger.info("%s: %s, %d to describe", pictures.source, counted(len(pictures), "picture"), len(missing))
         record_config(config, folder)
         tell_precision(model)
-        _tell_reshaped([pictures.paths[index] for index in missing], config.feature_extract)
+        size = config.feature_extract
+        paths = [pictures.paths[index] for index in missing]
+        tell_stretched_files(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
             (describe or _describe_here)(model, config, writer, bar.update)
         writer.finish()
     seconds = time.perf_counter() - started
     logger.info("described %s in %s", counted(len(missing), "picture"), duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
+
+
+def _check_patches_fit(model: PlaceModel, height: int, width: int) -> None:
+    """Raises UserError when a patch is larger than the feature map of a picture of that size."""
+    try:
+        model.grids(*model.geometry.map_size(height, width))
+    except UserError:  # an encoder of the user's own may give larger maps, which it tells when it runs
+        model.describe(torch.zeros(1, 3, height, width, device=model.device))
 
 
 def _describe_here(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
@@ -342,19 +352,6 @@ class _Estimate:
             duration(seconds),
         )
         self._told = True
-
-
-def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
-    reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
-    if reshaped:
-        logger.info(
-            "%d of %s of other proportions than %d×%d: stretched (imageresizew and imageresizeh; 0 keeps each "
-            "picture's own size)",
-            reshaped,
-            counted(len(set(paths)), "picture"),
-            size.imageresizew,
-            size.imageresizeh,
-        )
 
 
 def _amount(num_bytes: float) -> str:

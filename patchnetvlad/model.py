@@ -144,7 +144,9 @@ class PlaceModel(nn.Module):
                 pool = self.pool
                 local, assignment = pool.assign(features)
                 global_ = self._whitened(pool.aggregate(local, assignment))
-            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
+            projected = self.WPCA is not None or self.patch_branch is not None
+            precision = self._product_type if projected else torch.float32
+            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides, precision)
             grids = self.grids(local.shape[1], local.shape[2])
             whitened = tuple(self._whitened_patches(of_size) for of_size in patches)
             return Descriptors(global_, whitened, grids, local)

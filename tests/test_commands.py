@@ -15,12 +15,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_file_list
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.models import download_models, fit_model
 from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.config import ENCODERS
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.paths import require_file
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.result_files import read_pairs
@@ -585,6 +589,57 @@ def test_features_of_another_precision_are_not_mixed_with(small_model, features,
     assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
     assert match(rough, features, tmp_path / "results") == 2
     assert "precision" in failure(capsys)
+
+
+class _OddMaps(Encoder):
+    """Filters whose maps have more, or fewer, positions than whole strides fit into a picture."""
+
+    channels, extra = 8, 0
+    geometry = EncoderGeometry(stride=16, receptive_field=16, padding=0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 8, 16, stride=16)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        beyond = 16 * self.extra
+        return self.layer(torch.nn.functional.pad(pictures, (0, beyond, 0, beyond), "replicate"))
+
+
+class _LargerMaps(_OddMaps):
+    extra = 1
+
+
+class _SmallerMaps(_OddMaps):
+    extra = -1
+
+
+@pytest.mark.parametrize(("kind", "side", "fits"), [(_LargerMaps, 64, True), (_SmallerMaps, 80, False)])
+def test_maps_of_other_sizes_than_strides_tell(kind, side, fits, tmp_path, monkeypatch, capsys):
+    """A stride of 16 tells 4 positions of 64 pixels, where there are 5, and 5 of 80, where there are 4."""
+    monkeypatch.setitem(ENCODERS, "odd", kind)
+    write_checkpoint(tmp_path / "odd.pth.tar", PlaceModel("odd", "patchnetvlad", 4, 0, (5,), (1,)))
+    listed = tmp_path / "list.txt"
+    listed.write_text("database/place00_0.jpg\ndatabase/place01_0.jpg\n")
+    settings = ["backbone=odd", f"resumepath={tmp_path / 'odd'}", "num_pcs=0", "patch_sizes=5", "strides=1"]
+    options = [f"global_params.{one}" for one in settings] + ["feature_match.patchweights2use=1"]
+    options += [f"feature_{part}.imageresize{one}={side}" for part in ("extract", "match") for one in "wh"]
+    shared = ["--config_path", "rootsift.ini", "--dataset_root_dir", str(EXAMPLES), "-q"]
+    shared += [word for option in options for word in ("--set", option)]
+    described = ["--dataset_file_path", str(listed), "--output_features_dir", str(tmp_path / "features")]
+    status = feature_extract([*shared, *described])
+    if not fits:
+        assert status == 2
+        told = capsys.readouterr().err
+        assert "database/place00_0.jpg: a patch of size 5 is larger than the feature map, which has 4×4" in told
+        assert len(told.splitlines()) == 1
+        return
+    assert status == 0
+    matched = [f"--{part}_file_path={listed}" for part in ("query", "index")]
+    matched += [f"--{part}_input_features_dir={tmp_path / 'features'}" for part in ("query", "index")]
+    assert feature_match([*shared, *matched, f"--result_save_folder={tmp_path / 'results'}"]) == 0
+    rankings = read_pairs(tmp_path / "results" / "PatchNetVLAD_predictions.txt")
+    assert [ranking.database[0] for ranking in rankings] == [ranking.query for ranking in rankings]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -1,9 +1,12 @@
 """EfficientNet-Lite0 up to its last feature map 16 pixels apart: small, and quick on a processor."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.published import LITE0_WEIGHTS, none_published
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.products import rounds_by_threads, row_products
@@ -59,6 +62,9 @@ class EfficientNetLite0(nn.Sequential, Encoder):
     def in_two(self) -> tuple[nn.Module, nn.Module]:
         layers = list(self)
         return nn.Sequential(*layers[:-_LEARNED]), nn.Sequential(*layers[-_LEARNED:])
+
+    def published_state(self) -> Mapping[str, Tensor]:
+        raise none_published(LITE0_WEIGHTS)
 
 
 class _Normalisation(nn.Module):
