@@ -12,7 +12,7 @@ from torch import Tensor
 from patchnetvlad.netvlad import EPSILON, NetVLAD
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_netvlad import patch_descriptors
-from patchnetvlad.patch_rounding import ROWS_AT_ONCE, integer_products
+from patchnetvlad.patch_rounding import integer_products
 from patchnetvlad.whitening import WPCA
 
 LEVELS = 127  # of the 8-bit numbers that the WPCA product takes
@@ -97,15 +97,10 @@ class PatchHead:
     def _projected(self, pooled: Tensor) -> Tensor:
         if len(self.projection) == 0 or len(pooled) == 0:
             return pooled.reshape(len(pooled), self.num_dims)
-        weight, weight_steps = self._rounded
-        offset = torch.from_numpy(self.offset)
-        projected = torch.empty(len(pooled), self.num_dims)
-        for first in range(0, len(pooled), ROWS_AT_ONCE):
-            levels, steps = _in_levels(pooled[first : first + ROWS_AT_ONCE])
-            rows = integer_products(levels, weight).mul_(steps[:, None]).mul_(weight_steps).add_(offset)
-            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=EPSILON)
-            torch.div(rows, lengths, out=projected[first : first + ROWS_AT_ONCE])
-        return projected
+        (levels, steps), (weight, weight_steps) = _in_levels(pooled), self._rounded
+        rows = integer_products(levels, weight).mul_(steps[:, None]).mul_(weight_steps)
+        rows.add_(torch.from_numpy(self.offset))
+        return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=EPSILON))
 
 
 def _in_levels(rows: Tensor) -> tuple[Tensor, Tensor]:
