@@ -155,8 +155,8 @@ def tell_stretched(stretched: int, pictures: int, height: int, width: int) -> No
     """Say that so many of the pictures were of other proportions than the size that all get, if any were."""
     if stretched:
         logger.info(
-            "%d of %s of other proportions than %d×%d: stretched (take imageresizew and imageresizeh of theirs or, except "
-            "in training, 0 for each picture's own size)",
+            "%d of %s of other proportions than %d×%d: stretched (take imageresizew and imageresizeh of theirs or, "
+            "except in training, 0 for each picture's own size)",
             stretched,
             counted(pictures, "picture"),
             width,

@@ -196,7 +196,9 @@ def _samples(counts: Tensor, block: int) -> Tensor:
 @lru_cache(maxsize=2048)
 def samples_of(count: int, block: int) -> tuple[Tensor, int]:
     """A block of samples of four different matches out of count, int32 4×n, and how many random numbers they and the
-    blocks before have taken. Most searches need the first block alone; from 18 matches on none takes over a millisecond.
+    blocks before have taken.
+
+    Most searches need the first block alone; from 18 matches on none takes over a millisecond.
     """
     first = samples_of(count, block - 1)[1] if block else 0
     wanted = BLOCKS[block]
