@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Recall by bytes a picture, where the database's patches are stored as codes (feature_dtype = pqN).
+"""Recall by bytes a picture, where the database's patches are stored as codes (feature_dtype = pqN or mapN).
 
     python benchmarks/codes.py --dataset_root_dir ROOT --datasets corridor ietower_small --work WORK --output benchmarks
 
 ROOT holds a folder for each data set as benchmarks/recalls.py takes it. Pictures are described once, in the type of
---kept, and queries stay so; --stored lists ways of storing the database: pqN, or kept, or kept@S for every S-th patch
-along both axes of its grids only. WORK keeps features, codes and the ranks of finished queries, so that a run that was
-ended goes on. Writes codes.json, codes.md and codes.png.
+--kept, and queries stay so; --stored lists ways of storing the database: pqN or mapN, described once more, or kept, or
+kept@S for every S-th patch along both axes of its grids only. WORK keeps features, codes and the ranks of finished
+queries, so that a run that was ended goes on. Writes codes.json, codes.md and codes.png.
 """
 
 import argparse
@@ -24,45 +24,40 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from recalls import N_VALUES, SIDES, described_as
 
-from patchnetvlad.checkpoints import Checkpoint
 from patchnetvlad.config import Config
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.config_values import CodeForm, code_form
 from patchnetvlad.descriptors import PatchFeatures
-from patchnetvlad.extraction import describe_list, store_header
+from patchnetvlad.extraction import describe_list
 from patchnetvlad.ground_truth import read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
 from patchnetvlad.ini import load_config
-from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, coded_grids, rows_to_code, train_codec
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.paths import require_file
 from patchnetvlad.ranking import Ranker
-from patchnetvlad.store.arrays.codecs import CPU, read_patch_codec
+from patchnetvlad.store.arrays.codecs import CPU
 from patchnetvlad.store.cache.memory_cache import CacheStatistics
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory, PatchSource
-from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
 
-SAMPLE_PICTURES = 100
 TOGETHER = 10  # queries that are ranked before their ranks are kept
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way of storing a database: num_bytes of a code, None for descriptors as they are kept; step from one patch to
+    """A way of storing a database: the form of its codes, None for descriptors as they are kept; step from one patch to
     the next, for these."""
 
-    num_bytes: int | None
+    codes: CodeForm | None
     step: int = 1
 
     @classmethod
     def of(cls, text: str) -> "Form":
         if thinned := re.fullmatch(r"kept(?:@([1-9]\d*))?", text):
             return cls(None, int(thinned[1] or 1))
-        if code_bytes(text) is None:
-            raise argparse.ArgumentTypeError(f"{text}: expected pqN, kept or kept@S")
-        return cls(code_bytes(text))
+        if code_form(text) is None:
+            raise argparse.ArgumentTypeError(f"{text}: expected pqN, mapN, kept or kept@S")
+        return cls(code_form(text))
 
 
 class ThinnedDatabase:
@@ -103,36 +98,9 @@ class ThinnedDatabase:
         return self._store.statistics
 
 
-def train_on(store: FeatureStore, num_bytes: int) -> PatchCodec:
-    """As feature_extract does: on some patches of some pictures."""
-    pictures = np.unique(np.linspace(0, len(store) - 1, SAMPLE_PICTURES).astype(int)).tolist()
-    count = SAMPLE_ROWS // len(pictures) + 1
-    sample = []
-    for index in pictures:
-        features = store.patches(index)
-        rows = torch.cat(rows_to_code(features.descriptors, features.grids))
-        sample.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]])
-    return train_codec(torch.cat(sample), num_bytes)
-
-
-def write_codes(
-    kept: FeatureStore, model: PlaceModel, checkpoint: Checkpoint, config: Config, pictures: ImageList, folder: Path
-) -> None:
-    """The folder that feature_extract would write for the configuration's pqN, from what has been described."""
-    num_bytes = code_bytes(config.feature_extract.feature_dtype)
-    assert num_bytes is not None
-    trained = read_patch_codec(folder) or train_on(kept, num_bytes)
-    with FeatureWriter(folder, pictures, store_header(model, checkpoint, config, trained), trained=trained) as writer:
-        for index in writer.missing:
-            writer.write(index, torch.from_numpy(kept.global_[index]), kept.patches(index))
-        writer.finish()
-
-
-def stored_bytes(grids: Sequence[PatchGrid], dims: int, form: Form, kept_bytes: int) -> int:
-    """A picture's patch descriptors on disk; kept_bytes: of a number, where they are kept."""
-    if form.num_bytes is not None:
-        return form.num_bytes * sum(map(len, coded_grids(grids)))
-    return kept_bytes * dims * sum(len(replace(grid, stride=grid.stride * form.step)) for grid in grids)
+def kept_bytes(grids: Sequence[PatchGrid], dims: int, form: Form, number: int) -> int:
+    """A picture's patch descriptors on disk where they are kept; number: bytes of one."""
+    return number * dims * sum(len(replace(grid, stride=grid.stride * form.step)) for grid in grids)
 
 
 def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, Form]], kept: str) -> dict:
@@ -152,15 +120,17 @@ def measure(config: Config, root: Path, work: Path, forms: Sequence[tuple[str, F
         queries, database = (opened(work / side, pictures) for side, pictures in zip(SIDES, lists, strict=True))
         described = DescribedPictures(queries.global_, queries)
         for name, form in forms:
-            if form.num_bytes is None:
+            if form.codes is None:
                 source: PatchSource = ThinnedDatabase(database, form.step) if form.step > 1 else database
                 kind = f"{kept}{name.removeprefix('kept')}"
+                size = kept_bytes(database.patches(0).grids, database.num_dims, form, np.dtype(kept).itemsize)
             else:
-                write_codes(database, model, checkpoint, described_as(config, name), lists[1], work / name)
-                source, kind = opened(work / name, lists[1]), name
+                folder = work / name
+                describe_list(model, checkpoint, described_as(config, name), lists[1], folder, progress=True)
+                source, kind = opened(folder, lists[1]), name
+                size = source.picture_bytes(0)
             ranker = Ranker(config.feature_match, DescribedPictures(database.global_, source), CPU)
             ranks = rank_in_parts(ranker, described, truth, work / "ranks.json", f"{kind} {config.feature_match}")
-            size = stored_bytes(database.patches(0).grids, database.num_dims, form, np.dtype(kept).itemsize)
             measured[kind] = {"bytes": size, "ranks": ranks}
             print(root.name, kind, size, [recalled(ranks, n) for n in N_VALUES], flush=True)
     return measured
@@ -241,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--datasets", nargs="+", default=["corridor", "ietower_small"])
     parser.add_argument("--config_path", default="builtin.ini")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--stored", nargs="+", default=["kept", "pq192", "pq128", "pq64", "pq32", "kept@2"])
+    parser.add_argument("--stored", nargs="+", default=["kept", "map40", "map12", "pq192", "pq64"])
     parser.add_argument("--kept", choices=["float32", "float16", "int8"], default="float16")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))

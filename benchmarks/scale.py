@@ -3,12 +3,14 @@
 
     python benchmarks/scale.py --work WORK --features WORK/index WORK/query --lists INDEX.txt QUERY.txt
 
---features and --lists: feature folders of real pictures and their lists, the last being the queries. The database is
-made of them: global descriptors are walks through streets (see `city`), patches are the codes of a real picture of
-which a tenth is replaced at random. Each answer comes from a process of its own, before which the system is told to
-forget the files, so that the first reads come from the disk. --build_only makes the databases and leaves them
-in WORK for a later run, which measures, and removes them unless --keep is given. --simulated N: of N pictures the
-index alone, from descriptors that are drawn as it is made and never stored. Writes scale.json, scale.md and scale.png.
+--features and --lists: feature folders of real pictures and their lists, the first stored as codes (feature_dtype =
+mapN or pqN), the last being the queries. The database is made of them: global descriptors are walks through streets
+(see `city`), patches are the codes of a real picture of which a tenth is replaced at random.
+Each answer comes from a process of its own, before which the system is told to forget the files, so that the first
+reads come from the disk. --build_only makes the databases and leaves them in WORK for a later run, which measures, and
+removes them unless --keep is given. --simulated N: of N pictures the index alone, from descriptors that are drawn as it
+is made and never stored. Writes scale.json, scale.md, with what follows for ten and more times as many pictures, and
+scale.png.
 """
 
 import argparse
@@ -30,17 +32,22 @@ import torch
 from numpy.typing import NDArray
 
 from patchnetvlad.config import FeatureMatchConfig
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.errors import UserError
 from patchnetvlad.faiss_library import faiss
 from patchnetvlad.image_lists import ImageList, read_image_list, write_image_list
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.retrieval import DatabaseIndex
 from patchnetvlad.search_index import build_index, open_index
-from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, create_rows_file, read_array_info
+from patchnetvlad.store.arrays.array_files import (
+    GLOBAL_NAME,
+    create_rows_file,
+    patch_file_name,
+    read_array,
+    read_array_info,
+)
 from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block, BlockWriter, block_name
-from patchnetvlad.store.arrays.codecs import write_patch_codec
-from patchnetvlad.store.manifest import MANIFEST_NAME, block_line, header_line, read_manifest
+from patchnetvlad.store.arrays.codecs import read_patch_codec, write_patch_codec
+from patchnetvlad.store.manifest import MANIFEST_NAME, Manifest, block_line, header_line, read_manifest
 from patchnetvlad.store.reading.feature_store import FeatureStore
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 
@@ -52,6 +59,8 @@ REPLACED = 0.1  # of the codes of a picture
 QUERIES = 20  # that are timed
 HELD_OUT = 200  # that tell the recall
 STREETS_AT_ONCE = 500
+READS = 50_000  # a second that an SSD answers
+HOUR, MONTH = 1.50, 0.08  # prices of a machine of 32 cores for an hour, and of a GB of SSD for a month
 T = TypeVar("T")
 REAL_CODES = 64  # pictures whose codes are made over
 
@@ -94,39 +103,37 @@ def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def real_codes(store: FeatureStore, num_bytes: int) -> tuple[PatchCodec, list[list[NDArray[np.uint8]]]]:
-    """A codec trained on real pictures, and the codes of some of them, P×N for each coded grid."""
-    chosen = np.unique(np.linspace(0, len(store) - 1, REAL_CODES).astype(int)).tolist()
-    whole = map(store.patches, chosen)
-    pictures = [rows_to_code(picture.descriptors, picture.grids) for picture in whole]
-    count = SAMPLE_ROWS // len(pictures) + 1
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.cat(picture) for picture in pictures]
-    sample = torch.cat(
-        [rows_of_picture[torch.randperm(len(rows_of_picture), generator=generator)[:count]] for rows_of_picture in rows]
-    )
-    codec = train_codec(sample, num_bytes)
-    return codec, [[codec.encode(descriptors) for descriptors in picture] for picture in pictures]
+def real_codes(folder: Path, manifest: Manifest) -> list[list[NDArray[np.uint8]]]:
+    """The codes of some of a folder's pictures, which are of one size: P×N for each grid that is stored."""
+    chosen = np.unique(np.linspace(0, manifest.num_pictures - 1, REAL_CODES).astype(int)).tolist()
+    pictures = []
+    for entry in map(manifest.entries.__getitem__, chosen):
+        assert entry.map_size is not None
+        grids = manifest.header.stored_grids(entry.map_size)
+        paths = [folder / patch_file_name(grid.patch_size, entry.feature_name) for grid in grids]
+        pictures.append([read_array(path, lambda info: None).T for path in paths])
+    return pictures
 
 
-def write_database(
-    folder: Path,
-    count: int,
-    source: Path,
-    store: FeatureStore,
-    dtype: str,
-    real: NDArray[np.float32],
-    distinct: int | None,
-) -> None:
+def picture_bytes(source: Path) -> int:
+    """Of the codes of a picture in a folder."""
+    manifest = read_manifest(source)
+    assert manifest is not None and manifest.entries[0].map_size is not None
+    header = manifest.header
+    return header.codec.width(header.num_dims) * sum(map(len, header.stored_grids(manifest.entries[0].map_size)))
+
+
+def write_database(folder: Path, count: int, source: Path, real: NDArray[np.float32], distinct: int | None) -> None:
     """A packed folder and its list beside it, as feature_extract would have made them.
 
-    distinct: blocks that are written; further whole ones are links to these.
+    source: a folder of real pictures in codes; distinct: blocks that are written; further whole ones are links to
+    these.
     """
-    manifest = read_manifest(source)
-    num_bytes = code_bytes(dtype)
-    assert manifest is not None and num_bytes is not None
-    codec, codes = real_codes(store, num_bytes)
-    header = replace(manifest.header, dtype=dtype, codec_sha256=codec.sha256, layout="packed")
+    manifest, codec = read_manifest(source), read_patch_codec(source)
+    if manifest is None or codec is None:
+        raise UserError(f"{source}: holds no codes (extract it with feature_dtype = map40)")
+    codes = real_codes(source, manifest)
+    header = replace(manifest.header, layout="packed")
     folder.mkdir(parents=True)
     names = [f"city/{index // 1000:05}/{index:08}.jpg" for index in range(count)]
     write_image_list(folder.with_suffix(".txt"), names)
@@ -136,8 +143,8 @@ def write_database(
         file.seek(read_array_info(folder / GLOBAL_NAME).offset)
         for rows in city(count, real):
             file.write(rows.tobytes())
-    grids = store.patches(0).grids
-    map_size = grids[0].map_height, grids[0].map_width
+    map_size = manifest.entries[0].map_size
+    assert map_size is not None
     rng = np.random.default_rng(2)
     layout = header.block_layout(count)
     finished: list[Block] = []
@@ -296,10 +303,8 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
     record = folder.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text())
-    listed = read_image_list(args.lists[0], args.lists[0].parent)
     began = time.perf_counter()
-    with FeatureStore.open(args.features[0], listed) as store:
-        write_database(folder, count, args.features[0], store, args.stored, real, args.distinct_blocks)
+    write_database(folder, count, args.features[0], real, args.distinct_blocks)
     written = time.perf_counter()
     names = read_image_list(folder.with_suffix(".txt"), folder).names
     info = read_array_info(folder / GLOBAL_NAME)
@@ -315,6 +320,8 @@ def build(count: int, args: argparse.Namespace, real: NDArray[np.float32]) -> di
         "widening": float(built.widening),
         "recall told": built.recall,
         "disk, bytes": float(sum(path.stat().st_size for path in folder.iterdir())),
+        "codes of a picture, bytes": float(picture_bytes(args.features[0])),
+        "dimensions": float(rows.shape[1]),
     }
     record.write_text(json.dumps(measured))
     return measured
@@ -365,6 +372,74 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def on_paper(measured: dict[str, float], describing: float) -> str:
+    """What follows for more pictures, as Markdown; measured: with a million; describing: seconds a picture and core."""
+    coded, dims, top = measured["codes of a picture, bytes"], measured["dimensions"], 100
+    matching = measured["query"]
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        (f"codes of {coded / 1000:.1f} kB a picture", "b·M", lambda count: size(coded * count)),
+        ("global descriptors, float32, on disk", "4·D·M", lambda count: size(4 * dims * count)),
+        ("index in memory, D/4 bytes each", "D·M/4", lambda count: size(dims * count / 4)),
+        ("names in memory, 114 bytes each", "114·M", lambda count: size(114 * count)),
+        ("opening list, folder and index", "M times that of one", lambda count: span(measured["open"] * count / 1e6)),
+        (
+            "comparing all codes, 1 thread at 10 GB/s",
+            "D·M / (4·10¹⁰)",
+            lambda count: span(dims * count / 4e10),
+        ),
+        ("the same in cells, half of them visited", "/2", lambda count: span(dims * count / 8e10)),
+        (
+            f"exact comparison of {measured['widening']:.0f}·C rows, read from an SSD that answers {READS:,} a second",
+            f"{measured['widening']:.0f}·C / {READS:,}",
+            lambda count: span(measured["widening"] * top / READS),
+        ),
+        (f"C = {top} candidates read from that SSD", f"C / {READS:,}", lambda count: span(top / READS)),
+        (
+            "the candidates decoded, matched and scored on two cores",
+            f"{1000 * matching / top:.2g} ms · C",
+            lambda count: span(matching),
+        ),
+        (
+            f"describing, {describing:g} s a picture and core",
+            f"{describing:g}·M s",
+            lambda count: span(describing * count),
+        ),
+        (
+            "machines of 32 cores to describe within a week",
+            f"{describing:g}·M / (32 · 604,800)",
+            lambda count: f"{describing * count / 32 / 604_800:.2g}",
+        ),
+        (
+            f"money to describe, at {HOUR:.2f} a machine of 32 cores and hour",
+            f"{HOUR:.2f}·{describing:g}·M / (32 · 3,600)",
+            lambda count: f"{HOUR * describing * count / 32 / 3600:,.0f}",
+        ),
+        (
+            f"money a month for an SSD, at {MONTH:.2f} a GB",
+            f"{MONTH:.2f}·(b + 4·D + D/4)·M / 10⁹",
+            lambda count: f"{MONTH * (coded + 4.25 * dims) * count / 1e9:,.0f}",
+        ),
+    ]
+    lines = ["| what | formula | 10⁶ | 10⁷ | 10⁸ | 10⁹ |", "|---" * 6 + "|"]
+    for title, formula, number in rows:
+        lines.append(f"| {title} | {formula} | " + " | ".join(number(10.0**power) for power in (6, 7, 8, 9)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def size(num_bytes: float) -> str:
+    unit, scale = ("TB", 1e12) if num_bytes >= 1e12 else ("GB", 1e9)
+    return f"{num_bytes / scale:.3g} {unit}"
+
+
+def span(seconds: float) -> str:
+    """A time in the unit in which people say it."""
+    units = (("years", 365.25 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for unit, length in units:
+        if seconds >= (1 if unit == "s" else 2) * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     """Time of a query's parts and of opening over the number of pictures, and bytes with what they cannot go below."""
     # Here, so that the process that answers does not load it
@@ -404,9 +479,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", nargs="*", type=int, default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--distinct_blocks", type=int, help="write so many, and the others as links to them")
     parser.add_argument("--simulated", type=int, nargs="+", default=[], metavar="N", help="index alone, not stored")
+    parser.add_argument(
+        "--describing", type=float, default=0.2, help="seconds a picture and core, for the table on paper"
+    )
     parser.add_argument("--build_only", action="store_true")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--stored", default="pq64")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks"))
     args = parser.parse_args(arguments)
@@ -439,9 +516,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(count, json.dumps(results[str(count)]), flush=True)
         written.write_text(json.dumps(results, indent=1) + "\n")
     results = dict(sorted(results.items(), key=lambda item: int(item[0])))
-    (args.output / "scale.md").write_text(table(results))
+    tables = table(results)
+    if "1000000" in results:
+        tables += "\n" + on_paper(results["1000000"], args.describing)
+    (args.output / "scale.md").write_text(tables)
     plot(results, args.output / "scale.png")
-    print(table(results))
+    print(tables)
 
 
 if __name__ == "__main__":

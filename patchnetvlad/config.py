@@ -8,7 +8,7 @@ from typing import Any
 from patchnetvlad.config_values import (
     Table,
     choice,
-    code_bytes,
+    code_form,
     encoder_name,
     flag,
     index_name,
@@ -82,7 +82,8 @@ class FeatureExtractConfig:
     cachebatchsize: int = setting(5, whole(1))  # pictures described at a time
     imageresizew: int = setting(640, whole())  # width in pixels; 0 or less keeps each picture's own size
     imageresizeh: int = setting(480, whole())  # height in pixels; likewise
-    # Type of the patch descriptors on disk; pqN: codes of N bytes, for databases (docs/scale.md).
+    # Type of the patch descriptors on disk. For databases codes of N bytes (docs/scale.md): mapN of every position of
+    # the map, from which patches are made when they are read; pqN of a patch, where descriptors are too long for that.
     feature_dtype: str = setting("float32", storage_type("float32", "float16", "int8"))
     # Files of patch descriptors: one a picture and patch size, or one a block of pictures, for large databases.
     layout: str = setting("files", choice("files", "packed"))
@@ -375,7 +376,7 @@ class Config:
 
     def for_queries(self) -> "Config":
         """The same for pictures that are looked for, whose patch descriptors are never stored as codes."""
-        if code_bytes(self.feature_extract.feature_dtype) is None:
+        if code_form(self.feature_extract.feature_dtype) is None:
             return self
         return replace(self, feature_extract=replace(self.feature_extract, feature_dtype="float32"))
 

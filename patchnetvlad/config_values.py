@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from patchnetvlad.errors import UserError
 
 T = TypeVar("T")
 
-_CODES = re.compile(r"pq([1-9][0-9]*)")
+_CODES = re.compile(r"(pq|map)([1-9][0-9]*)")
 # Words of faiss's factory strings, between digits and marks
 _INDEX_WORD = re.compile(
     "R?Flat|FlatL|Refine|IVF|IMI|HNSW|NSG|NNDescent|O?PQ|x|fsr?|np|PCAW?R?|RR|ITQ|LSHr?t?|L|[Nn]orm|Pad|SQ(fp|bf)?|"
@@ -182,18 +182,25 @@ def index_name(ending: str) -> Rule[str]:
     return Rule(f"Flat, another factory string of faiss such as HNSW32, or a {ending} file of build_index.py", parse)
 
 
-def code_bytes(dtype: str) -> int | None:
-    """N of the storage type pqN, None for another type."""
+class CodeForm(NamedTuple):
+    """What is coded, "pq" for patches and "map" for the feature map that they are made from, and bytes of a code."""
+
+    kind: str
+    num_bytes: int
+
+
+def code_form(dtype: str) -> CodeForm | None:
+    """That of the storage types pqN and mapN, None for another type."""
     named = _CODES.fullmatch(dtype)
-    return int(named[1]) if named else None
+    return CodeForm(named[1], int(named[2])) if named else None
 
 
 def storage_type(*names: str) -> Rule[str]:
-    """One of the names, or pqN."""
+    """One of the names, pqN or mapN."""
     plain = choice(*names)
     return Rule(
-        f"{plain.told} or pqN (codes of N bytes)",
-        lambda text: text.lower() if code_bytes(text.lower()) is not None else plain.parse(text),
+        f"{plain.told}, pqN or mapN (codes of N bytes)",
+        lambda text: text.lower() if code_form(text.lower()) is not None else plain.parse(text),
     )
 
 

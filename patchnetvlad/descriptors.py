@@ -14,12 +14,14 @@ class PatchFeatures:
     """Patch descriptors of one picture.
 
     descriptors: one P×D tensor of unit rows for each patch size; grids: where these patches lie, in the same order;
-    rounded: the same descriptors in 8 bits where matching is to use them, otherwise empty.
+    rounded: the same descriptors in 8 bits where matching is to use them, otherwise empty; local: H×W×C unit local
+    descriptors that patches are made from, where they are to be stored.
     """
 
     descriptors: tuple[Tensor, ...]
     grids: tuple[PatchGrid, ...]
     rounded: tuple[RoundedPatches, ...] = ()
+    local: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,13 +45,16 @@ class Descriptors:
     """What a model says of a batch of N pictures of one size.
 
     global_: N×D, unit rows; patches: one N×P×D tensor for each patch size, empty for a purely global model;
-    grids: one for each patch size.
+    grids: one for each patch size; local: N×H×W×C, the unit local descriptors that patches are made from, None without
+    patches.
     """
 
     global_: Tensor
     patches: tuple[Tensor, ...]
     grids: tuple[PatchGrid, ...]
+    local: Tensor | None = None
 
-    def picture(self, index: int) -> PatchFeatures:
-        """Patch descriptors of one picture of the batch."""
-        return PatchFeatures(tuple(patches[index] for patches in self.patches), self.grids)
+    def picture(self, index: int, with_map: bool = False) -> PatchFeatures:
+        """Patch descriptors of one picture of the batch; with_map: and what they are made from."""
+        local = self.local[index] if with_map and self.local is not None else None
+        return PatchFeatures(tuple(patches[index] for patches in self.patches), self.grids, local=local)

@@ -13,21 +13,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patchnetvlad.checkpoints import Checkpoint
-from patchnetvlad.config import Config, FeatureExtractConfig
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.config import Config
+from patchnetvlad.config_values import CodeForm, code_form
 from patchnetvlad.descriptors import Descriptors, PatchFeatures
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors, synchronize
 from patchnetvlad.encoders.table import encoder_geometry
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import duration, file_sha256, free_disk
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import count_reshaped, image_batches, require_readable
+from patchnetvlad.images import image_batches, require_readable, tell_stretched_files
 from patchnetvlad.ini import record_config
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_codes import SAMPLE_ROWS, PatchCodec, rows_to_code, train_codec
+from patchnetvlad.patch_codes import SAMPLE_ROWS, rows_to_code, train_codec
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.store.arrays.array_files import array_file_bytes
-from patchnetvlad.store.arrays.codecs import read_patch_codec
+from patchnetvlad.store.arrays.codecs import Trained, read_patch_codec
+from patchnetvlad.store.arrays.map_codes import PatchHead, train_map_codec
 from patchnetvlad.store.manifest import ManifestEntry, StoreHeader, entry_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.weights import load_model
@@ -92,7 +93,7 @@ def describe_list(
     """The same for a model that is loaded and pictures that have been checked."""
     started = time.perf_counter()
     if config.feature_extract.picture_size is not None:  # refused before there is a folder
-        model.grids(*model.geometry.map_size(*config.feature_extract.picture_size))
+        _check_patches_fit(model, *config.feature_extract.picture_size)
     trained = _patch_codec(model, config, pictures, None if overwrite else folder)
     header = store_header(model, checkpoint, config, trained)
     with FeatureWriter(folder, pictures, header, trained=trained, overwrite=overwrite) as writer:
@@ -101,13 +102,23 @@ def describe_list(
         logger.info("%s: %s, %d to describe", pictures.source, counted(len(pictures), "picture"), len(missing))
         record_config(config, folder)
         tell_precision(model)
-        _tell_reshaped([pictures.paths[index] for index in missing], config.feature_extract)
+        size = config.feature_extract
+        paths = [pictures.paths[index] for index in missing]
+        tell_stretched_files(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
         with tqdm(total=len(missing), desc="Describing", unit="img", disable=not progress) as bar:
             (describe or _describe_here)(model, config, writer, bar.update)
         writer.finish()
     seconds = time.perf_counter() - started
     logger.info("described %s in %s", counted(len(missing), "picture"), duration(seconds))
     return Extraction(folder, len(pictures), len(missing), seconds)
+
+
+def _check_patches_fit(model: PlaceModel, height: int, width: int) -> None:
+    """Raises UserError when a patch is larger than the feature map of a picture of that size."""
+    try:
+        model.grids(*model.geometry.map_size(height, width))
+    except UserError:  # an encoder of the user's own may give larger maps, which it tells when it runs
+        model.describe(torch.zeros(1, 3, height, width, device=model.device))
 
 
 def _describe_here(model: PlaceModel, config: Config, writer: FeatureWriter, advance: Callable[[int], object]) -> None:
@@ -137,6 +148,8 @@ def describe_pictures(
     threads = config.global_params.loading_threads
     shape = size.imageresizeh, size.imageresizew
     batches = image_batches(pictures.paths, *shape, size.cachebatchsize, threads, size.exif_rotation, indices)
+    form = code_form(size.feature_dtype)
+    with_map = form is not None and form.kind == "map"
     company = Company()
     if model.device.type == "cpu":
         keep_freed_memory(*PICTURE_MEMORY)
@@ -152,7 +165,7 @@ def describe_pictures(
             if estimate is not None:
                 estimate.take(described.grids, step)
             yield {
-                index: (described.global_[position], described.picture(position))
+                index: (described.global_[position], described.picture(position, with_map))
                 for position, index in enumerate(together)
             }
 
@@ -188,44 +201,51 @@ def _describe(model: PlaceModel, batch: Tensor, name: str) -> Descriptors:
 
 
 def store_header(
-    model: PlaceModel, checkpoint: Checkpoint, config: Config, trained: PatchCodec | None = None
+    model: PlaceModel, checkpoint: Checkpoint, config: Config, trained: Trained | None = None
 ) -> StoreHeader:
-    """What decides the features of a model under a configuration; trained: the quantiser of pqN."""
+    """What decides the features of a model under a configuration; trained: the quantiser of codes."""
     header = _header(config, checkpoint.sha256, model.output_dims, model.patch_sizes, model.geometry)
     return header if trained is None else replace(header, codec_sha256=trained.sha256)
 
 
-def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder: Path | None) -> PatchCodec | None:
+def _patch_codec(model: PlaceModel, config: Config, pictures: ImageList, folder: Path | None) -> Trained | None:
     """The quantiser that feature_dtype asks for: that of the folder, or one trained on some of the pictures.
 
     None where none is needed. Raises UserError for more bytes than dimensions.
     """
-    num_bytes = code_bytes(config.feature_extract.feature_dtype)
-    if num_bytes is None or not model.patch_sizes:
+    dtype = config.feature_extract.feature_dtype
+    form = code_form(dtype)
+    if form is None or not model.patch_sizes:
         return None
-    if num_bytes > model.output_dims:
-        raise UserError(
-            f"[feature_extract] feature_dtype = pq{num_bytes}: expected at most one byte for each of the model's "
-            f"{model.output_dims} dimensions"
-        )
+    numbers, dims = f"model's {model.output_dims} dimensions", model.output_dims
+    if form.kind == "map":
+        dims = model.patch_pool.channels
+        numbers = f"map's {dims} channels"
+    if form.num_bytes > dims:
+        raise UserError(f"[feature_extract] feature_dtype = {dtype}: expected at most a byte for each of the {numbers}")
     kept = None if folder is None else read_patch_codec(folder)
-    if kept is not None and kept.num_bytes == num_bytes:
+    if kept is not None and kept.dtype == dtype:
         return kept
     indices = np.unique(np.linspace(0, len(pictures) - 1, _CODEC_PICTURES).astype(int)).tolist()
     rows = math.ceil(SAMPLE_ROWS / len(indices))
     described = (model.describe_file(pictures.paths[index], config.feature_extract) for index in indices)
     sample = torch.cat(
-        [_some_rows(descriptors, rows, index) for index, descriptors in zip(indices, described, strict=True)]
+        [_some_rows(descriptors, form, rows, index) for index, descriptors in zip(indices, described, strict=True)]
     )
-    trained = train_codec(sample, num_bytes)
-    learned_from = counted(len(sample), "patch", "patches"), counted(len(indices), "picture")
-    logger.info("codec of %s from %s of %s", counted(num_bytes, "byte"), *learned_from)
-    return trained
+    learned_from = counted(len(sample), "descriptor"), counted(len(indices), "picture")
+    logger.info("codec of %s from %s of %s", counted(form.num_bytes, "byte"), *learned_from)
+    if form.kind == "pq":
+        return train_codec(sample, form.num_bytes)
+    return train_map_codec(sample, form.num_bytes, PatchHead.of(model.patch_pool, model.patch_whitening))
 
 
-def _some_rows(described: Descriptors, count: int, seed: int) -> Tensor:
-    """At most `count` of the descriptors of a picture that will be coded, S×D on the CPU."""
-    rows = torch.cat(rows_to_code([descriptors[0] for descriptors in described.patches], described.grids))
+def _some_rows(described: Descriptors, form: CodeForm, count: int, seed: int) -> Tensor:
+    """At most `count` of the descriptors of a picture that are coded, patches or positions, S×D on the CPU."""
+    if form.kind == "map":
+        assert described.local is not None
+        rows = described.local[0].flatten(0, 1)
+    else:
+        rows = torch.cat(rows_to_code([descriptors[0] for descriptors in described.patches], described.grids))
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].to(rows.device)].cpu()
 
 
@@ -288,7 +308,7 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"{folder}: the features need about {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free "
-            "(use another disk, feature_dtype = float16, int8 or pq64, a configuration with fewer dimensions or patch "
+            "(use another disk, feature_dtype = float16, int8 or map40, a configuration with fewer dimensions or patch "
             "sizes, or local_features = on_demand)"
         )
 
@@ -337,19 +357,6 @@ class _Estimate:
             duration(seconds),
         )
         self._told = True
-
-
-def _tell_reshaped(paths: Sequence[Path], size: FeatureExtractConfig) -> None:
-    reshaped = count_reshaped(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
-    if reshaped:
-        logger.info(
-            "%d of %s of other proportions than %d×%d: stretched (imageresizew and imageresizeh; 0 keeps each "
-            "picture's own size)",
-            reshaped,
-            counted(len(set(paths)), "picture"),
-            size.imageresizew,
-            size.imageresizeh,
-        )
 
 
 def _amount(num_bytes: float) -> str:

@@ -45,6 +45,8 @@ _PROBLEMS_SHOWN = 10
 _TIMED = 100  # pictures whose checking tells how long the others will take
 _REMEMBERED = "checked_pictures.sqlite"
 _REMEMBERED_AT_ONCE = 5000
+_LOOKED_AT = 10_000  # pictures at most whose proportions are looked at before a run
+_HEADER_THREADS = 4
 _HEADER_BYTES = 1 << 16  # read ahead, so that opening a picture under the lock seldom waits for the disk
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation: what turns the picture upright
@@ -66,8 +68,13 @@ def read_image(path: Path, exif_rotation: bool = False) -> Image.Image:
     ``exif_rotation`` turns it upright by its EXIF orientation. Raises UserError: the file and what is wrong.
     """
     with _opened(path) as picture:
-        orientation = _orientation(picture) if exif_rotation else 1
-        rgb = _to_rgb(picture)
+        return to_rgb(picture, exif_rotation)
+
+
+def to_rgb(picture: Image.Image, exif_rotation: bool = False) -> Image.Image:
+    """The same of a picture that is open, which stays as it is. Raises what Pillow does for a broken file."""
+    orientation = _orientation(picture) if exif_rotation else 1
+    rgb = _decoded(picture)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -130,17 +137,31 @@ def prepare_image(picture: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def count_reshaped(
-    paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False, workers: int = 4
-) -> int:
-    """How many pictures have other proportions than width to height by over 1 %: resizing stretches what they show.
+def tell_stretched_files(paths: Sequence[Path], height: int, width: int, exif_rotation: bool = False) -> None:
+    """Say how many pictures resizing stretches, from their headers; of many those of a sample."""
+    distinct = list(dict.fromkeys(paths)) if min(height, width) > 0 else []
+    looked_at = distinct[:: len(distinct) // _LOOKED_AT + 1]
+    with closing(in_order(lambda path: _size(path, exif_rotation), looked_at, _HEADER_THREADS)) as sizes:
+        stretched = sum(stretches(size, height, width) for size in sizes)
+    tell_stretched(stretched, len(looked_at), height, width)
 
-    Only headers are read. None where pictures keep their own size (height or width of 0 or less).
-    """
-    if min(height, width) <= 0:
-        return 0
-    sizes = in_order(lambda path: _size(path, exif_rotation), dict.fromkeys(paths), workers)
-    return sum(abs(picture[0] * height / (picture[1] * width) - 1) > 0.01 for picture in sizes)
+
+def stretches(size: tuple[int, int], height: int, width: int) -> bool:
+    """Whether resizing changes the proportions of a picture of (width, height) by over 1 %."""
+    return min(height, width) > 0 and abs(size[0] * height / (size[1] * width) - 1) > 0.01
+
+
+def tell_stretched(stretched: int, pictures: int, height: int, width: int) -> None:
+    """Say that so many of the pictures were of other proportions than the size that all get, if any were."""
+    if stretched:
+        logger.info(
+            "%d of %s of other proportions than %d×%d: stretched (imageresizew and imageresizeh; 0 keeps each "
+            "picture's own size)",
+            stretched,
+            counted(pictures, "picture"),
+            width,
+            height,
+        )
 
 
 def _resized(picture: Image.Image, height: int, width: int) -> Image.Image:
@@ -294,7 +315,7 @@ def _problem(path: Path) -> str | None:
     try:
         with _opened(path) as picture:
             picture.draft("RGB", (max(1, picture.width // 8), max(1, picture.height // 8)))
-            _to_rgb(picture)
+            _decoded(picture)
     except UserError as error:
         return str(error)
     return None
@@ -359,7 +380,7 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _decoded(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
@@ -367,5 +388,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     else:
         picture.load()
-        picture.info.pop("transparency", None)  # Pillow warns of dropping it
+        if "transparency" in picture.info:  # Pillow warns of dropping it
+            picture = picture.copy()
+            del picture.info["transparency"]
     return picture.convert("RGB")

@@ -96,6 +96,18 @@ class PlaceModel(nn.Module):
         parameter = next(self.parameters(), None)
         return parameter.device if parameter is not None else torch.device("cpu")
 
+    @property
+    def patch_pool(self) -> NetVLAD:
+        """The clusters of the patches."""
+        pool = (self.patch_branch or self).pool
+        assert isinstance(pool, NetVLAD)
+        return pool
+
+    @property
+    def patch_whitening(self) -> WPCA | None:
+        """The projection of the patches."""
+        return (self.patch_branch or self).WPCA
+
     def grids(self, map_height: int, map_width: int) -> tuple[PatchGrid, ...]:
         """Where the patches of each size lie on a feature map of that size.
 
@@ -132,9 +144,12 @@ class PlaceModel(nn.Module):
                 pool = self.pool
                 local, assignment = pool.assign(features)
                 global_ = self._whitened(pool.aggregate(local, assignment))
-            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides)
+            projected = self.WPCA is not None or self.patch_branch is not None
+            precision = self._product_type if projected else torch.float32
+            patches = patch_descriptors(local, assignment, pool.centroids, self.patch_sizes, self.strides, precision)
             grids = self.grids(local.shape[1], local.shape[2])
-            return Descriptors(global_, tuple(self._whitened_patches(of_size) for of_size in patches), grids)
+            whitened = tuple(self._whitened_patches(of_size) for of_size in patches)
+            return Descriptors(global_, whitened, grids, local)
 
     def describe_file(self, path: Path, size: FeatureExtractConfig) -> Descriptors:
         """The same of one picture file, read and prepared as [feature_extract] says.

@@ -17,7 +17,7 @@ from patchnetvlad.clustering import LOCALS_PER_PICTURE, Clusters, find_clusters
 from patchnetvlad.config import Config
 from patchnetvlad.devices import EXTRACTION_MEMORY, memory_errors
 from patchnetvlad.errors import counted
-from patchnetvlad.images import ChangePicture, image_batches, require_readable
+from patchnetvlad.images import ChangePicture, image_batches, require_readable, tell_stretched_files
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
 from patchnetvlad.patch_netvlad import chosen_descriptors
@@ -52,6 +52,7 @@ def fit_model(
     params = config.global_params
     config.check_fitting()
     config.check_one_process("fitting")
+    _tell_stretched(config, paths)
     torch.manual_seed(config.train.seed)
     model = PlaceModel(
         params.backbone,
@@ -96,12 +97,18 @@ def add_wpca(
     paths = _random_paths(paths, WPCA_SAMPLES, config.train.seed)
     check_num_pcs(num_pcs, len(paths), model.output_dims)
     require_readable(paths, source, config.global_params.loading_threads, progress)
+    _tell_stretched(config, paths)
     config = replace(config, global_params=replace(config.global_params, num_pcs=num_pcs))
     fit = add_projection(model, paths, config, progress)
     path = with_wpca(resume_path, num_pcs)
     epoch = {"epoch": checkpoint.extras["epoch"]} if isinstance(checkpoint.extras.get("epoch"), int) else {}
     write_checkpoint(path, model, explained_variance=fit.explained_variance, **epoch)
     return path
+
+
+def _tell_stretched(config: Config, paths: Sequence[Path]) -> None:
+    size = config.feature_extract
+    tell_stretched_files(paths, size.imageresizeh, size.imageresizew, size.exif_rotation)
 
 
 def _random_paths(paths: Sequence[Path], most: int, seed: int) -> Sequence[Path]:

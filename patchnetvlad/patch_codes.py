@@ -58,6 +58,11 @@ class PatchCodec:
         return len(self.groups)
 
     @property
+    def dtype(self) -> str:
+        """The feature_dtype that it is trained for."""
+        return f"pq{self.num_bytes}"
+
+    @property
     def num_dims(self) -> int:
         """D, the length of a descriptor."""
         return int((self.groups >= 0).sum())
@@ -89,12 +94,28 @@ class PatchCodec:
         codes = self._quantizer.compute_codes(_dealt(descriptors.detach().cpu().numpy(), self.groups))
         return np.asarray(codes, dtype=np.uint8).reshape(len(descriptors), self.num_bytes)
 
-    def decode(self, codes: NDArray[np.uint8]) -> Tensor:
-        """The unit rows P×D float32 that P×N codes stand for."""
+    def approximate(self, codes: NDArray[np.uint8]) -> Tensor:
+        """The rows P×D float32 that P×N codes stand for, of whatever length."""
         rows = torch.from_numpy(self._quantizer.decode(np.ascontiguousarray(codes))).reshape(
             len(codes), self.groups.size
         )
-        return F.normalize(rows.index_select(1, self._order), dim=1)
+        return rows.index_select(1, self._order)
+
+    def decode(self, codes: NDArray[np.uint8]) -> Tensor:
+        """The same as unit rows."""
+        return F.normalize(self.approximate(codes), dim=1)
+
+    def encode_picture(
+        self, descriptors: Sequence[Tensor], grids: Sequence[PatchGrid], local: Tensor | None
+    ) -> list[NDArray[np.uint8]]:
+        """Codes of a picture, one array for each of its coded grids; the map is not looked at."""
+        return [self.encode(rows) for rows in rows_to_code(descriptors, grids)]
+
+    def decode_picture(
+        self, codes: Sequence[NDArray[np.uint8]], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]
+    ) -> tuple[Tensor, ...]:
+        """The unit rows P×D of all patches of some grids, from the codes of the coded grids that they need."""
+        return self.estimate([self.decode(rows) for rows in codes], coded, grids)
 
     def estimate(
         self, decoded: Sequence[Tensor], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]

@@ -11,6 +11,7 @@ from patchnetvlad.netvlad import EPSILON, intra_normalised
 # accelerator's memory. Each cluster's windows are independent of the others'.
 CACHE_BYTES = 4 << 20
 DEVICE_BYTES = 1 << 30
+_ROWS_AT_ONCE = 64  # patches that are scaled and rounded to another type while they are in a processor's cache
 
 
 def window_sums(values: Tensor, size: int, stride: int, dim: int) -> Tensor:
@@ -42,13 +43,18 @@ def window_sums(values: Tensor, size: int, stride: int, dim: int) -> Tensor:
 
 
 def patch_descriptors(
-    local: Tensor, assignment: Tensor, centroids: Tensor, patch_sizes: Sequence[int], strides: Sequence[int]
+    local: Tensor,
+    assignment: Tensor,
+    centroids: Tensor,
+    patch_sizes: Sequence[int],
+    strides: Sequence[int],
+    precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Locally-global descriptors of every patch at every size.
 
     local: N×H×W×C unit local descriptors; assignment: N×H×W×K; centroids: K×C.
     Returns for each patch size p with stride s a tensor N×P×(K·C) of unit rows, patches row-major,
-    P = ((H−p)//s+1)·((W−p)//s+1), 0 when a patch does not fit. Always float32.
+    P = ((H−p)//s+1)·((W−p)//s+1), 0 when a patch does not fit. Computed in float32 and rounded at the end to precision.
     """
     batch, height, width, channels = local.shape
     clusters = centroids.shape[0]
@@ -75,9 +81,19 @@ def patch_descriptors(
                 scale = norms.clamp(min=EPSILON).reciprocal()
                 torch.mul(means, scale, out=output[:, :, chunk])
                 squared += (norms * scale).square().sum(dim=2, keepdim=True)
-        for output, squared in zip(outputs, squared_norms, strict=True):
-            output /= squared.sqrt_().clamp_(min=EPSILON)
-    return tuple(output.flatten(2) for output in outputs)
+        return tuple(_unit_rows(*of_size, precision).flatten(2) for of_size in zip(outputs, squared_norms, strict=True))
+
+
+def _unit_rows(rows: Tensor, squared_norms: Tensor, precision: torch.dtype) -> Tensor:
+    """N×P×K×C rows, of squared norms N×P×1×1, as unit rows of a type; overwrites both."""
+    norms = squared_norms.sqrt_().clamp_(min=EPSILON)
+    if precision == rows.dtype:
+        return rows.div_(norms)
+    unit = torch.empty_like(rows, dtype=precision)
+    for first in range(0, rows.shape[1], _ROWS_AT_ONCE):
+        chunk = slice(first, first + _ROWS_AT_ONCE)
+        unit[:, chunk] = rows[:, chunk] / norms[:, chunk]
+    return unit
 
 
 def chosen_descriptors(

@@ -90,6 +90,14 @@ def rounded_bytes(count: int, dims: int) -> int:
     return count * (dims + 12)
 
 
+def integer_products(left: Tensor, right: Tensor) -> Tensor:
+    """P×R products of the rows of two int8 matrices on the CPU, P×D and R×D, float32; rounded once, whatever the
+    processor. −128 must not occur."""
+    if left.shape[1] > 1 and products_are_exact():
+        return torch._int_mm(left, right.T).float()
+    return (left.double() @ right.double().T).float()
+
+
 @lru_cache(maxsize=1)
 def products_are_exact() -> bool:
     """Whether this machine multiplies int8 matrices without loss: some processors saturate 16-bit sums."""

@@ -19,9 +19,10 @@ from patchnetvlad.devices import memory_errors, require_device
 from patchnetvlad.errors import UserError, by_number, counted
 from patchnetvlad.evaluation import open_features
 from patchnetvlad.extraction import tell_precision
+from patchnetvlad.files import some_of
 from patchnetvlad.ground_truth import ground_truth_lengths, read_ground_truth
 from patchnetvlad.image_lists import ImageList, read_image_list
-from patchnetvlad.images import in_order, prepare_image, read_image
+from patchnetvlad.images import check_images, in_order, prepare_image, read_image, stretches, tell_stretched, to_rgb
 from patchnetvlad.ini import load_config
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.pair_comparison import MatchedPair, distinct_names
@@ -33,6 +34,7 @@ from patchnetvlad.store.manifest import has_manifest
 from patchnetvlad.store.reading.patch_sources import DescribedPictures, PatchesInMemory
 from patchnetvlad.store.reading.spot_check import check_root
 from patchnetvlad.weights import load_model
+from patchnetvlad.workers import PICTURE_MEMORY, keep_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,6 +166,7 @@ class PlaceRecognizer:
         self.model = model
         self.config = config
         self.matcher = MATCHERS.find(config.feature_match.matcher)
+        self._told_stretched = False
 
     def __repr__(self) -> str:
         params = self.config.global_params
@@ -196,21 +199,39 @@ class PlaceRecognizer:
     def describe(self, pictures: Pictures) -> list[Description]:
         """Describe one picture or several, in the order given; while one is described, the next are loaded.
 
-        Raises UserError for a file that cannot be read, ValueError for an array or tensor of another shape or type.
+        Of several, all files are checked before the first is described. Raises UserError for files that cannot be read,
+        naming them, and for a picture smaller than a patch, ValueError for an array or tensor of another shape or type.
         """
-        several = [pictures] if _is_one(pictures) else cast(Iterable[Picture], pictures)
-        threads = 0 if _is_one(pictures) else self.config.global_params.loading_threads
+        several = [pictures] if _is_one(pictures) else list(cast(Iterable[Picture], pictures))
+        size, threads = self.config.feature_extract, 0
+        if not _is_one(pictures):
+            threads = self.config.global_params.loading_threads
+            problems = check_images([Path(one) for one in several if isinstance(one, (str, Path))], threads)
+            if problems:
+                raise UserError(some_of(list(problems.values()), separator="; "))
+        if self.model.device.type == "cpu":
+            keep_freed_memory(*PICTURE_MEMORY)
+        described, stretched = [], 0
         named = ((picture, picture_name(picture, number)) for number, picture in enumerate(several))
         with closing(in_order(self._loaded, named, threads, ahead=threads)) as loaded:
-            return [self._described(*arguments) for arguments in loaded]
+            for tensor, is_stretched, name, source in loaded:
+                described.append(self._described(tensor, name, source))
+                stretched += is_stretched
+        if stretched and not self._told_stretched:  # once, not for every frame of a camera
+            tell_stretched(stretched, len(described), size.imageresizeh, size.imageresizew)
+            self._told_stretched = True
+        return described
 
-    def _loaded(self, named: tuple[Picture, str]) -> tuple[Tensor, str, Picture]:
+    def _loaded(self, named: tuple[Picture, str]) -> tuple[Tensor, bool, str, Picture]:
         size = self.config.feature_extract
-        image = as_image(*named, size.exif_rotation)
-        return prepare_image(image, size.imageresizeh, size.imageresizew), named[1], named[0]
+        image, shape = as_image(*named, size.exif_rotation), (size.imageresizeh, size.imageresizew)
+        return prepare_image(image, *shape), stretches(image.size, *shape), named[1], named[0]
 
     def _described(self, tensor: Tensor, name: str, source: Picture) -> Description:
-        described = self.model.describe(tensor[None].to(self.model.device))
+        try:
+            described = self.model.describe(tensor[None].to(self.model.device))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         return Description(described.global_[0], described.picture(0), name, source)
 
     def compare(self, query: Description, reference: Description) -> Comparison:
@@ -269,7 +290,7 @@ def as_image(picture: Picture, name: str, exif_rotation: bool = False) -> Image.
     Raises UserError for a file that cannot be read, ValueError for another form, which it names.
     """
     if isinstance(picture, (str, Path)):
-        return read_image(Path(picture), exif_rotation).convert("RGB")
+        return read_image(Path(picture), exif_rotation)
     if isinstance(picture, Tensor):
         if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
             raise ValueError(
@@ -282,7 +303,10 @@ def as_image(picture: Picture, name: str, exif_rotation: bool = False) -> Image.
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
         raise ValueError(f"{name}: expected {_FORMS}, not {type(picture).__name__}")
-    return picture.convert("RGB")
+    try:
+        return to_rgb(picture, exif_rotation)
+    except (OSError, ValueError, SyntaxError) as error:  # of a picture that was opened, and is decoded only now
+        raise UserError(f"{name}: cannot be decoded ({' '.join(str(error).split())})") from error
 
 
 def _is_one(pictures: Pictures) -> TypeGuard[Picture]:

@@ -28,6 +28,7 @@ from patchnetvlad.distributed import Processes
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.files import replacing, told, write_text
 from patchnetvlad.frozen_layers import freeze, learning_layers
+from patchnetvlad.images import tell_stretched_files
 from patchnetvlad.ini import config_text
 from patchnetvlad.memory_estimate import estimate_memory
 from patchnetvlad.model import PlaceModel
@@ -121,6 +122,8 @@ def train_model(config: Config, options: RunOptions, processes: Processes, progr
     checkpoint = read_checkpoint(options.resume_path) if options.resume_path else None
     cities = _read_data(config, options, processes, progress)
     places = triplet_places(cities.train, train.positive_radius, train.negative_radius)
+    if processes.is_first:
+        tell_stretched_files(places.paths, train.imageresizeh, train.imageresizew, config.feature_extract.exif_rotation)
     check_validation(cities.validation, train.match_radius)
     learning = _learning(config, options, checkpoint, places, processes, progress)
     logger.info("learning: %s", learning_layers(learning.model))

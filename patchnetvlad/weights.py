@@ -11,6 +11,7 @@ from patchnetvlad.checkpoints import Checkpoint, build_model, load_state, read_c
 from patchnetvlad.config import Config
 from patchnetvlad.downloads import fetch_published, hash_file
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.published import cannot_be_fetched
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import read_text
 from patchnetvlad.model import PlaceModel, Precision
@@ -57,10 +58,7 @@ def initialise_encoder(model: PlaceModel, config: Config) -> None:
         try:
             state = model.encoder.own_state(model.encoder.published_state())
         except OSError as error:
-            raise UserError(
-                f"[train] pretrained = imagenet: the weights of {model.backbone} cannot be fetched ({error}); go "
-                "online, or name a file of weights, or none for random ones"
-            ) from error
+            raise cannot_be_fetched(model.backbone, error) from error
         model.encoder.load_state_dict(dict(state))
         return
     path = config.require_pretrained()

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from patchnetvlad.errors import UserError, by_number
 from patchnetvlad.netvlad import EPSILON
-from patchnetvlad.products import rounds_by_threads
+from patchnetvlad.products import KeptWeight, rounds_by_threads
 
 EIGENVALUE_FLOOR = 1e-9  # added to eigenvalues before the power, so that empty directions stay finite
 PLACE_DIMENSIONS = 1024  # principal directions within which differences are whitened; beyond is mostly noise
 PLACE_SHRINKAGE = 0.2  # share of an even spread in what differences are taken to spread like: they are few
 COLUMNS_AT_ONCE = 4096  # the same for columns, where there are more of these
-FEWEST_ROWS = 32  # of a product on a processor: fewer are added up in an order that follows the number of threads
 ROWS_OF_A_THREAD = 256  # of a product in float64
 ROWS_AT_ONCE = 1024  # rows turned into float64 at a time while the covariance is summed
 
@@ -35,7 +34,7 @@ class WPCA(nn.Module):
     def __init__(self, input_dims: int, output_dims: int) -> None:
         super().__init__()
         self.add_module("0", nn.Conv2d(input_dims, output_dims, kernel_size=1))
-        self._reduced: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept = KeptWeight()
 
     @property
     def weight(self) -> Tensor:
@@ -54,32 +53,13 @@ class WPCA(nn.Module):
     def forward(self, descriptors: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
         """…×(K·C) rows to …×D unit rows, float32; precision: of the matrix product."""
         with torch.autocast(descriptors.device.type, enabled=False):
-            if precision == torch.float32:
-                projected = self._projected(descriptors.float())
+            rows = descriptors.to(precision)
+            if precision == torch.float32 and (torch.is_grad_enabled() or not rounds_by_threads(rows)):
+                projected = F.linear(rows, self.weight, self.bias)
             else:
-                product = F.linear(descriptors.to(precision), self._weight_as(precision))
-                projected = product.float().add_(self.bias)
+                projected = self._kept.product(rows, self.weight, self.bias).float()
             # In place, since the patches of one picture may take 46 MB, except where gradients need the former values
             return F.normalize(projected, dim=-1, eps=EPSILON, out=None if projected.requires_grad else projected)
-
-    def _projected(self, descriptors: Tensor) -> Tensor:
-        """The projection in float32."""
-        if not rounds_by_threads(descriptors):
-            return F.linear(descriptors, self.weight, self.bias)
-        count = descriptors.shape[:-1].numel()
-        if not 1 < count < FEWEST_ROWS:
-            return F.linear(descriptors, self.weight, self.bias)
-        rows = F.pad(descriptors.reshape(count, -1), (0, 0, 0, FEWEST_ROWS - count))
-        return F.linear(rows, self.weight, self.bias)[:count].reshape(*descriptors.shape[:-1], -1)
-
-    def _weight_as(self, precision: torch.dtype) -> Tensor:
-        """The weight in another precision, kept until it changes."""
-        weight = self.weight
-        version = 0 if weight.is_inference() else weight._version  # counts changes in place
-        key = (weight.data_ptr(), version, weight.device, precision)
-        if self._reduced is None or self._reduced[0] != key:
-            self._reduced = (key, weight.detach().to(precision))
-        return self._reduced[1]
 
     @torch.no_grad()
     def set_fit(self, fit: "WPCAFit") -> None:

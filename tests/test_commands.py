@@ -15,12 +15,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from patchnetvlad.checkpoints import write_checkpoint
 from patchnetvlad.commands.datasets import convert_kapture_to_msls, gen_image_file_list
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.commands.models import download_models, fit_model
 from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.config import ENCODERS
+from patchnetvlad.encoders.interface import Encoder
 from patchnetvlad.errors import UserError
 from patchnetvlad.model import PlaceModel
+from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.paths import require_file
 from patchnetvlad.recognizer import PlaceRecognizer
 from patchnetvlad.result_files import read_pairs
@@ -286,13 +290,14 @@ def test_smaller_storage_ranks_the_same_places(small_model, features, tmp_path, 
     assert size < whole * (0.51 if dtype == "float16" else 0.27)
 
 
-def test_codes_of_patches(small_model, features, tmp_path, capsys):
+@pytest.mark.parametrize(("dtype", "file"), [("pq8", "patchfeats_psize2"), ("map24", "patchfeats_psize1")])
+def test_codes_of_patches(small_model, features, tmp_path, capsys, dtype, file):
     """Codes rank nearly as the descriptors do, resume with the folder's own codec, and are bound to it."""
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq8"]
+    options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]
     assert extract(options, INDEX_LIST, tmp_path / "index") == 0
     assert extract([*options, "--queries"], QUERY_LIST, tmp_path / "query") == 0
-    size = (tmp_path / "index/patchfeats_psize2_place00_0.npy").stat().st_size
-    assert size < 0.1 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
+    size = (tmp_path / f"index/{file}_place00_0.npy").stat().st_size
+    assert size < 0.3 * (tmp_path / "query/patchfeats_psize2_query00_0.npy").stat().st_size
     for similarity in ("float32", "int8"):
         chosen = ["--set", f"feature_match.similarity={similarity}"]
         assert match(small_model, tmp_path, tmp_path / similarity, *chosen) == 0
@@ -304,10 +309,10 @@ def test_codes_of_patches(small_model, features, tmp_path, capsys):
     assert abs(coded["1"] - full["1"]) <= 2 / 18 + 1e-9 and coded["10"] >= full["10"] - 1 / 18 - 1e-9
 
     codec = (tmp_path / "index/patchcodec.npz").read_bytes()
-    kept = (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes()
-    (tmp_path / "index/patchfeats_psize2_place03_0.npy").unlink()
+    kept = (tmp_path / f"index/{file}_place03_0.npy").read_bytes()
+    (tmp_path / f"index/{file}_place03_0.npy").unlink()
     assert extract(options, INDEX_LIST, tmp_path / "index") == 0
-    assert (tmp_path / "index/patchfeats_psize2_place03_0.npy").read_bytes() == kept
+    assert (tmp_path / f"index/{file}_place03_0.npy").read_bytes() == kept
     assert (tmp_path / "index/patchcodec.npz").read_bytes() == codec
 
     capsys.readouterr()
@@ -337,17 +342,19 @@ def test_packed_features_rank_as_files_do(small_model, features, tmp_path):
 
 
 def test_coded_queries_are_refused(small_model, features, tmp_path, capsys):
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq4"]
+    options = [*small_model, "--set", "feature_extract.feature_dtype=map4"]
     assert extract(options, QUERY_LIST, tmp_path / "query") == 0
     (tmp_path / "index").symlink_to(features / "index")
     assert match(small_model, tmp_path, tmp_path / "out") == 2
     assert "holds codes, and queries are compared as they are" in capsys.readouterr().err
 
 
-def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys):
-    options = [*small_model, "--set", "feature_extract.feature_dtype=pq33"]
+@pytest.mark.parametrize(("dtype", "places"), [("pq33", "model's 32 dimensions"), ("map129", "map's 128 channels")])
+def test_more_bytes_than_dimensions_are_refused(small_model, tmp_path, capsys, dtype, places):
+    options = [*small_model, "--set", f"feature_extract.feature_dtype={dtype}"]
     assert extract(options, QUERY_LIST, tmp_path / "query") == 2
-    assert "feature_dtype = pq33: expected at most one byte for each of the model's 32" in capsys.readouterr().err
+    told = f"feature_dtype = {dtype}: expected at most a byte for each of the {places}"
+    assert told in capsys.readouterr().err
 
 
 def test_predictions_of_another_method(small_model, features, tmp_path):
@@ -582,6 +589,57 @@ def test_features_of_another_precision_are_not_mixed_with(small_model, features,
     assert 0.98 < (rows[0] * rows[1]).sum(axis=1).min() < 1 - 1e-7
     assert match(rough, features, tmp_path / "results") == 2
     assert "precision" in failure(capsys)
+
+
+class _OddMaps(Encoder):
+    """Filters whose maps have more, or fewer, positions than whole strides fit into a picture."""
+
+    channels, extra = 8, 0
+    geometry = EncoderGeometry(stride=16, receptive_field=16, padding=0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 8, 16, stride=16)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        beyond = 16 * self.extra
+        return self.layer(torch.nn.functional.pad(pictures, (0, beyond, 0, beyond), "replicate"))
+
+
+class _LargerMaps(_OddMaps):
+    extra = 1
+
+
+class _SmallerMaps(_OddMaps):
+    extra = -1
+
+
+@pytest.mark.parametrize(("kind", "side", "fits"), [(_LargerMaps, 64, True), (_SmallerMaps, 80, False)])
+def test_maps_of_other_sizes_than_strides_tell(kind, side, fits, tmp_path, monkeypatch, capsys):
+    """A stride of 16 tells 4 positions of 64 pixels, where there are 5, and 5 of 80, where there are 4."""
+    monkeypatch.setitem(ENCODERS, "odd", kind)
+    write_checkpoint(tmp_path / "odd.pth.tar", PlaceModel("odd", "patchnetvlad", 4, 0, (5,), (1,)))
+    listed = tmp_path / "list.txt"
+    listed.write_text("database/place00_0.jpg\ndatabase/place01_0.jpg\n")
+    settings = ["backbone=odd", f"resumepath={tmp_path / 'odd'}", "num_pcs=0", "patch_sizes=5", "strides=1"]
+    options = [f"global_params.{one}" for one in settings] + ["feature_match.patchweights2use=1"]
+    options += [f"feature_{part}.imageresize{one}={side}" for part in ("extract", "match") for one in "wh"]
+    shared = ["--config_path", "rootsift.ini", "--dataset_root_dir", str(EXAMPLES), "-q"]
+    shared += [word for option in options for word in ("--set", option)]
+    described = ["--dataset_file_path", str(listed), "--output_features_dir", str(tmp_path / "features")]
+    status = feature_extract([*shared, *described])
+    if not fits:
+        assert status == 2
+        told = capsys.readouterr().err
+        assert "database/place00_0.jpg: a patch of size 5 is larger than the feature map, which has 4×4" in told
+        assert len(told.splitlines()) == 1
+        return
+    assert status == 0
+    matched = [f"--{part}_file_path={listed}" for part in ("query", "index")]
+    matched += [f"--{part}_input_features_dir={tmp_path / 'features'}" for part in ("query", "index")]
+    assert feature_match([*shared, *matched, f"--result_save_folder={tmp_path / 'results'}"]) == 0
+    rankings = read_pairs(tmp_path / "results" / "PatchNetVLAD_predictions.txt")
+    assert [ranking.database[0] for ranking in rankings] == [ranking.query for ranking in rankings]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

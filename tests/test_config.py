@@ -392,7 +392,7 @@ def configurations(draw: st.DrawFn) -> Config:
         FeatureExtractConfig(
             imageresizew=draw(sizes),
             imageresizeh=draw(sizes),
-            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8", "pq1", "pq32"])),
+            feature_dtype=draw(st.sampled_from(["float32", "float16", "int8", "pq1", "map32"])),
             exif_rotation=draw(st.booleans()),
         ),
         FeatureMatchConfig(

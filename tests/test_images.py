@@ -1,6 +1,7 @@
 """Pictures of every kind become RGB tensors; broken ones are named; batches come whole and in order."""
 
 import io
+import logging
 import os
 import re
 import threading
@@ -19,11 +20,11 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.images import (
     ImageDataset,
     check_images,
-    count_reshaped,
     image_batches,
     prepare_image,
     read_image,
     require_readable,
+    tell_stretched_files,
 )
 
 
@@ -401,16 +402,28 @@ def test_results_come_in_order_and_few_are_computed_ahead(threads: int) -> None:
     assert list(results) == []
 
 
-def test_pictures_that_resizing_stretches_are_counted(tmp_path: Path) -> None:
+def test_pictures_that_resizing_stretches_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"a.png": (64, 48), "b.png": (48, 64), "c.png": (65, 48), "d.png": (640, 479), "e.png": (64, 64)}
     paths = []
     for name, size in sizes.items():
         paths.append(tmp_path / name)
         Image.new("RGB", size).save(paths[-1])
-    assert count_reshaped([*paths, paths[1]], 480, 640) == 3
-    assert count_reshaped(paths, 0, 640) == 0
+
+    def told(paths: list[Path], height: int, exif_rotation: bool = False) -> list[str]:
+        caplog.clear()
+        tell_stretched_files(paths, height, 640, exif_rotation)
+        return [record.message.partition(" of other")[0] for record in caplog.records]
+
+    caplog.set_level(logging.INFO)
+    assert told([*paths, paths[1]], 480) == ["3 of 5 pictures"]
+    assert told(paths, 0) == told([paths[0]], 480) == []
+    monkeypatch.setattr(images, "_LOOKED_AT", 2)
+    assert told(paths[::-1], 480) == ["2 of 2 pictures"]  # e and b
+    monkeypatch.undo()
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (48, 64)).save(tmp_path / "f.jpg", exif=turned)
-    assert count_reshaped([tmp_path / "f.jpg"], 480, 640, exif_rotation=True) == 0
-    assert count_reshaped([tmp_path / "f.jpg"], 480, 640) == 1
+    assert told([tmp_path / "f.jpg"], 480, exif_rotation=True) == []
+    assert told([tmp_path / "f.jpg"], 480) == ["1 of 1 picture"]

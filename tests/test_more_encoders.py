@@ -70,7 +70,7 @@ def test_geometry_and_channels_without_weights(name):
     assert encoder.geometry == geometry
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if "pvt" not in name and "dino" not in name])
+@pytest.mark.parametrize("name", [name for name in KNOWN if "pvt" not in name])
 def test_a_dot_that_moves_is_seen_where_it_is(name):
     """The centre of what a dot changes follows the dot over a whole stride.
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchnetvlad.config_values import code_bytes
 from patchnetvlad.patch_codes import (
     PatchCodec,
     _balanced_groups,
@@ -216,8 +215,3 @@ def test_a_codec_knows_its_error():
     for num_bytes in (2, 8):
         codec = train_codec(sample, num_bytes)
         assert codec.error == pytest.approx(1 - likeness(codec.decode(codec.encode(rows)), rows) ** 2, abs=0.05)
-
-
-def test_names_of_storage_types():
-    assert [code_bytes(name) for name in ("pq1", "pq32", "pq160")] == [1, 32, 160]
-    assert [code_bytes(name) for name in ("pq", "pq0", "pq08", "pq-1", "pq8x", "int8", "PQ8")] == [None] * 7

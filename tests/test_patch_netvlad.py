@@ -53,6 +53,15 @@ def test_descriptors_are_normalised_window_means(size, stride):
         torch.testing.assert_close(patches[picture].double(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_another_precision_rounds_the_same_descriptors():
+    local, assignment, centroids = scene(batch=2, height=14, width=13)
+    exact = patch_descriptors(local, assignment, centroids, [2, 6], [1, 3])
+    rounded = patch_descriptors(local, assignment, centroids, [2, 6], [1, 3], torch.bfloat16)
+    assert exact[0].shape[1] > 2 * 64 and exact[0].dtype == torch.float32
+    for of_size, rough in zip(exact, rounded, strict=True):
+        assert rough.dtype == torch.bfloat16 and torch.equal(of_size.bfloat16(), rough)
+
+
 @pytest.mark.parametrize("sharpness", [100.0, 1000.0])
 def test_almost_empty_clusters_keep_their_direction(sharpness):
     local, assignment, centroids = scene(height=12, width=12, channels=32, clusters=16, sharpness=sharpness)

@@ -118,6 +118,30 @@ def test_mistakes_are_told_in_its_own_words(small_model, tmp_path, capsys):
     assert recognize([*options, "--no_positions", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("trouble", ["cut.jpg", "name", "settings", "none"])
+def test_a_refused_run_leaves_what_was_there(trouble, small_model, tmp_path, capsys):
+    drives, output = lay_out(tmp_path, 3), tmp_path / "out"
+    options = options_of(drives, output, small_model)
+    assert recognize([*options, "--frames"]) == 0
+    before = {path: content for path, content in files_of(output).items() if path.suffix != ".log"}
+    lay_out(tmp_path, 5)
+    refused, more = 2, []
+    if trouble == "cut.jpg":  # among the queries, which are described last
+        (drives[1] / "cut.jpg").write_bytes((drives[1] / "0000.jpg").read_bytes()[:3000])
+    elif trouble == "name":
+        shutil.copy(drives[1] / "0000.jpg", drives[1] / " blank.jpg ")
+        (drives[1] / " blank.jpg ").rename(drives[1] / "two\nlines.jpg")
+    elif trouble == "settings":
+        more = ["--set", "feature_extract.precision=bfloat16"]
+    else:
+        refused = 0
+    assert recognize([*options, "--no_positions", *more]) == refused
+    errors = capsys.readouterr().err
+    after = {path: content for path, content in files_of(output).items() if path.suffix != ".log"}
+    assert (after == before) == bool(refused), errors
+    assert len([line for line in errors.splitlines() if "error:" in line]) == bool(refused)
+
+
 def test_codes_of_the_database_alone(small_model, tmp_path):
     coded = ["--set", "feature_extract.feature_dtype=pq8", "--no_positions"]
     assert recognize([*options_of(lay_out(tmp_path, 3), tmp_path / "out", small_model), *coded]) == 0

@@ -82,6 +82,62 @@ def test_unreadable_files_are_refused(recognizer):
         recognizer.describe("absent.jpg")
 
 
+def test_all_bad_files_are_named_before_the_first_is_described(recognizer, tmp_path, monkeypatch):
+    (tmp_path / "cut.jpg").write_bytes(SAME.read_bytes()[:2000])
+    monkeypatch.setattr(recognizer.model, "describe", lambda pictures: pytest.fail("described too early"))
+    for given in ([SAME, tmp_path / "cut.jpg", "absent.jpg"], iter([str(tmp_path / "cut.jpg"), SAME, "absent.jpg"])):
+        with pytest.raises(UserError, match=r"cut\.jpg: cannot be decoded \(.*\); absent\.jpg: no such file"):
+            recognizer.describe(given)
+
+
+def test_pictures_that_are_open_are_read_as_files_are(recognizer, tmp_path):
+    """16 bits, transparency, and a file that breaks off."""
+    grey = np.asarray(Image.open(SAME).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    Image.open(SAME).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.open(SAME).quantize(16).save(tmp_path / "palette.png", transparency=b"\x00" * 4)
+    for name in ("deep.png", "alpha.png", "palette.png"):
+        with Image.open(tmp_path / name) as opened:
+            from_file, from_picture = recognizer.describe([tmp_path / name, opened])
+            assert ("transparency" in opened.info) == (name == "palette.png")
+        torch.testing.assert_close(from_file.global_, from_picture.global_, rtol=0, atol=0)
+    (tmp_path / "cut.jpg").write_bytes(SAME.read_bytes()[:2000])
+    with Image.open(tmp_path / "cut.jpg") as opened, pytest.raises(UserError, match=r"cut\.jpg: cannot be decoded"):
+        recognizer.describe(opened)
+
+
+def test_an_open_picture_is_turned_as_its_file_is(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(SAME).save(tmp_path / "turned.jpg", exif=turned)
+    options = [*overrides(tmp_path), "feature_extract.exif_rotation=True"]
+    upright = PlaceRecognizer.load("rootsift.ini", overrides=options)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        from_file, from_picture = upright.describe([tmp_path / "turned.jpg", opened])
+    torch.testing.assert_close(from_file.global_, from_picture.global_, rtol=0, atol=0)
+
+
+def test_pictures_that_are_stretched_are_counted_once(tmp_path, caplog):
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=overrides(tmp_path))
+    caplog.set_level(logging.INFO)
+    square = np.zeros((96, 96, 3), dtype=np.uint8)
+    recognizer.describe(SAME)
+    assert "stretched" not in caplog.text
+    recognizer.describe([SAME, square, square])
+    recognizer.describe(square)
+    assert [record.message.partition(":")[0] for record in caplog.records if "stretched" in record.message] == [
+        "2 of 3 pictures of other proportions than 160×120"
+    ]
+
+
+def test_a_picture_smaller_than_a_patch_is_named(tmp_path):
+    own_size = [f"feature_{part}.imageresize{side}=0" for part in ("extract", "match") for side in "wh"]
+    recognizer = PlaceRecognizer.load("rootsift.ini", overrides=[*overrides(tmp_path), *own_size])
+    Image.new("RGB", (40, 40)).save(tmp_path / "tiny.png")
+    with pytest.raises(UserError, match=r"tiny\.png: a patch of size 3 is larger than the feature map"):
+        recognizer.describe([SAME, tmp_path / "tiny.png"])
+
+
 def test_compare(recognizer):
     query, same, other = recognizer.describe([QUERY, SAME, OTHER])
     comparison = recognizer.compare(query, same)

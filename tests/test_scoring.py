@@ -236,5 +236,6 @@ def test_samples_are_the_first_four_different_draws_one_after_the_other(count):
         if len(sample) == SAMPLE:
             samples.append(sample)
             sample = []
-    for wanted in np.cumsum(BLOCKS).tolist():
-        assert samples_of(count, wanted).T.tolist() == samples[:wanted]
+    blocks = [samples_of(count, block)[0] for block in range(len(BLOCKS))]
+    assert [block.shape[1] for block in blocks] == list(BLOCKS)
+    assert torch.cat(blocks, dim=1).T.tolist() == samples

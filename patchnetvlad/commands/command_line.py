@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from patchnetvlad import __version__
 from patchnetvlad.config import Config
 from patchnetvlad.downloads import download_text, published_bytes, ways_out
+from patchnetvlad.encoders.published import check_encoder_names
 from patchnetvlad.errors import UserError
 from patchnetvlad.ini import load_config, recorded_config
 from patchnetvlad.paths import command_name, require_file
@@ -122,7 +123,9 @@ def configuration(args: argparse.Namespace, features: Path | None = None) -> Con
     path = recorded_config(features) if features and args.config_path is None else None
     if path is not None:
         logger.info("configuration: %s", path)
-    return load_config(path or require_file(args.config_path or args.default_config, "configs"), args.overrides)
+    config = load_config(path or require_file(args.config_path or args.default_config, "configs"), args.overrides)
+    check_encoder_names(config)
+    return config
 
 
 def device(args: argparse.Namespace) -> torch.device:

@@ -7,6 +7,7 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.downloads import fetch_published
+from patchnetvlad.encoders.published import check_starting_weights
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import list_folder, read_image_list
 from patchnetvlad.paths import (
@@ -62,6 +63,7 @@ def _fit(args: argparse.Namespace) -> None:
     check_new_checkpoint(path, config.global_params.num_pcs, args.overwrite)
     config.check_fitting()
     config.check_one_process("fitting")
+    check_starting_weights(config)
     pictures = _pictures(args)
     from patchnetvlad.checkpoints import write_checkpoint
     from patchnetvlad.images import require_readable

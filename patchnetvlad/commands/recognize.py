@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from patchnetvlad.commands import command_line
@@ -14,7 +15,8 @@ from patchnetvlad.commands.datasets import make_dataset
 from patchnetvlad.commands.features import feature_extract, feature_match
 from patchnetvlad.config import Config
 from patchnetvlad.errors import UserError, counted
-from patchnetvlad.image_lists import SIDES, list_file_name
+from patchnetvlad.files import replacing
+from patchnetvlad.image_lists import SIDES, list_file_name, read_image_list
 from patchnetvlad.result_files import RERANKING, RETRIEVAL, read_pairs, read_scores
 
 _SHOWN = 20  # queries on the screen, each with
@@ -76,17 +78,19 @@ def _recognize(args: argparse.Namespace) -> int:
     lists = {side: output / "lists" / list_file_name(name, side) for side in SIDES}
     features = _feature_folders(output / "features", making[0], database, queries)
     truth, results = output / "lists" / f"{name}.npz", output / "results" / name
-    truth.unlink(missing_ok=True)
-    shared = _shared(args)
+    shared, of_root = _shared(args), ["--dataset_root_dir", str(root)]
     into = ["--name", name, *(f"--{kind}_dir={output / 'lists'}" for kind in ("lists", "ground_truth"))]
-    if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *into]):
-        return status
-    of_root = ["--dataset_root_dir", str(root)]
-    for side in ("index", "query"):
-        options = [*of_root, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
-        options += ["--queries"] * (side == "query") + ["--overwrite"] * args.overwrite
-        if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
+    with _kept_if_refused([*lists.values(), truth]) as accept:
+        truth.unlink(missing_ok=True)
+        if status := command_line.run_step("tools/make_dataset.py", make_dataset, [*_talk(args), *making, *into]):
             return status
+        _check_pictures(args, config, root, list(lists.values()))
+        for side in ("index", "query"):
+            options = [*of_root, "--dataset_file_path", str(lists[side]), "--output_features_dir", str(features[side])]
+            options += ["--queries"] * (side == "query") + ["--overwrite"] * args.overwrite
+            if status := command_line.run_step("feature_extract.py", feature_extract, [*shared, *options]):
+                return status
+        accept()
     options = [word for side in lists for word in (f"--{side}_file_path", str(lists[side]))]
     options += [word for side in lists for word in (f"--{side}_input_features_dir", str(features[side]))]
     options += ["--ground_truth_path", str(truth)] if truth.exists() else []
@@ -99,6 +103,35 @@ def _recognize(args: argparse.Namespace) -> int:
     if args.open and not webbrowser.open(page.as_uri()):
         print("no browser could be started (open the page by hand)")
     return 0
+
+
+@contextmanager
+def _kept_if_refused(files: Sequence[Path]) -> Iterator[Callable[[], None]]:
+    """Gives a function to call when the block has succeeded; otherwise files that were there are again as they were.
+
+    Where there was none of them, what the block has made stays, so that its steps can be repeated.
+    """
+    before = {file: file.read_bytes() for file in files if file.exists()}
+    accepted: list[bool] = []
+    try:
+        yield lambda: accepted.append(True)
+    finally:
+        if before and not accepted:
+            for file in files:
+                if file in before:
+                    with replacing(file) as temporary:
+                        temporary.write_bytes(before[file])
+                else:
+                    file.unlink(missing_ok=True)
+
+
+def _check_pictures(args: argparse.Namespace, config: Config, root: Path, lists: Sequence[Path]) -> None:
+    """Raises UserError for unreadable pictures of either list, before the first picture is described."""
+    from patchnetvlad.images import require_readable
+
+    threads = config.global_params.loading_threads
+    for listed in lists:
+        require_readable(read_image_list(listed, root).paths, listed, threads, command_line.progress(args))
 
 
 def _feature_folders(folder: Path, kind: str, database: str, queries: str) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from patchnetvlad.commands import command_line
 from patchnetvlad.commands.command_line import Parser
 from patchnetvlad.config import Config
+from patchnetvlad.encoders.published import check_starting_weights
 from patchnetvlad.errors import UserError, counted
 from patchnetvlad.image_lists import list_file_name, read_image_list
 from patchnetvlad.paths import RUNS_FOLDER, check_new_checkpoint, find_checkpoint, require_file, with_wpca
@@ -65,9 +66,10 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError("--nEpochs must be 1 or more, --start_epoch 0 or more")
     config = _with_threads(command_line.configuration(args), args.threads)
     config.check_training()
-    config.require_pretrained()
     sources = _sources(args)
     resumed = _checkpoint(args.resume_path) if args.resume_path else None
+    if resumed is None:
+        check_starting_weights(config)
     from patchnetvlad.distributed import processes
     from patchnetvlad.training_run import RunOptions, Source, train_model
 

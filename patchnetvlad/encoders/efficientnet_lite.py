@@ -1,11 +1,13 @@
 """EfficientNet-Lite0 up to its last feature map 16 pixels apart: small, and quick on a processor."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.published import LITE0_WEIGHTS, none_published
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.products import convolution, rounds_by_threads, row_products
@@ -77,6 +79,9 @@ class EfficientNetLite0(_Layers, Encoder):
     def in_two(self) -> tuple[nn.Module, nn.Module]:
         layers = list(self)
         return nn.Sequential(*layers[:-_LEARNED]), nn.Sequential(*layers[-_LEARNED:])
+
+    def published_state(self) -> Mapping[str, Tensor]:
+        raise none_published(LITE0_WEIGHTS)
 
 
 class _Normalisation(nn.Module):

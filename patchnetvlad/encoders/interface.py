@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from patchnetvlad.encoders.published import none_published
 from patchnetvlad.patch_grid import EncoderGeometry
 
 
@@ -36,8 +37,11 @@ class Encoder(nn.Module):
         return (nn.Identity(), self) if self.last_stage() else (self, nn.Identity())
 
     def published_state(self) -> Mapping[str, Tensor]:
-        """A state as the encoder was published with, fetched or taken from a cache. Raises OSError when that fails."""
-        return self.state_dict()
+        """A state as the encoder was published with, fetched or taken from a cache.
+
+        Raises OSError when that fails, UserError where none is published.
+        """
+        raise none_published()
 
     def own_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What a state of the encoder's publisher, under the publisher's names, means for this module.

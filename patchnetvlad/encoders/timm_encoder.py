@@ -1,6 +1,5 @@
 """Any model of the timm package that gives feature maps, as an encoder; channels and geometry follow from the model."""
 
-import difflib
 from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from patchnetvlad.downloads import fetch_from_hub
 from patchnetvlad.encoders.grid_tracing import trace_geometry
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.published import no_such_model, no_timm
 from patchnetvlad.errors import UserError
 from patchnetvlad.images import IMAGENET_MEAN, IMAGENET_STD
 from patchnetvlad.patch_grid import EncoderGeometry
@@ -156,9 +156,7 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(
-            "[global_params] backbone: this encoder needs the timm package (pip install 'patchnetvlad[timm]')"
-        ) from error
+        raise no_timm() from error
     return timm
 
 
@@ -215,9 +213,7 @@ def _without_memory(name: str) -> tuple[Any, dict[str, bool]]:
     timm = _timm()
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise UserError(f"[global_params] backbone = timm:{name}: timm has no model of that name{hint}")
+        raise no_such_model(name, timm.list_models())
     tags = [pretrained.partition(".")[2] for pretrained in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise UserError(

@@ -1,7 +1,6 @@
 """VGG16 up to conv5_3, the encoder of the paper."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -9,12 +8,12 @@ from torch import Tensor, nn
 
 from patchnetvlad.downloads import require_answer
 from patchnetvlad.encoders.interface import Encoder
+from patchnetvlad.encoders.published import VGG16_IMAGENET, vgg16_file
 from patchnetvlad.patch_grid import EncoderGeometry
 from patchnetvlad.products import convolution, rounds_by_threads
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; pooling in between
 _CONV5 = 24  # index of conv5_1; conv5_2 and conv5_3 follow, with a ReLU in between
-_IMAGENET = "https://download.pytorch.org/models/vgg16-397923af.pth"  # of torchvision; the name ends in its hash
 _PREFIX = "features."  # of these layers in a whole VGG16
 
 
@@ -52,10 +51,12 @@ class VGG16(nn.Sequential, Encoder):
 
     def published_state(self) -> Mapping[str, Tensor]:
         """torchvision's ImageNet weights."""
-        name = _IMAGENET.rpartition("/")[2]
-        if not Path(torch.hub.get_dir(), "checkpoints", name).exists():
-            require_answer(_IMAGENET)
-        state = torch.hub.load_state_dict_from_url(_IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
+        file = vgg16_file()
+        if not file.exists():
+            require_answer(VGG16_IMAGENET)
+        state = torch.hub.load_state_dict_from_url(
+            VGG16_IMAGENET, str(file.parent), map_location="cpu", check_hash=True, weights_only=True
+        )
         return cast(Mapping[str, Tensor], state)
 
     def own_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

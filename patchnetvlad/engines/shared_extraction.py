@@ -16,8 +16,8 @@ from patchnetvlad.errors import UserError
 from patchnetvlad.extraction import Describe, check_disk, describe_pictures, estimate_bytes
 from patchnetvlad.image_lists import ImageList
 from patchnetvlad.model import PlaceModel
-from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.arrays.blocks import PICTURES_IN_BLOCK, Block
+from patchnetvlad.store.arrays.codecs import Trained
 from patchnetvlad.store.manifest import StoreHeader, first_line
 from patchnetvlad.store.writing.feature_writer import FeatureWriter
 from patchnetvlad.store.writing.picture_writer import PictureWriter, Written
@@ -72,7 +72,7 @@ class ExtractionJob:
     model: PlaceModel
     config: Config
     header: StoreHeader
-    trained: PatchCodec | None
+    trained: Trained | None
     folder: Path
     short: Sequence[Block]
     manifest: bytes
@@ -102,7 +102,7 @@ def describe_part(
     config: Config,
     part: PictureBlock,
     header: StoreHeader,
-    trained: PatchCodec | None,
+    trained: Trained | None,
     folder: Path,
     short: Sequence[Block] = (),
 ) -> list[Written]:

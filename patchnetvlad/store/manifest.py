@@ -14,14 +14,15 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.config_values import code_form
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told
 from patchnetvlad.image_lists import hash_names
 from patchnetvlad.patch_codes import coded_for, coded_grids
 from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.store.arrays.blocks import Block, BlockLayout
-from patchnetvlad.store.arrays.codecs import Codec, codec_of
+from patchnetvlad.store.arrays.codecs import Codec, LearnedCodec, codec_of
+from patchnetvlad.store.arrays.map_codes import map_grid
 
 MANIFEST_NAME = "manifest.jsonl"
 
@@ -37,7 +38,7 @@ class StoreHeader:
     checkpoint_sha256: hash of the model's file, "" for a model without one; settings: further settings that decide
     the descriptors (backbone, pooling, picture size, …) as JSON values; num_dims: D; patch_sizes and strides: one for
     each scale, both empty for a purely global store; dtype: how patch descriptors are stored, float32,
-    float16, int8 or pqN; codec_sha256: hash of the quantiser of pqN, "" for others and where any will do.
+    float16, int8, pqN or mapN; codec_sha256: hash of the quantiser of codes, "" for others and where any will do.
     layout: "files", for each picture its own, or "packed", blocks of pictures.
     Of a header that is expected and not stored, checkpoint_sha256 = None and num_dims = 0 stand for any.
     """
@@ -62,8 +63,8 @@ class StoreHeader:
             raise UserError(f"patch_sizes: {list(self.patch_sizes)} names a size twice (files are named by it)")
 
     @property
-    def codec(self) -> Codec:
-        """How patch descriptors are stored; that of pqN is not trained and knows sizes only."""
+    def codec(self) -> Codec | LearnedCodec:
+        """How patch descriptors are stored; that of codes is not trained and knows sizes only."""
         return codec_of(self.dtype)
 
     def block_layout(self, num_pictures: int) -> BlockLayout:
@@ -81,23 +82,29 @@ class StoreHeader:
         return PatchGrid.of_map(map_size, self.patch_sizes, self.strides, self.geometry)
 
     def stored_grids(self, map_size: tuple[int, int]) -> tuple[PatchGrid, ...]:
-        """Those whose patches are stored: all, and with codes those that all can be estimated from."""
+        """What is stored: all patches, and with codes those that all can be estimated from, or the map's positions."""
         grids = self.grids(map_size)
-        return coded_grids(grids) if self.coded else grids
+        form = code_form(self.dtype)
+        if form is None:
+            return grids
+        return map_grid(grids) if form.kind == "map" else coded_grids(grids)
 
     def grids_to_read(self, map_size: tuple[int, int], patch_sizes: Sequence[int]) -> tuple[PatchGrid, ...]:
         """Those of the stored grids that a selection of the patch sizes needs, in that order without codes."""
         wanted = {grid.patch_size: grid for grid in self.grids(map_size)}
         stored = self.stored_grids(map_size)
-        if not self.coded:
+        form = code_form(self.dtype)
+        if form is None:
             return tuple(wanted[size] for size in patch_sizes)
+        if form.kind == "map":
+            return stored
         needed = {coded_for(wanted[size], stored) for size in patch_sizes if len(wanted[size])}
         return tuple(grid for grid in stored if grid in needed)
 
     @property
     def coded(self) -> bool:
         """Whether patch descriptors are stored as codes."""
-        return code_bytes(self.dtype) is not None
+        return code_form(self.dtype) is not None
 
 
 @dataclass(frozen=True)

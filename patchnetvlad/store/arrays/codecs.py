@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchnetvlad.config_values import code_bytes
+from patchnetvlad.config_values import code_form
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import told, writing
 from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.store.arrays.array_files import largest_magnitude
+from patchnetvlad.store.arrays.map_codes import MapCodec, PatchHead
 
 CODEC_NAME = "patchcodec.npz"
 
@@ -135,12 +136,41 @@ CODECS: dict[str, Codec] = {  # by feature_dtype
 }
 
 
-class ProductCodec:
-    """Codes of a trained quantiser, num_bytes for each patch; without one it only says how large they are."""
+class Trained(Protocol):
+    """A quantiser of whole pictures, learned from some; PatchCodec and MapCodec are such."""
+
+    @property
+    def dtype(self) -> str:
+        """The feature_dtype that it is trained for."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that decides codes and descriptors."""
+        ...
+
+    def encode_picture(
+        self, descriptors: Sequence[Tensor], grids: Sequence[PatchGrid], local: Tensor | None
+    ) -> list[np.ndarray]:
+        """A picture's codes, one array for each grid that is stored; local: its map, H×W×C."""
+        ...
+
+    def decode_picture(
+        self, codes: Sequence[np.ndarray], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]
+    ) -> tuple[Tensor, ...]:
+        """The unit rows P×D of all patches of some grids, from the codes of the stored grids that they need."""
+        ...
+
+
+class LearnedCodec:
+    """Codes of a trained quantiser, num_bytes for each place; without one it only says how large they are.
+
+    Pictures are coded as a whole, since what is stored are not the patches one by one.
+    """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, num_bytes: int, trained: PatchCodec | None = None) -> None:
+    def __init__(self, num_bytes: int, trained: Trained | None = None) -> None:
         self._num_bytes = num_bytes
         self._trained = trained
 
@@ -152,21 +182,24 @@ class ProductCodec:
         """None."""
         return 0
 
-    def encode(self, descriptors: Tensor) -> StoredArray:
-        """Codes."""
-        return StoredArray(self._learned().encode(_finite(descriptors)), None)
+    def encode_picture(
+        self, descriptors: Sequence[Tensor], grids: Sequence[PatchGrid], local: Tensor | None
+    ) -> list[StoredArray]:
+        """Codes. Raises ValueError for NaN or infinity."""
+        rows = [_finite(tensor) for tensor in descriptors]
+        return [StoredArray(codes, None) for codes in self._learned().encode_picture(rows, grids, local)]
 
-    def estimate(
-        self, decoded: Sequence[Tensor], coded: Sequence[PatchGrid], grids: Sequence[PatchGrid]
+    def decode_picture(
+        self,
+        codes: Sequence[np.ndarray],
+        coded: Sequence[PatchGrid],
+        grids: Sequence[PatchGrid],
+        device: torch.device = CPU,
     ) -> tuple[Tensor, ...]:
-        """All patches of some grids, from the decoded rows of the coded grids that they need."""
-        return self._learned().estimate(decoded, coded, grids)
+        """The unit rows that the codes stand for; they are made on the CPU."""
+        return tuple(rows.to(device) for rows in self._learned().decode_picture(codes, coded, grids))
 
-    def decode(self, stored: StoredArray, device: torch.device = CPU) -> Tensor:
-        """The unit rows that the codes stand for; they are looked up on the CPU."""
-        return self._learned().decode(stored.array).to(device)
-
-    def _learned(self) -> PatchCodec:
+    def _learned(self) -> Trained:
         if self._trained is None:
             raise ValueError("a codec that was not trained neither encodes nor decodes")
         return self._trained
@@ -180,26 +213,33 @@ def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def codec_of(dtype: str, trained: PatchCodec | None = None) -> Codec:
-    """The codec of a feature_dtype; trained: the quantiser of pqN, needed to encode and decode.
+def codec_of(dtype: str, trained: Trained | None = None) -> Codec | LearnedCodec:
+    """The codec of a feature_dtype; trained: the quantiser of pqN and mapN, needed to encode and decode.
 
-    Raises ValueError for an unknown type, and for a quantiser of another number of bytes.
+    Raises ValueError for an unknown type, and for a quantiser of another one.
     """
-    num_bytes = code_bytes(dtype)
-    if num_bytes is not None and (trained is None or trained.num_bytes == num_bytes):
-        return ProductCodec(num_bytes, trained)
+    form = code_form(dtype)
+    if form is not None and (trained is None or trained.dtype == dtype):
+        return LearnedCodec(form.num_bytes, trained)
     if dtype not in CODECS or trained is not None:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(CODECS)}, or pqN with a codec of N bytes")
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(CODECS)}, or pqN or mapN with their codec")
     return CODECS[dtype]
 
 
-def write_patch_codec(folder: Path, trained: PatchCodec) -> None:
+def write_patch_codec(folder: Path, trained: Trained) -> None:
     """Keep the quantiser of a folder's codes in that folder."""
+    content: dict[str, np.ndarray] = {}
+    codes = trained
+    if isinstance(trained, MapCodec):
+        content |= {"mean": trained.mean, "axes": trained.axes, **trained.head.arrays}
+        codes = trained.codes
+    assert isinstance(codes, PatchCodec)
+    content |= {"groups": codes.groups, "centroids": codes.centroids, "error": np.array(codes.error)}
     with writing(folder / CODEC_NAME) as file:
-        np.savez(file, groups=trained.groups, centroids=trained.centroids, error=np.float64(trained.error))
+        np.savez(file, **content)  # type: ignore[arg-type]  # numpy's stub
 
 
-def read_patch_codec(folder: Path) -> PatchCodec | None:
+def read_patch_codec(folder: Path) -> Trained | None:
     """The quantiser of a folder's codes, None where there is none. Raises UserError when it is damaged."""
     path = folder / CODEC_NAME
     if not path.exists():
@@ -208,22 +248,26 @@ def read_patch_codec(folder: Path) -> PatchCodec | None:
         # numpy leaves a file open that it opened itself and found damaged
         with told(path, "cannot be read"), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             groups, centroids = content["groups"].astype(np.int64), content["centroids"].astype(np.float32)
-            return PatchCodec(groups, centroids, float(content["error"]))
+            codes = PatchCodec(groups, centroids, float(content["error"]))
+            if "axes" not in content:
+                return codes
+            head = PatchHead(**{name: content[name].astype(np.float32) for name in PatchHead.__dataclass_fields__})
+            return MapCodec(content["mean"].astype(np.float32), content["axes"].astype(np.float32), codes, head)
     except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is not the codec of patch descriptors ({_DAMAGED_CODEC})") from error
 
 
-def stored_codec(folder: Path, dtype: str, sha256: str) -> Codec:
+def stored_codec(folder: Path, dtype: str, sha256: str) -> Codec | LearnedCodec:
     """How the descriptors of a folder are stored; sha256: the quantiser's by the manifest, "" without one.
 
     Raises UserError when the quantiser in the folder is missing, damaged or another one.
     """
-    if code_bytes(dtype) is None:
+    if code_form(dtype) is None:
         return codec_of(dtype)
     trained = read_patch_codec(folder)
     if trained is None:
         raise UserError(f"{folder / CODEC_NAME}: is missing, without which the codes say nothing ({_DAMAGED_CODEC})")
-    if trained.sha256 != sha256 or trained.num_bytes != code_bytes(dtype):
+    if trained.sha256 != sha256 or trained.dtype != dtype:
         raise UserError(f"{folder / CODEC_NAME}: is the codec of another folder ({_DAMAGED_CODEC})")
     return codec_of(dtype, trained)
 

@@ -13,7 +13,7 @@ from patchnetvlad.image_lists import ImageList
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.patch_rounding import RoundedPatches, round_patches, rounded_bytes
 from patchnetvlad.store.arrays.array_files import GLOBAL_NAME, ArrayInfo, map_rows, read_array
-from patchnetvlad.store.arrays.codecs import CODECS, CPU, Codec, ProductCodec, StoredArray, stored_codec
+from patchnetvlad.store.arrays.codecs import CODECS, CPU, Codec, LearnedCodec, StoredArray, stored_codec
 from patchnetvlad.store.cache.memory_cache import Arrays, CacheStatistics, PictureCache
 from patchnetvlad.store.manifest import StoreHeader, read_manifest
 from patchnetvlad.store.reading.stored_pictures import (
@@ -44,7 +44,7 @@ class FeatureStore:
         global_: np.ndarray,
         pictures: Sequence[StoredPicture],
         patch_sizes: tuple[int, ...],
-        codec: Codec | None,
+        codec: Codec | LearnedCodec | None,
         cache_gb: float,
         workers: int,
     ) -> None:
@@ -84,7 +84,7 @@ class FeatureStore:
             raise UserError(f"{folder}: is not a folder (features not extracted yet, or another path)")
         manifest = read_manifest(folder)
         stored: Sequence[StoredPicture]
-        codec: Codec | None = None
+        codec: Codec | LearnedCodec | None = None
         if manifest is not None:
             check_manifest(manifest, pictures.names, expected)
             sizes = manifest.header.patch_sizes if expected is None else expected.patch_sizes
@@ -118,7 +118,7 @@ class FeatureStore:
     @property
     def coded(self) -> bool:
         """Whether patch descriptors are stored as codes."""
-        return isinstance(self._codec, ProductCodec)
+        return isinstance(self._codec, LearnedCodec)
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -145,11 +145,11 @@ class FeatureStore:
         picture = self._pictures[index]
         count = len(picture.stored)
         arrays = self._cache.get(index)
-        stored = zip(arrays[:count], picture.scales, strict=True)
-        descriptors = tuple(self._codec.decode(StoredArray(array, scales), device) for array, scales in stored)
-        if isinstance(self._codec, ProductCodec):
-            every = self._codec.estimate(descriptors, picture.stored, picture.grids)
-            descriptors = tuple(rows.to(device) for rows in every)
+        if isinstance(self._codec, LearnedCodec):
+            descriptors = self._codec.decode_picture(arrays, picture.stored, picture.grids, device)
+        else:
+            stored = zip(arrays[:count], picture.scales, strict=True)
+            descriptors = tuple(self._codec.decode(StoredArray(array, scales), device) for array, scales in stored)
         if device.type != "cpu":
             return PatchFeatures(descriptors, picture.grids)
         if self._rounded and self.coded:
@@ -191,7 +191,7 @@ class FeatureStore:
             arrays = self._pictures.read(index)
         else:
             arrays = [self._load_array(path, grid) for path, grid in zip(picture.files, picture.stored, strict=True)]
-        if self._rounded and not self.coded:  # beside codes they would fill the cache
+        if self._rounded and not isinstance(self._codec, LearnedCodec):  # beside codes they would fill the cache
             for array, scales in zip(tuple(arrays), picture.scales, strict=True):
                 rounded = round_patches(self._codec.decode(StoredArray(array, scales)), "reference")
                 arrays += [tensor.numpy() for tensor in (rounded.levels, rounded.scale, rounded.norm, rounded.offset)]

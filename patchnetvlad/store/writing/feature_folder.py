@@ -23,7 +23,6 @@ from patchnetvlad.files import (
     writing,
 )
 from patchnetvlad.image_lists import ImageList, hash_names, unique_feature_names
-from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.arrays.array_files import (
     GLOBAL_NAME,
     PATCH_GLOB,
@@ -38,7 +37,7 @@ from patchnetvlad.store.arrays.blocks import (
     damaged_file,
     file_sizes,
 )
-from patchnetvlad.store.arrays.codecs import CODEC_NAME, stored_codec, write_patch_codec
+from patchnetvlad.store.arrays.codecs import CODEC_NAME, Trained, stored_codec, write_patch_codec
 from patchnetvlad.store.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -87,7 +86,7 @@ def open_folder(
     folder: Path,
     pictures: ImageList,
     header: StoreHeader,
-    trained: PatchCodec | None,
+    trained: Trained | None,
     overwrite: bool,
     files: ExitStack,
 ) -> WritableFolder:
@@ -146,7 +145,7 @@ def _remove_damaged(rows: Path) -> None:
 
 
 def _resume(
-    folder: Path, pictures: ImageList, header: StoreHeader, trained: PatchCodec | None
+    folder: Path, pictures: ImageList, header: StoreHeader, trained: Trained | None
 ) -> tuple[tuple[ManifestEntry, ...], list[Block], frozenset[int], int | None]:
     """Check the manifest against the header, or start it, or make it the manifest of a longer list.
 

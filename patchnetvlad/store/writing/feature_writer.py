@@ -21,10 +21,9 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import counted
 from patchnetvlad.files import told, writing
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_codes import PatchCodec
 from patchnetvlad.store.arrays.array_files import GLOBAL_NAME
 from patchnetvlad.store.arrays.blocks import Block
-from patchnetvlad.store.arrays.codecs import codec_of
+from patchnetvlad.store.arrays.codecs import Trained, codec_of
 from patchnetvlad.store.manifest import MANIFEST_NAME, StoreHeader, in_list_order
 from patchnetvlad.store.writing.feature_folder import PARTIAL_NAME, open_folder, write_all
 from patchnetvlad.store.writing.picture_writer import PictureWriter, Written, disk_error
@@ -56,7 +55,7 @@ class FeatureWriter:
         pictures: ImageList,
         header: StoreHeader,
         *,
-        trained: PatchCodec | None = None,
+        trained: Trained | None = None,
         overwrite: bool = False,
         queue_size: int = 4,
     ) -> None:

@@ -18,9 +18,8 @@ from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.errors import UserError
 from patchnetvlad.files import reason, sync_files
 from patchnetvlad.image_lists import ImageList
-from patchnetvlad.patch_codes import PatchCodec, rows_to_code
 from patchnetvlad.store.arrays.blocks import Block
-from patchnetvlad.store.arrays.codecs import StoredArray, codec_of
+from patchnetvlad.store.arrays.codecs import LearnedCodec, StoredArray, Trained, codec_of
 from patchnetvlad.store.manifest import StoreHeader
 from patchnetvlad.store.writing.layouts import Blocks, Finished, Layout, PictureFiles
 
@@ -56,7 +55,7 @@ class PictureWriter:
         folder: Path,
         pictures: ImageList,
         header: StoreHeader,
-        trained: PatchCodec | None,
+        trained: Trained | None,
         wanted: Sequence[int],
         record: Callable[[Sequence[Written]], None],
         kept: Callable[[], str],
@@ -150,11 +149,10 @@ class PictureWriter:
                 raise ValueError(f"patch descriptors have shape {tuple(tensor.shape)} on {grid}")
 
     def _encode(self, index: int, patches: PatchFeatures) -> list[StoredArray]:
-        descriptors = patches.descriptors
-        if self.header.coded:
-            descriptors = rows_to_code(descriptors, patches.grids)
         try:
-            return [self._codec.encode(tensor) for tensor in descriptors]
+            if isinstance(self._codec, LearnedCodec):
+                return self._codec.encode_picture(patches.descriptors, patches.grids, patches.local)
+            return [self._codec.encode(tensor) for tensor in patches.descriptors]
         except ValueError as error:
             raise self._not_finite(index) from error
 
