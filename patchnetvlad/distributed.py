@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from patchnetvlad.errors import UserError
+
 T = TypeVar("T")
 
 _ROWS_AT_ONCE = 4096  # rows sent at a time
@@ -84,10 +86,10 @@ class Processes:
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
     """The place that torchrun gives this process, or the only one; a CUDA device becomes the one of this process."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes(0, 1, device)
         return
+    count = _count_of_torchrun()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -96,3 +98,15 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(distributed.get_rank(), count, device)
     finally:
         distributed.destroy_process_group()
+
+
+def _count_of_torchrun() -> int:
+    """How many processes there are, of which torchrun has told this one its place."""
+    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    for name, value in told.items():
+        if not value.isdecimal():
+            raise UserError(
+                f"WORLD_SIZE = {told['WORLD_SIZE']}: several processes, but {name} is {value or 'not set'}, where "
+                "torchrun sets a whole number (start them by torchrun, or unset WORLD_SIZE)"
+            )
+    return int(told["WORLD_SIZE"])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchnetvlad.homographies import float64_device
 from patchnetvlad.patch_grid import PatchGrid
 from patchnetvlad.products import rounds_by_threads, row_products
 
@@ -88,9 +89,9 @@ def _similarities(rows: Tensor, others: Tensor) -> Tensor:
 class ViewPair:
     """Two views of one picture, known by a number.
 
-    first, second: their feature maps, C×h×w of the same size; homography: 3×3, from the pixels of the first view to
-    those of the second; positions: n rows of the first map's positions, row-major, each of which the second map shows
-    (`seen_positions`)."""
+    first, second: their feature maps, C×h×w of the same size; homography: 3×3 on any device, from the pixels of the
+    first view to those of the second; positions: n rows of the first map's positions, row-major, each of which the
+    second map shows (`seen_positions`)."""
 
     picture: int
     first: Tensor
@@ -130,9 +131,10 @@ def seen_positions(homography: Tensor, grid: PatchGrid) -> Tensor:
 
 def moved(points: Tensor, homography: Tensor) -> Tensor:
     """n×2 points through a homography, 3×3; those that come to lie behind the camera are not a number."""
-    projected = F.pad(points.double(), (0, 1), value=1.0) @ homography.double().T
+    where = float64_device(points.device)
+    projected = F.pad(points.to(where).double(), (0, 1), value=1.0) @ homography.to(where).double().T
     depth = projected[:, 2:]
-    return (projected[:, :2] / depth.where(depth > 0, torch.nan)).to(points.dtype)
+    return (projected[:, :2] / depth.where(depth > 0, torch.nan)).to(points.dtype).to(points.device)
 
 
 def _interpolated(feature_map: Tensor, points: Tensor, grid: PatchGrid) -> Tensor:

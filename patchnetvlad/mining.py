@@ -20,6 +20,8 @@ from patchnetvlad.images import ChangePicture, image_batches
 from patchnetvlad.training_data import Rows, TripletPlaces
 
 _QUERIES_AT_ONCE = 64  # bounds the memory of a distance matrix
+# Not by products, which are rounded by the number of threads: another order of negatives would be another training
+_EXACT = "donot_use_mm_for_euclid_dist"
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,11 @@ def mine(
     for start in range(0, len(distinct), _QUERIES_AT_ONCE):
         chunk = distinct[start : start + _QUERIES_AT_ONCE]
         queries = rows[[row_of[query] for query in chunk]]
-        to_candidates = torch.cdist(queries, candidates)
+        to_candidates = torch.cdist(queries, candidates, compute_mode=_EXACT)
         for query, descriptor, distances in zip(chunk, queries, to_candidates, strict=True):
             positives = places.positives[query]
-            to_positives = torch.cdist(descriptor[None], rows[[row_of[number] for number in positives.tolist()]])[0]
+            own = rows[[row_of[number] for number in positives.tolist()]]
+            to_positives = torch.cdist(descriptor[None], own, compute_mode=_EXACT)[0]
             nearest = int(to_positives.argmin())
             hard = hard_negatives(float(to_positives[nearest]), distances, margin, num_negatives)
             if hard:

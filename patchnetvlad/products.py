@@ -14,7 +14,6 @@ from torch.nn.grad import conv2d_input
 
 WINDOWS = 1 << 20  # that a convolution's gradient takes together, times channels: 38 MB of 3×3 windows
 PARTS = 16  # of the channels of a convolution, each one thread's
-
 FEWEST_ROWS = 32  # of a product on a processor: fewer are added up in an order that follows the number of threads
 _TRIAL = (40, 512, 48)  # rows, inner and outer dimensions of the product by which a way is tried
 

@@ -268,7 +268,7 @@ class Trainer:
             for first, second, homography in ((*views, moved), (*views[::-1], torch.linalg.inv(moved))):
                 seen = seen_positions(homography, grid)
                 chosen = seen[torch.from_numpy(rng.permutation(len(seen))[:_POINTS])]
-                pairs.append(ViewPair(number, first, second, homography.to(first.device), chosen.to(first.device)))
+                pairs.append(ViewPair(number, first, second, homography, chosen.to(first.device)))
         return view_loss(pairs, grid)
 
     def _validate(self) -> None:

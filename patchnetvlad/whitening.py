@@ -1,6 +1,8 @@
 """WPCA: fit a whitening projection on descriptors, and apply it (paper section 4.1)."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,7 @@ EIGENVALUE_FLOOR = 1e-9  # added to eigenvalues before the power, so that empty 
 PLACE_DIMENSIONS = 1024  # principal directions within which differences are whitened; beyond is mostly noise
 PLACE_SHRINKAGE = 0.2  # share of an even spread in what differences are taken to spread like: they are few
 COLUMNS_AT_ONCE = 4096  # the same for columns, where there are more of these
+ROWS_OF_A_THREAD = 256  # of a product in float64
 ROWS_AT_ONCE = 1024  # rows turned into float64 at a time while the covariance is summed
 
 
@@ -51,7 +54,7 @@ class WPCA(nn.Module):
         """…×(K·C) rows to …×D unit rows, float32; precision: of the matrix product."""
         with torch.autocast(descriptors.device.type, enabled=False):
             rows = descriptors.to(precision)
-            if precision == torch.float32 and not rounds_by_threads(rows):
+            if precision == torch.float32 and (torch.is_grad_enabled() or not rounds_by_threads(rows)):
                 projected = F.linear(rows, self.weight, self.bias)
             else:
                 projected = self._kept.product(rows, self.weight, self.bias).float()
@@ -107,7 +110,8 @@ def fit_wpca(samples: NDArray[np.floating], num_pcs: int, whitening: float = 1.0
     else:
         eigenvalues, directions, total = _primal_components(samples, mean, num_pcs)
     weight = (eigenvalues + EIGENVALUE_FLOOR)[:, None] ** (-whitening / 2) * directions.T
-    return WPCAFit(weight, -weight @ mean, mean, eigenvalues, directions, total, num_samples)
+    bias = -_product(weight, mean[:, None])[:, 0]
+    return WPCAFit(weight, bias, mean, eigenvalues, directions, total, num_samples)
 
 
 def fit_place_whitening(
@@ -125,19 +129,20 @@ def fit_place_whitening(
     rotation = fit_wpca(samples, kept, whitening=0.0)
     scatter = np.zeros((kept, kept))
     for first in range(0, len(differences), ROWS_AT_ONCE):
-        turned = differences[first : first + ROWS_AT_ONCE].astype(np.float64) @ rotation.directions
-        scatter += turned.T @ turned
+        turned = _product(differences[first : first + ROWS_AT_ONCE].astype(np.float64), rotation.directions)
+        scatter += _product(turned.T, turned)
     even = np.trace(scatter) / kept
     if even > 0:
         scatter /= even
-    spread, axes = np.linalg.eigh((1 - PLACE_SHRINKAGE) * scatter + PLACE_SHRINKAGE * np.eye(kept))
+    spread, axes = _largest((1 - PLACE_SHRINKAGE) * scatter + PLACE_SHRINKAGE * np.eye(kept), kept)
     whiten = axes * spread ** (-whitening / 2)
-    covariance = whiten.T @ (rotation.eigenvalues[:, None] * whiten)  # of the samples, whitened
+    covariance = _product(whiten.T, rotation.eigenvalues[:, None] * whiten)  # of the samples, whitened
     total = float(np.trace(covariance))
     values, vectors = _largest(covariance, num_pcs)
-    weight = (rotation.directions @ (whiten @ vectors)).T
+    weight = _product(rotation.directions, _product(whiten, vectors)).T
     directions = weight.T / np.linalg.norm(weight, axis=1)
-    return WPCAFit(weight, -weight @ rotation.mean, rotation.mean, values, directions, total, len(samples))
+    bias = -_product(weight, rotation.mean[:, None])[:, 0]
+    return WPCAFit(weight, bias, rotation.mean, values, directions, total, len(samples))
 
 
 def check_num_pcs(num_pcs: int, num_samples: int, dims: int) -> None:
@@ -174,7 +179,7 @@ def _primal_components(
     covariance = np.zeros((dims, dims))
     for first in range(0, num_samples, ROWS_AT_ONCE):
         centred = samples[first : first + ROWS_AT_ONCE].astype(np.float64) - mean
-        covariance += centred.T @ centred
+        covariance += _product(centred.T, centred)
     covariance /= num_samples - 1
     total = float(np.trace(covariance))
     values, vectors = _largest(covariance, num_pcs)
@@ -188,13 +193,13 @@ def _dual_components(
     gram = np.zeros((num_samples, num_samples))
     for columns in _columns(dims):
         centred = samples[:, columns].astype(np.float64) - mean[columns]
-        gram += centred @ centred.T
+        gram += _product(centred, centred.T)
     gram /= num_samples - 1
     total = float(np.trace(gram))
     values, vectors = _largest(gram, num_pcs)
     directions = np.empty((dims, num_pcs))
     for columns in _columns(dims):
-        directions[columns] = (samples[:, columns].astype(np.float64) - mean[columns]).T @ vectors
+        directions[columns] = _product((samples[:, columns].astype(np.float64) - mean[columns]).T, vectors)
     directions /= np.maximum(np.linalg.norm(directions, axis=0), EPSILON)  # they have length sqrt(λ·(n−1))
     return values, directions, total
 
@@ -202,6 +207,13 @@ def _dual_components(
 def _columns(dims: int) -> Iterator[slice]:
     """Columns that are turned into float64 at a time."""
     return (slice(first, min(first + COLUMNS_AT_ONCE, dims)) for first in range(0, dims, COLUMNS_AT_ONCE))
+
+
+def _product(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """left @ right, the same for any number of threads: each takes some rows alone, and BLAS has no other thread."""
+    rows = range(0, len(left), ROWS_OF_A_THREAD)
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        return np.concatenate(list(threads.map(lambda row: left[row : row + ROWS_OF_A_THREAD] @ right, rows)))
 
 
 def _largest(symmetric: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

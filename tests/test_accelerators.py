@@ -12,6 +12,9 @@ from torch import Tensor
 from patchnetvlad import extraction, training_run
 from patchnetvlad import model as model_module
 from patchnetvlad.commands.features import feature_extract, feature_match
+from patchnetvlad.commands.pairs import match_two
+from patchnetvlad.commands.places import locate
+from patchnetvlad.commands.recognize import recognize
 from patchnetvlad.config import Config
 from patchnetvlad.devices import float32_products, memory_errors
 from patchnetvlad.distributed import Processes
@@ -157,6 +160,14 @@ def matching(model: list[str], folder: Path) -> list[str]:
     return [*model, "--dataset_root_dir", str(folder), *sides, "--result_save_folder", str(folder / "results")]
 
 
+def located(folder: Path) -> list[str]:
+    """Options to locate one of the pictures of `listed` by its own features."""
+    np.savez(folder / "truth.npz", utmQ=np.zeros((3, 2)), utmDb=np.zeros((3, 2)), posDistThr=1.0)
+    truth = ["--ground_truth_path", str(folder / "truth.npz"), "--picture", str(folder / "a.png")]
+    database = ["--index_file_path", str(folder / "list.txt"), "--index_input_features_dir", str(folder / "out")]
+    return [*truth, *database, "--dataset_root_dir", str(folder)]
+
+
 @pytest.mark.parametrize("several", ["ngpu", "torchrun"])
 def test_several_gpus_are_refused_where_one_is_used(
     several: str,
@@ -176,12 +187,16 @@ def test_several_gpus_are_refused_where_one_is_used(
     for call, arguments in (
         (feature_extract, [*options, "--output_features_dir", str(tmp_path / "other")]),
         (feature_match, matching(small_model, tmp_path)),
+        (match_two, small_model),
+        (locate, [*small_model, *located(tmp_path)]),
+        (recognize, ["--database", str(tmp_path), "--queries", str(tmp_path), *small_model]),
     ):
         assert call([*arguments, *more]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1
         assert "ngpu = 2" in line or "WORLD_SIZE = 2" in line
-        assert ("ngpu = 1" if several == "ngpu" else "train.py") in line
+        way_out = ("ngpu = 1", "uses one GPU") if several == "ngpu" else ("torchrun is for train.py",)
+        assert any(said in line for said in way_out)
     assert not (tmp_path / "other").exists() and not (tmp_path / "results").exists()
 
 

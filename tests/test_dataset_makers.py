@@ -225,11 +225,21 @@ def test_corridor_from_its_frames(real_data, tmp_path):
         ({"which": "val"}, "whichSet is 'val', expected 'test'"),
         ({"utmQ": np.array([[np.nan], [4e6]])}, "1 position not finite"),
         ({"posDistThr": "far"}, "posDistThr: expected one number"),
+        ({"posDistThr": -25.0}, "posDistThr is -25, expected a distance"),
+        ({"posDistThr": np.nan}, "posDistThr is nan, expected a distance"),
     ],
 )
 def test_a_struct_that_cannot_be_right(tmp_path, changes, complaint):
     small_struct(tmp_path, **changes)
     with refused(complaint):
+        MAKERS["pitts30k"].make(tmp_path, mat=None, split="test")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_mat_file_of_no_struct_or_several(tmp_path, count):
+    structs = np.zeros((1, count), dtype=[(field, np.float64) for field in FIELDS])
+    scipy.io.savemat(tmp_path / "pitts30k_test.mat", {"dbStruct": structs})
+    with refused(f"dbStruct is {count} structs, expected one"):
         MAKERS["pitts30k"].make(tmp_path, mat=None, split="test")
 
 

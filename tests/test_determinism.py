@@ -23,6 +23,7 @@ from tiny_run import EXAMPLES, example_names, run, tiny_model, write_ground_trut
 
 from patchnetvlad import products
 from patchnetvlad.checkpoints import read_checkpoint, write_checkpoint
+from patchnetvlad.clustering import kmeans_centers
 from patchnetvlad.commands.training import train
 from patchnetvlad.config import LOSSES
 from patchnetvlad.descriptors import Descriptors
@@ -36,7 +37,7 @@ from patchnetvlad.paths import require_file
 from patchnetvlad.products import convolution, row_products
 from patchnetvlad.reranking import similarities
 from patchnetvlad.weights import load_model
-from patchnetvlad.whitening import WPCA
+from patchnetvlad.whitening import WPCA, fit_place_whitening, fit_wpca
 
 RUNS = [(1, 1), (1, 3), (2, 4), (3, 2), (4, 7)]  # threads of torch, pictures in a batch
 
@@ -189,6 +190,23 @@ def test_similarities_are_the_same_for_any_number_of_threads(count: int) -> None
         with threadpool_limits(threads, user_api="blas"):
             found.append(similarities(candidates, query).tobytes())
     assert found == found[:1] * 3
+
+
+def test_what_is_fitted_is_the_same_for_any_number_of_threads() -> None:
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((900, 1024), np.float32)
+    local = rows[:, :112] / np.linalg.norm(rows[:, :112], axis=1, keepdims=True)
+    found = []
+    for threads in (1, 2, 3, 4):
+        with threadpool_limits(threads):
+            fits = (
+                fit_wpca(rows, 64),
+                fit_wpca(rows[:, :300], 64),
+                fit_place_whitening(rows[:, :64], rows[:, 64:128], 32),
+            )
+            arrays = [array for fit in fits for array in (fit.weight, fit.bias)]
+            found.append([array.tobytes() for array in (*arrays, kmeans_centers(local, 16, 0, 5))])
+    assert [[one == other for one, other in zip(found[0], more, strict=True)] for more in found] == [[True] * 7] * 4
 
 
 def gradients(compute: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:

@@ -4,6 +4,7 @@ Tensors on the stand-in call themselves mps; their numbers are on the CPU. What 
 refused in every operation, and so is what would mix its tensors with the CPU's.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from patchnetvlad import ranking
 from patchnetvlad.candidates import Candidates
-from patchnetvlad.config import FeatureMatchConfig
+from patchnetvlad.config import LOSSES, FeatureMatchConfig
 from patchnetvlad.descriptors import PatchFeatures
 from patchnetvlad.encoders.rootsift import DenseRootSIFT
+from patchnetvlad.losses import ViewPair, seen_positions, view_loss
 from patchnetvlad.matching import Matches, mutual_matches, mutual_matches_batch
+from patchnetvlad.mining import hard_negatives
 from patchnetvlad.model import PlaceModel
 from patchnetvlad.netvlad import NetVLAD
-from patchnetvlad.patch_grid import PatchGrid
+from patchnetvlad.patch_grid import EncoderGeometry, PatchGrid
 from patchnetvlad.patch_netvlad import chosen_descriptors, patch_descriptors
 from patchnetvlad.ranking import Ranker
 from patchnetvlad.ransac import consensus, ransac_score, ransac_scores
@@ -175,6 +178,28 @@ def matched(place: Callable[[Any], Any]) -> list[Tensor]:
     return [side for matches in found for side in (matches.query, matches.reference)]
 
 
+def losses(place: Callable[[Any], Any]) -> list[Tensor]:
+    rows, maps = place(random(6, 16)), place(torch.randn(3, 8, 6, 8, generator=torch.Generator().manual_seed(0)))
+    grid = PatchGrid(6, 8, 1, geometry=EncoderGeometry(stride=16, receptive_field=1, padding=0))
+    shift = torch.tensor([[1.0, 0, -32], [0, 1, 16], [0, 0, 1]], dtype=torch.float64)  # as training makes it
+    seen = seen_positions(shift, grid)
+    pairs = [ViewPair(number, maps[number], maps[2], shift, place(seen)) for number in range(2)]
+    triplets = [(0, 1, [2, 3]), (4, 5, [3])]
+    return [view_loss(pairs, grid), *(LOSSES.find(name).total(rows, triplets, 0.1) for name in sorted(LOSSES))]
+
+
+def learning(place: Callable[[Any], Any]) -> list[Tensor]:
+    """A step's descriptors, as an encoder makes them that learns, and what is mined with them."""
+    torch.manual_seed(0)
+    model = PlaceModel("half:efficientnet_lite0", "netvlad", 4, 0, (), ()).eval()
+    pictures = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+    place(model)
+    with torch.enable_grad():
+        rows = model.pool(model.encoder(place(pictures)))
+    distances = torch.cdist(rows[:1], rows)[0]
+    return [rows.detach(), torch.tensor(hard_negatives(1.0, distances.detach(), 0.1, 2))]
+
+
 FORMULAS: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "netvlad": lambda place: [place(netvlad())(place(random(2, 8, 5, 6))).detach()],
     "initialise": lambda place: initialised(place, False),
@@ -188,6 +213,8 @@ FORMULAS: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "describe, vgg16": lambda place: described(place, "vgg16"),
     "matching": matched,
     "consensus": agreement,
+    "losses": losses,
+    "learning": learning,
 }
 
 
@@ -203,6 +230,15 @@ def test_formulas_make_no_float64_where_there_is_none(name: str) -> None:
         found = formula(place_on_device)
     for one, other in zip(plain(found), expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["candidates", "judging", "picture_changes", "recall"])
+def test_formulas_of_arrays_leave_devices_alone(module: str) -> None:
+    """They know NumPy alone, so that there is nothing of theirs to guard."""
+    tree = ast.parse((ROOT / "patchnetvlad" / f"{module}.py").read_text())
+    imported = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imported]
+    assert "numpy" in names and not [name for name in names if name.split(".")[0] == "torch"]
 
 
 def test_ransac_of_tensors_on_such_a_device() -> None:

@@ -93,6 +93,26 @@ def test_a_mistake_ends_all_processes(msls: Path, tmp_path: Path) -> None:
     assert "no such folder, for city boston" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("told", "missing"), [({"WORLD_SIZE": "2"}, "RANK is not set"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two")]
+)
+def test_several_processes_that_torchrun_did_not_start_are_refused(
+    told: dict[str, str],
+    missing: str,
+    msls: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as a job of a cluster that sets a part of the variables for another program."""
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert train(command_line(msls, tmp_path / "runs")) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and missing in line and "torchrun" in line
+    assert not (tmp_path / "runs").exists()
+
+
 LATE = """
 import os, sys, time
 from datetime import timedelta

@@ -125,7 +125,7 @@ def _require_video(source: str) -> None:
 def _recognizer(args: argparse.Namespace) -> PlaceRecognizer:
     config = command_line.configuration(args)
     config.check_matching()
-    config.check_one_gpu("a comparison")
+    config.check_one_process("a comparison")
     command_line.require_checkpoint(config)
     from patchnetvlad.recognizer import PlaceRecognizer
 

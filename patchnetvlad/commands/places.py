@@ -252,7 +252,7 @@ def _located_pictures(args: argparse.Namespace, truth_path: Path) -> list[Locate
     config = command_line.configuration(args, features)
     config.check_matching()
     config.check_own_candidates("single pictures (give the results of feature_match)")
-    config.check_one_gpu("locating")
+    config.check_one_process("locating")
     root = command_line.folder(args.dataset_root_dir, "--dataset_root_dir")
     database = read_image_list(require_file(args.index_file_path, "dataset_imagenames"), root)
     pictures = [_picture(path, root) for path in args.picture]

@@ -85,6 +85,8 @@ def from_struct(
             raise UserError(f"{path}: {count_key} is {count:g} but {key} has {counted(len(names), 'name')}")
         pictures[key] = Pictures(tuple((folder / file).as_posix() for file in names), coordinates)
     radius = _number(path, "posDistThr", fields["posDistThr"])
+    if not (np.isfinite(radius) and radius >= 0):
+        raise UserError(f"{path}: posDistThr is {radius:g}, expected a distance in metres")
     squared = _number(path, "posDistSqThr", fields["posDistSqThr"])
     if not np.isclose(squared, radius**2):
         raise UserError(f"{path}: posDistSqThr is {squared:g}, not the square of posDistThr, {radius:g}")
@@ -104,6 +106,10 @@ def _read_struct(path: Path) -> dict[str, NDArray[np.generic]]:
     struct = content["dbStruct"]
     if struct.dtype.names is None:  # saved as an object
         raise UserError(f"{path}: dbStruct is no struct with fields {', '.join(FIELDS)}")
+    if struct.size != 1:
+        raise UserError(
+            f"{path}: dbStruct is {counted(struct.size, 'struct')}, expected one (several splits in a file?)"
+        )
     missing = [field for field in FIELDS if field not in struct.dtype.names]
     if missing:
         raise UserError(
