@@ -97,6 +97,7 @@ def test_arrays_and_defaultdicts_beside_the_tensors_are_read(tmp_path, saved):
     [
         (np.array([1, "x", None], dtype=object), r"numpy\.dtypes\.ObjectDType"),
         (np.array(["text"]), r"numpy\.dtypes\.StrDType"),
+        (np.zeros(2, dtype=[("place", np.float64)]), r"numpy\.dtypes\.VoidDType"),
         (pathlib.PurePosixPath("a"), r"pathlib\S*PurePosixPath"),
         (defaultdict(pathlib.PurePosixPath), r"pathlib\S*PurePosixPath"),
     ],

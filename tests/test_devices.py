@@ -41,6 +41,7 @@ from patchnetvlad.whitening import WPCA, fit_wpca
 
 ROOT = Path(__file__).parent.parent
 MPS = torch.device("mps")
+CUDA = torch.device("cuda")
 _TAKES_OTHERS = ("__getitem__", "__setitem__", "copy_")  # indices and copies may come from the CPU
 
 
@@ -343,6 +344,28 @@ def test_descriptors_travel_as_they_are_stored(dtype: str) -> None:
     assert [sent.dtype for sent in recording.sent] == [getattr(torch, dtype)]
     assert isinstance(there, StandIn) and there.dtype == torch.float32
     assert torch.equal(there.as_subclass(Tensor), here)
+
+
+def test_what_goes_to_cuda_goes_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here: torch's two calls are noted in place of made."""
+    calls: list[str] = []
+    convert = Tensor.to
+
+    def pin(rows: Tensor) -> Tensor:
+        calls.append("pinned")
+        return rows
+
+    def send(rows: Tensor, *to: Any, non_blocking: bool = False, **kwargs: Any) -> Tensor:
+        if to != (CUDA,):
+            return convert(rows, *to, **kwargs)
+        calls.append("sent without waiting" if non_blocking else "sent")
+        return rows
+
+    stored = CODECS["float32"].encode(unit_rows(3, 4, 1))
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", send)
+    CODECS["float32"].decode(stored, CUDA)
+    assert calls == ["pinned", "sent without waiting"]
 
 
 @pytest.mark.parametrize("room", [0, 10**6])
