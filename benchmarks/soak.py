@@ -179,7 +179,8 @@ def killed(which: str) -> Callable[[Stage, Path, random.Random], None]:
 def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
     """A fault: killed, and some of the files written last are cut, as a lost machine leaves them.
 
-    Files that are flushed to the disk before they get their names are left whole: only extraction fills rows in place.
+    Files that are flushed to the disk before they get their names are left whole, and so is the first line of a
+    manifest: only extraction fills rows in place and adds lines.
     """
     killed("SIGKILL")(stage, work, chance)
     files = [path for path in work.rglob("*") if path.is_file() and path.stat().st_size]
@@ -187,7 +188,8 @@ def cut_short(stage: Stage, work: Path, chance: random.Random) -> None:
         files = [path for path in files if path.name.startswith(".") or path.suffix in LOGS]
     files.sort(key=lambda path: path.stat().st_mtime_ns)
     for path in chance.sample(files[-6:], min(2, len(files[-6:]))):
-        os.truncate(path, chance.randrange(path.stat().st_size))
+        flushed = path.read_bytes().find(b"\n") + 1 if path.name == "manifest.jsonl" else 0
+        os.truncate(path, chance.randrange(flushed, path.stat().st_size + 1))
 
 
 def disk_full(stage: Stage, work: Path, chance: random.Random) -> None:
