@@ -376,6 +376,23 @@ class KilledOnce(threading.Thread):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_part_whose_worker_outlives_its_store_is_worked_on_again(machines, tmp_path):
+    marker = tmp_path / "failed"
+
+    class Job:  # here, so that it travels whole
+        def prepare(self):
+            if not marker.exists():
+                marker.touch()
+                raise BrokenPipeError(32, "Broken pipe")
+            return lambda number: 2 * number
+
+    with connected(RayOptions(machines.address, device="cpu", cpus=1)) as cluster:
+        assert dict(cluster.answers(Job(), [3, 4])) == {0: 6, 1: 8}
+    assert marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_lost_machine_a_killed_worker_and_a_lost_head(machines, tmp_path, capfd):
     options = tiny_model(tmp_path)
     queries, database = example_names("queries"), example_names("database")

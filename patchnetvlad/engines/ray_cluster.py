@@ -103,6 +103,7 @@ class Cluster:
         gpus = 1 if self.device == "cuda" else 0
         installed, work = _checked_work()
         options = {"num_cpus": self.cpus, "num_gpus": gpus, "max_retries": _LOSSES, "name": "patchnetvlad"}
+        options["retry_exceptions"] = [OSError]  # of a worker that outlives its machine's store by a moment
         remote = ray.remote(work).options(**options)
         waiting = enumerate(parts)
         running: dict[ray.ObjectRef, int] = {}
