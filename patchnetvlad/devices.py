@@ -1,4 +1,4 @@
-"""What a machine does to numbers and memory: accelerators' room and TF32, and how a processor's threads round."""
+"""Accelerators: which there are, how much room they have, and whether they compute in TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -50,7 +50,8 @@ def row_products(maps: Tensor, weight: Tensor) -> Tensor:
 def convolution(maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """F.conv2d of N×C×H×W maps with an O×C×k×k weight, or one filter a channel (C×1×k×k); in float32 on a CPU.
 
-    It is differentiable once, and its gradients do not follow the number of threads.
+    It is differentiable once, and its gradients do not follow the number of threads, unless there are fewer pictures
+    than threads or maps have few positions: of these oneDNN gives a part of one picture to each.
     """
     return cast(Tensor, _Convolution.apply(maps, weight, stride, padding))
 

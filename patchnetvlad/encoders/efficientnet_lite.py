@@ -140,10 +140,10 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int 
     before, behind = _before(kernel, stride), kernel // 2
     pad = () if before == behind else (nn.ZeroPad2d((before, behind, before, behind)),)
     padding = 0 if pad else behind
-    convolution = nn.Conv2d if kernel > 1 else _Pointwise
+    kind = nn.Conv2d if kernel > 1 else _Pointwise
     return (
         *pad,
-        convolution(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
+        kind(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
         nn.BatchNorm2d(outputs, eps=_EPSILON),
         nn.ReLU6(inplace=True),
     )
