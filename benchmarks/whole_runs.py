@@ -160,20 +160,23 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(8, 0.9 * len(results) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    presets = list(results)
-    left = [0.0] * len(presets)
-    for stage, colour in (("re-ranking", "#3b6ea8"), ("retrieval", "#e0a030"), ("rest", "#9aa0a6")):
-        values = [results[preset][stage] for preset in presets]
-        axes.barh(presets, values, left=left, color=colour, label=stage if stage != "rest" else "start, files, results")
-        left = [before + value for before, value in zip(left, values, strict=True)]
-    for column, mark in (("one float32 product", "r|"), ("reading", "g|")):
-        shown = [(results[preset][column], preset) for preset in presets if results[preset][column]]
-        label = "its float32 products" if mark == "r|" else "reading both folders"
-        axes.plot(*zip(*shown, strict=True), mark, markersize=26, markeredgewidth=2, label=label)
-    axes.set(xscale="log", xlabel="seconds a query (100 candidates)")
+    marks = {  # side by side on the logarithmic axis, where lengths of parts would not add up
+        "s a query": ("o", "#222222", "a query"),
+        "re-ranking": ("s", "#3b6ea8", "re-ranking"),
+        "rest": ("D", "#9aa0a6", "start, files, results"),
+        "retrieval": ("^", "#e0a030", "retrieval"),
+        "one float32 product": ("|", "#d02020", "its float32 products alone"),
+        "reading": ("|", "#208020", "reading both folders alone"),
+    }
+    for column, (mark, colour, label) in marks.items():
+        shown = [(results[preset][column], place) for place, preset in enumerate(results) if results[preset][column]]
+        size = 22 if mark == "|" else 7
+        axes.plot(*zip(*shown, strict=True), mark, color=colour, markersize=size, markeredgewidth=2, label=label)
+    axes.set(xscale="log", xlabel="seconds a query", yticks=range(len(results)), yticklabels=list(results))
+    axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.savefig(path, dpi=110)
 
 
